@@ -1,0 +1,1698 @@
+"""Hospital observations to features to probability of sepsis: the one module that every script imports.
+
+A deployment is this file and the files of ``models/``. It reads from top to bottom: errors, clinical concepts,
+the validating reader, snapshots and segments, the feature blocks, ``FeatureReproducer``, ``ProductionPipeline``.
+
+It knows no web framework, database, broker, command line, clock or environment: the same observations give the
+same numbers in training, batch, API, database and stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+
+SCHEMA_VERSION = 1
+DEFAULT_CONFIG = "models/best_model_config.json"
+DEFAULT_MODEL = "models/best_model.pkl"
+
+MICROSECONDS_PER_HOUR = 3_600_000_000
+NO_TIME = np.iinfo(np.int64).min
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class FeaturePipelineError(Exception):
+    """Base of this module's errors; `code` is a stable name for programs, the text is for people."""
+
+    code = "feature_pipeline_error"
+
+
+class BadObservations(FeaturePipelineError):
+    """The observations cannot be used: a missing column, an unreadable file, or no usable row at all."""
+
+    code = "bad_observations"
+
+    def __init__(self, message: str, set_aside: Mapping[str, int] | None = None):
+        super().__init__(message)
+        self.set_aside = dict(set_aside or {})
+
+
+class BadConfig(FeaturePipelineError):
+    """The model configuration is missing, not JSON, from another schema version, or contradicts itself."""
+
+    code = "bad_config"
+
+
+class BadModel(FeaturePipelineError):
+    """The model file is missing, was changed since training, or does not reproduce its golden example."""
+
+    code = "bad_model"
+
+
+class NotExplainable(FeaturePipelineError):
+    """The model offers no additive contributions of its features."""
+
+    code = "not_explainable"
+
+
+class MissingCodesWarning(UserWarning):
+    """Codes that nearly every visit had in training are absent from the data to be scored."""
+
+
+def listed(items: Iterable[Any], most: int = 5) -> str:
+    """`items` quoted and joined, the first few only, with the number of the others."""
+    items = [repr(str(item)) for item in items]
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+# ------------------------------------------------------------------------------------------ clinical concepts
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A clinical quantity whatever code a hospital gives it.
+
+    `low` and `high` bound what a living patient can show, in `unit`: generous on purpose, they keep out errors
+    of transmission, not extreme patients. `converts` lists other units that can be told by their numbers alone:
+    (lowest, highest, factor, offset) turns a value in that interval into `value * factor + offset`.
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    synonyms: tuple[str, ...]
+    converts: tuple[tuple[float, float, float, float], ...] = ()
+    static: bool = False
+
+
+# Plausible limits follow the idea of MIMIC-Extract's table of variable ranges (Wang et al., ACM CHIL 2020,
+# doi 10.1145/3368555.3384469), rounded outwards. Numbers with a hyphen are LOINC codes.
+CONCEPTS: tuple[Concept, ...] = (
+    Concept("heart_rate", "1/min", 10, 350, ("HR", "heart rate", "pulse", "pulse rate", "8867-4")),
+    Concept("spo2", "%", 20, 100, ("O2Sat", "SpO2", "pulse oximetry", "oxygen saturation", "59408-5")),
+    Concept(
+        "temperature",
+        "°C",
+        25,
+        45,
+        ("Temp", "temperature", "body temperature", "Temp C", "Temp F", "8310-5"),
+        converts=((77.0, 113.0, 5 / 9, -160 / 9),),  # Fahrenheit
+    ),
+    Concept("systolic_bp", "mmHg", 20, 350, ("SBP", "systolic", "systolic blood pressure", "ABPs", "8480-6")),
+    Concept("mean_bp", "mmHg", 10, 300, ("MAP", "MBP", "mean arterial pressure", "mean blood pressure", "8478-0")),
+    Concept("diastolic_bp", "mmHg", 5, 250, ("DBP", "diastolic", "diastolic blood pressure", "ABPd", "8462-4")),
+    Concept("respiratory_rate", "1/min", 0, 120, ("Resp", "RR", "respiratory rate", "respiration", "9279-1")),
+    Concept("etco2", "mmHg", 0, 150, ("EtCO2", "end tidal co2", "19891-1")),
+    Concept("base_excess", "mmol/L", -50, 60, ("BaseExcess", "BE", "base excess", "1925-7")),
+    Concept("bicarbonate", "mmol/L", 0, 75, ("HCO3", "bicarbonate", "1963-8", "1959-6")),
+    Concept(
+        "fio2",
+        "fraction",
+        0.2,
+        1.0,
+        ("FiO2", "fraction of inspired oxygen", "inspired oxygen", "3150-6", "19994-3"),
+        converts=((20.0, 100.0, 0.01, 0.0),),  # percent
+    ),
+    Concept("ph", "1", 6.3, 8.2, ("pH", "arterial ph", "2744-1", "11558-4")),
+    Concept("paco2", "mmHg", 5, 250, ("PaCO2", "pCO2", "2019-8")),
+    Concept("pao2", "mmHg", 10, 800, ("PaO2", "pO2", "2703-7")),
+    Concept("sao2", "%", 10, 100, ("SaO2", "arterial oxygen saturation", "2708-6")),
+    Concept("ast", "U/L", 0, 50_000, ("AST", "SGOT", "1920-8")),
+    Concept("alt", "U/L", 0, 50_000, ("ALT", "SGPT", "1742-6")),
+    Concept("bun", "mg/dL", 0, 300, ("BUN", "urea nitrogen", "blood urea nitrogen", "3094-0")),
+    Concept("alkaline_phosphatase", "U/L", 0, 10_000, ("Alkalinephos", "ALP", "6768-6")),
+    Concept("calcium", "mg/dL", 1, 30, ("Calcium", "Ca", "17861-6")),
+    Concept("chloride", "mmol/L", 40, 200, ("Chloride", "Cl", "2075-0")),
+    Concept("creatinine", "mg/dL", 0, 60, ("Creatinine", "creat", "crea", "2160-0")),
+    Concept("bilirubin_direct", "mg/dL", 0, 60, ("Bilirubin_direct", "direct bilirubin", "1968-7")),
+    Concept("bilirubin_total", "mg/dL", 0, 100, ("Bilirubin_total", "bilirubin", "total bilirubin", "1975-2")),
+    Concept("glucose", "mg/dL", 5, 2500, ("Glucose", "blood glucose", "2345-7", "2339-0")),
+    Concept("lactate", "mmol/L", 0, 40, ("Lactate", "lactic acid", "2524-7", "32693-4")),
+    Concept("magnesium", "mg/dL", 0, 20, ("Magnesium", "Mg", "19123-9")),
+    Concept("phosphate", "mg/dL", 0, 30, ("Phosphate", "phosphorus", "2777-1")),
+    Concept("potassium", "mmol/L", 0.5, 15, ("Potassium", "K", "2823-3")),
+    Concept("sodium", "mmol/L", 80, 220, ("NA", "sodium", "2951-2")),
+    Concept("troponin_i", "ng/mL", 0, 2000, ("TroponinI", "troponin i", "10839-9")),
+    Concept("hematocrit", "%", 3, 80, ("Hct", "hematocrit", "haematocrit", "4544-3")),
+    Concept("hemoglobin", "g/dL", 1, 30, ("Hgb", "Hb", "hemoglobin", "haemoglobin", "718-7")),
+    Concept("ptt", "s", 5, 300, ("PTT", "aPTT", "3173-2", "14979-9")),
+    Concept("wbc", "10^3/uL", 0, 1000, ("WBC", "leukocytes", "white blood cells", "6690-2")),
+    Concept("fibrinogen", "mg/dL", 0, 2500, ("Fibrinogen", "3255-7")),
+    Concept("platelets", "10^3/uL", 0, 3000, ("Platelets", "PLT", "platelet count", "777-3")),
+    Concept("crp", "mg/L", 0, 1000, ("CRP", "c-reactive protein", "1988-5")),
+    Concept("gcs", "points", 3, 15, ("GCS", "glasgow coma scale", "9269-2")),
+    Concept("age", "years", 0, 130, ("Age", "30525-0"), static=True),
+    Concept("sex", "code", -np.inf, np.inf, ("Gender", "Sex", "46098-0"), static=True),
+    Concept("unit_medical", "0/1", -np.inf, np.inf, ("Unit1",), static=True),
+    Concept("unit_surgical", "0/1", -np.inf, np.inf, ("Unit2",), static=True),
+    Concept("admission_delay", "h", -np.inf, np.inf, ("HospAdmTime",), static=True),
+)
+CONCEPT = {concept.name: concept for concept in CONCEPTS}
+
+
+def _synonym_key(code: str) -> str:
+    return code.casefold().replace(" ", "").replace("_", "")
+
+
+_CONCEPT_OF_SYNONYM = {
+    _synonym_key(text): concept for concept in CONCEPTS for text in (*concept.synonyms, concept.name)
+}
+
+
+def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept | None:
+    """The clinical concept of `code`, or None; `synonyms` (code to concept name) comes before the built-in ones.
+
+    >>> concept_of("TEMP").name, concept_of("8310-5").name, concept_of("heart_RATE").name, concept_of("XYZ")
+    ('temperature', 'temperature', 'heart_rate', None)
+    """
+    if synonyms and code in synonyms:
+        name = synonyms[code]
+        if name not in CONCEPT:
+            raise BadConfig(f"synonym {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
+        return CONCEPT[name]
+    return _CONCEPT_OF_SYNONYM.get(_synonym_key(code))
+
+
+# --------------------------------------------------------------------------------------------------- reader
+
+REQUIRED_COLUMNS = ("visit_id", "client", "observation_date", "observation_type_code", "observation_value")
+RANGE_COLUMNS = ("reference_range_min", "reference_range_max")
+COLUMNS = REQUIRED_COLUMNS + RANGE_COLUMNS
+
+# A row is set aside for the first of these that holds.
+SET_ASIDE_REASONS = {
+    "malformed": "not a row of the expected form",
+    "no_visit": "no visit_id",
+    "no_client": "no client",
+    "no_code": "no observation_type_code",
+    "no_date": "no observation_date",
+    "bad_date": "observation_date is not an ISO 8601 date between 1900 and 2299",
+    "no_value": "no observation_value",
+    "bad_value": "observation_value is not a number",
+    "infinite": "observation_value is infinite",
+    "implausible": "observation_value is outside what the code's concept allows",
+}
+_EARLIEST = np.datetime64("1900-01-01", "us").astype(np.int64)
+_LATEST = np.datetime64("2300-01-01", "us").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Validated observations of many visits, in canonical order: by visit, code, time, value, range.
+
+    Visits keep the order of their first row. A group is one code of one visit: rows
+    ``group_start[g]:group_start[g + 1]``. Times are microseconds since 1970, UTC. Ranges are NaN where empty.
+    """
+
+    visit_id: np.ndarray  # (n_visits,) as given
+    client: np.ndarray  # (n_visits,) as given
+    visit_text: np.ndarray  # (n_visits,) text, the identity of a visit together with client_text
+    client_text: np.ndarray  # (n_visits,)
+    codes: tuple[str, ...]  # sorted
+    concepts: tuple[Concept | None, ...]  # of each code
+    group_visit: np.ndarray  # (n_groups,)
+    group_code: np.ndarray  # (n_groups,)
+    group_start: np.ndarray  # (n_groups + 1,)
+    time: np.ndarray  # (n_observations,) int64
+    value: np.ndarray  # (n_observations,) float64
+    low: np.ndarray  # (n_observations,) float64
+    high: np.ndarray  # (n_observations,) float64
+    set_aside: dict[str, int] = field(default_factory=dict)  # rows that were not used, by reason
+    set_aside_rows: dict[str, list[int]] = field(default_factory=dict)  # the first few of them, counted from 0
+    remarks: dict[str, int] = field(default_factory=dict)  # rows that were used after a change, by what it was
+
+    @property
+    def n_visits(self) -> int:
+        return len(self.visit_id)
+
+    @cached_property
+    def visit_group_start(self) -> np.ndarray:
+        """(n_visits + 1,) first group of each visit; a visit with nothing usable has none."""
+        return np.searchsorted(self.group_visit, np.arange(self.n_visits + 1))
+
+    @cached_property
+    def first_time(self) -> np.ndarray:
+        """(n_visits,) time of the first usable observation, NO_TIME where there is none."""
+        return self._per_visit(np.minimum)
+
+    @cached_property
+    def last_time(self) -> np.ndarray:
+        """(n_visits,) time of the last usable observation, NO_TIME where there is none."""
+        return self._per_visit(np.maximum)
+
+    def _per_visit(self, ufunc: np.ufunc) -> np.ndarray:
+        out = np.full(self.n_visits, NO_TIME)
+        first_group = self.visit_group_start[:-1]
+        has_rows = first_group < self.visit_group_start[1:]
+        if has_rows.any():
+            out[has_rows] = ufunc.reduceat(self.time, self.group_start[first_group[has_rows]])
+        return out
+
+    def keys(self) -> list[tuple[str, str]]:
+        """The identity of each visit: (client, visit_id) as texts."""
+        return list(zip(self.client_text, self.visit_text, strict=True))
+
+
+def read_observations(
+    source: str | Path | pd.DataFrame | Sequence[Mapping[str, Any]] | Observations,
+    synonyms: Mapping[str, str] | None = None,
+) -> Observations:
+    """Reads a file (.csv, .csv.gz, .parquet), a frame or a list of records into `Observations`.
+
+    Rows that cannot be used are set aside and counted by reason (`SET_ASIDE_REASONS`); exact duplicates count
+    once. ``<0.5`` and ``>200`` count as their number. Dates with a zone are converted to UTC, dates without are
+    taken as UTC. `synonyms` maps further codes to concept names.
+
+    Raises `BadObservations` when a column is missing, the file cannot be read, or no row at all is usable.
+    """
+    if isinstance(source, Observations):
+        return source
+    if isinstance(source, str | Path):
+        table, malformed = _read_file(Path(source))
+        where = f"file {str(source)!r}"
+    elif isinstance(source, pd.DataFrame):
+        table, malformed, where = _check_columns(source, "the frame"), 0, "the frame"
+    elif isinstance(source, Sequence):
+        table, malformed, where = *_read_records(source), "the records"
+    else:
+        raise BadObservations(f"observations must be a file, a frame or a list of records, not {type(source).__name__}")
+    return _validate(table, malformed, where, synonyms)
+
+
+def _check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    missing = [name for name in REQUIRED_COLUMNS if name not in table.columns]
+    if missing:
+        found = list(table.columns)
+        hint = "; is the separator a comma?" if len(found) == 1 and re.search(r"[;\t|]", str(found[0])) else ""
+        raise BadObservations(
+            f"{where}: missing column {listed(missing)}; found {listed(found, 12) or 'no column'}; "
+            f"expected {', '.join(COLUMNS)}{hint}"
+        )
+    if not table.columns.is_unique:
+        raise BadObservations(f"{where}: a column stands twice; expected {', '.join(COLUMNS)}")
+    return table
+
+
+def _read_file(path: Path) -> tuple[pd.DataFrame, int]:
+    where = f"file {str(path)!r}"
+    try:
+        if path.name.endswith(".parquet"):
+            return _check_columns(pd.read_parquet(path), where), 0
+        if path.name.endswith((".csv", ".csv.gz")):
+            return _read_csv(path, where)
+    except FileNotFoundError:
+        raise BadObservations(f"{where} does not exist") from None
+    except (OSError, EOFError, ValueError, pd.errors.ParserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadObservations(f"{where} cannot be read: {reason}") from error
+    raise BadObservations(f"{where}: unknown kind of file; expected .csv, .csv.gz or .parquet")
+
+
+def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, int]:
+    """The table and the number of lines with too many fields. Texts stay texts: the code NA is sodium."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", pd.errors.ParserWarning)
+        try:
+            table = pd.read_csv(
+                path,
+                usecols=lambda name: name in COLUMNS,
+                dtype={name: str for name in REQUIRED_COLUMNS[:4]},
+                keep_default_na=False,
+                na_values=[""],
+                # pandas' default is off by a bit in some decimals, JSON and parquet are not
+                float_precision="round_trip",
+                encoding="utf-8-sig",
+                encoding_errors="replace",
+                on_bad_lines="warn",
+                low_memory=False,
+            )
+        except pd.errors.EmptyDataError:
+            raise BadObservations(f"{where} is empty; expected the columns {', '.join(COLUMNS)}") from None
+    if not set(REQUIRED_COLUMNS) <= set(table.columns):  # read the header again, for the message
+        table = pd.read_csv(path, nrows=0, encoding="utf-8-sig", encoding_errors="replace")
+    malformed = sum(str(warning.message).count("Skipping line") for warning in caught)
+    return _check_columns(table, where), malformed
+
+
+def _read_records(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, int]:
+    rows = [record for record in records if isinstance(record, Mapping)]
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    # Series of dtype object: a column may mix numbers and texts, and each keeps its own meaning
+    table = pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in columns})
+    return _check_columns(table, "the records"), len(records) - len(rows)
+
+
+def as_text(value: Any) -> str:
+    """7, 7.0 and "7" are the same visit: a column of whole numbers with a gap arrives as floats."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _factorize_text(column: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """Index into the distinct texts of a column for each row, -1 where empty; texts in order of appearance."""
+    index, distinct = pd.factorize(column)
+    place: dict[str, int] = {}
+    merged = [place.setdefault(text, len(place)) if (text := as_text(v)) else -1 for v in distinct]
+    if merged != list(range(len(merged))):
+        index = np.where(index >= 0, np.asarray([*merged, -1])[index], -1)
+    return index, list(place)
+
+
+def _times(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(microseconds since 1970 UTC, was the cell empty); NO_TIME where there is no usable date."""
+    empty = column.isna().to_numpy()
+    if isinstance(column.dtype, pd.DatetimeTZDtype):
+        column = column.dt.tz_convert("UTC").dt.tz_localize(None)
+    elif column.dtype.kind != "M":
+        if column.dtype.kind in "iu":
+            column = column.astype(str)
+        # "2024" and "2024-01" are ISO 8601, but no moment of a measurement
+        vague = [isinstance(cell, int | float) or (isinstance(cell, str) and len(cell) < 8) for cell in column]
+        if any(vague):
+            empty = empty | (column == "").to_numpy(dtype=bool, na_value=False)
+            column = column.mask(vague)
+        column = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce").dt.tz_localize(None)
+    micros = column.to_numpy().astype("datetime64[us]").astype(np.int64)
+    return np.where((micros >= _EARLIEST) & (micros < _LATEST), micros, NO_TIME), empty
+
+
+def _number(cell: Any) -> float:
+    """The number in a cell, NaN where there is none; ``<0.5`` and ``>= 200`` count as their number."""
+    if isinstance(cell, bool | np.bool_):
+        return np.nan
+    if isinstance(cell, str):
+        cell = cell.strip().lstrip("<>=≤≥~").strip()
+        if "_" in cell:
+            return np.nan
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
+
+
+def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 with NaN where there is no number, was the cell empty)."""
+    if column.dtype.kind in "iuf" and isinstance(column.dtype, np.dtype):
+        numbers = column.to_numpy(dtype=np.float64)
+        return numbers, np.isnan(numbers)
+    if len(column) < 1000:
+        cells = column.tolist()
+        return np.array([_number(cell) for cell in cells]), np.array([_is_empty(cell) for cell in cells])
+    index, distinct = pd.factorize(column)
+    cells = [*distinct.tolist(), None]
+    numbers = np.array([_number(cell) for cell in cells])
+    return numbers[index], np.array([_is_empty(cell) for cell in cells])[index]
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or cell is pd.NA or cell == "" or cell != cell
+
+
+def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping[str, str] | None) -> Observations:
+    n_rows = len(table)
+    visit_index, visit_texts = _factorize_text(table["visit_id"])
+    client_index, client_texts = _factorize_text(table["client"])
+    code_index, codes = _factorize_text(table["observation_type_code"])
+    time, date_empty = _times(table["observation_date"])
+    value, value_empty = _numbers(table["observation_value"])
+    low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
+
+    # codes in sorted order, whatever order they came in
+    order = sorted(range(len(codes)), key=codes.__getitem__)
+    rank = np.empty(len(codes) + 1, dtype=np.int64)
+    rank[order] = np.arange(len(codes))
+    rank[-1] = -1
+    code_index = rank[code_index]
+    codes = [codes[i] for i in order]
+    concepts = [concept_of(code, synonyms) for code in codes]
+
+    value, low, high, converted = _convert_units(code_index, concepts, value, low, high)
+    floor = np.array([c.low if c else -np.inf for c in concepts] + [-np.inf])
+    ceiling = np.array([c.high if c else np.inf for c in concepts] + [np.inf])
+    with np.errstate(invalid="ignore"):
+        odd_range = ~(low < high) & ~np.isnan(low) & ~np.isnan(high)
+        problems = {
+            "no_visit": visit_index < 0,
+            "no_client": client_index < 0,
+            "no_code": code_index < 0,
+            "no_date": date_empty,
+            "bad_date": time == NO_TIME,
+            "no_value": value_empty,
+            "bad_value": np.isnan(value),
+            "infinite": np.isinf(value),
+            "implausible": (value < floor[code_index]) | (value > ceiling[code_index]),
+        }
+    usable = np.ones(n_rows, dtype=bool)
+    set_aside = {"malformed": malformed} if malformed else {}
+    set_aside_rows: dict[str, list[int]] = {}
+    for reason, hit in problems.items():
+        hit = hit & usable
+        if hit.any():
+            set_aside[reason] = int(hit.sum())
+            set_aside_rows[reason] = np.flatnonzero(hit)[:5].tolist()
+            usable &= ~hit
+    if not usable.any():
+        counted = "; ".join(f"{n} x {SET_ASIDE_REASONS[reason]}" for reason, n in set_aside.items())
+        raise BadObservations(f"{where}: no usable observation in {n_rows} rows ({counted or 'empty'})", set_aside)
+
+    # visits in order of first appearance, also those of which no row is usable
+    named = (visit_index >= 0) & (client_index >= 0)
+    pair = np.where(named, client_index * len(visit_texts) + visit_index, -1)
+    visit_of_row, pairs = pd.factorize(pair, use_na_sentinel=False)
+    first_row = np.empty(len(pairs), dtype=np.int64)
+    first_row[visit_of_row[::-1]] = np.arange(n_rows)[::-1]
+    if (pairs < 0).any():  # rows that name no visit make no visit
+        nameless = int(np.flatnonzero(pairs < 0)[0])
+        first_row = np.delete(first_row, nameless)
+        visit_of_row = visit_of_row - (visit_of_row > nameless)
+    remarks = {}
+    if converted.any():
+        remarks["unit_converted"] = int((converted & usable).sum())
+    if (odd_range & usable).any():
+        remarks["range_ignored"] = int((odd_range & usable).sum())
+        low, high = np.where(odd_range, np.nan, low), np.where(odd_range, np.nan, high)
+    rows = slice(None) if usable.all() else np.flatnonzero(usable)
+    columns, groups, duplicates = _canonical_order(
+        visit_of_row[rows], code_index[rows], len(codes), time[rows], value[rows] + 0.0, low[rows], high[rows]
+    )
+    if duplicates:
+        remarks["duplicate"] = duplicates
+    return Observations(
+        visit_id=table["visit_id"].take(first_row).to_numpy(),
+        client=table["client"].take(first_row).to_numpy(),
+        visit_text=np.array(visit_texts, dtype=object)[visit_index[first_row]],
+        client_text=np.array(client_texts, dtype=object)[client_index[first_row]],
+        codes=tuple(codes),
+        concepts=tuple(concepts),
+        **groups,
+        **columns,
+        set_aside=set_aside,
+        set_aside_rows=set_aside_rows,
+        remarks=remarks,
+    )
+
+
+def _convert_units(code_index, concepts, value, low, high):
+    """Values (and their ranges) in a unit that their number alone tells, turned into the concept's unit."""
+    converted = np.zeros(len(value), dtype=bool)
+    for code, concept in enumerate(concepts):
+        for lowest, highest, factor, offset in concept.converts if concept else ():
+            rows = np.flatnonzero((code_index == code) & (value >= lowest) & (value <= highest))
+            rows = rows[value[rows] > concept.high]
+            if len(rows):
+                value, low, high = value.copy(), low.copy(), high.copy()
+                value[rows] = np.round(value[rows] * factor + offset, 4)  # 100.4 °F is 38, not 38.000000000000007
+                for bound in (low, high):
+                    other_unit = rows[bound[rows] > concept.high]
+                    bound[other_unit] = np.round(bound[other_unit] * factor + offset, 4)
+                converted[rows] = True
+    return value, low, high, converted
+
+
+def _canonical_order(visit, code, n_codes, time, value, low, high):
+    """Sorts by (visit, code, time, value, low, high), drops exact duplicates, finds the groups."""
+    group = visit * n_codes + code
+    start = time.min()
+    span = int(time.max()) - int(start) + 1
+    if int(group.max() + 1) * span < 2**63:  # one fused key sorts twice as fast
+        key = group * span + (time - start)
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        tied = key[1:] == key[:-1]
+    else:
+        order = np.lexsort((time, group))
+        tied = (group[order][1:] == group[order][:-1]) & (time[order][1:] == time[order][:-1])
+    duplicates = 0
+    if tied.any():
+        in_run = np.append(tied, False) | np.insert(tied, 0, False)
+        place = np.flatnonzero(in_run)
+        rows = order[place]
+        order[place] = rows[np.lexsort((high[rows], low[rows], value[rows], time[rows], group[rows]))]
+        same = np.zeros(len(order), dtype=bool)
+        a, b = order[:-1][tied], order[1:][tied]
+        same[1:][tied] = (value[a] == value[b]) & _same(low[a], low[b]) & _same(high[a], high[b])
+        duplicates = int(same.sum())
+        order = order[~same]
+    group = group[order]
+    is_start = np.ones(len(group), dtype=bool)
+    np.not_equal(group[1:], group[:-1], out=is_start[1:])
+    group_start = np.flatnonzero(is_start)
+    groups = {
+        "group_visit": group[group_start] // n_codes,
+        "group_code": group[group_start] % n_codes,
+        "group_start": np.append(group_start, len(group)),
+    }
+    columns = {"time": time[order], "value": value[order], "low": low[order], "high": high[order]}
+    return columns, groups, duplicates
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a == b) | (np.isnan(a) & np.isnan(b))
+
+
+# ------------------------------------------------------------------------------------ snapshots and segments
+
+
+def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The index ranges ``start[i], start[i] + 1, ...`` of the given lengths, one after the other."""
+    shift = start - (np.cumsum(length) - length)
+    return np.arange(length.sum()) + np.repeat(shift, length)
+
+
+class Snapshots:
+    """Which rows: snapshots (a visit at a moment each) joined to the groups of their visits.
+
+    A pair is one snapshot with one group; `begin` and `end` are the rows of the group that the snapshot knows,
+    those with ``time <= as_of``. `visit` must be ascending.
+    """
+
+    def __init__(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray):
+        self.observations = observations
+        self.visit, self.as_of = visit, as_of
+        first_group = observations.visit_group_start[visit]
+        n_groups = observations.visit_group_start[visit + 1] - first_group
+        self.snapshot = np.repeat(np.arange(len(visit)), n_groups)  # of each pair
+        self.group = _ranges(first_group, n_groups)
+        self.code = observations.group_code[self.group]
+        self.begin = observations.group_start[self.group]
+        self.start_time = observations.first_time[visit]
+        self.usable = (self.start_time != NO_TIME) & (self.start_time <= as_of)
+        # Times of one group and of its queries become one ascending integer key: one search for all pairs.
+        self._first_group = observations.visit_group_start[visit[0]]
+        last_group = observations.visit_group_start[visit[-1] + 1]
+        self._first_row = observations.group_start[self._first_group]
+        rows = slice(self._first_row, observations.group_start[last_group])
+        group_of_row = np.repeat(
+            np.arange(last_group - self._first_group),
+            np.diff(observations.group_start[self._first_group : last_group + 1]),
+        )
+        start_of_group = observations.first_time[observations.group_visit[self._first_group : last_group]]
+        since_start = observations.time[rows] - start_of_group[group_of_row]
+        self._width = int(since_start.max(initial=0)) + 2
+        if (last_group - self._first_group) * self._width >= 2**63:
+            raise OverflowError
+        self._key = group_of_row * self._width + since_start + 1
+        self._window_start: dict[int | None, np.ndarray] = {None: self.begin}
+        self.end = self._first_row_after(as_of)
+
+    def _first_row_after(self, moment: np.ndarray) -> np.ndarray:
+        """For each pair the first row of its group later than its snapshot's `moment`."""
+        since_start = np.where(self.usable, moment - np.where(self.usable, self.start_time, 0), -1)
+        place = np.clip(since_start, -1, self._width - 2) + 1
+        query = (self.group - self._first_group) * self._width + place[self.snapshot]
+        return self._first_row + np.searchsorted(self._key, query, side="right")
+
+    def window_start(self, hours: int | None) -> np.ndarray:
+        """For each pair the first row inside the window ``(as_of - hours, as_of]``; None: the visit so far."""
+        if hours not in self._window_start:
+            self._window_start[hours] = self._first_row_after(self.as_of - hours * MICROSECONDS_PER_HOUR)
+        return self._window_start[hours]
+
+    def segments(self, pairs: np.ndarray, hours: int | None) -> Segments:
+        """The runs of rows of `pairs` inside a window; each must hold at least one row."""
+        snapshot = self.snapshot[pairs]
+        return Segments(
+            self.observations,
+            self.window_start(hours)[pairs],
+            self.end[pairs],
+            self.as_of[snapshot],
+            self.start_time[snapshot],
+        )
+
+
+class Segments:
+    """What to compute on: non-empty runs of one code's observations, oldest first, one for each pair.
+
+    Per run: `count`, `first`, `last`, `previous`, `as_of`, `start_time`. Flat over all runs, one after the other:
+    `values`, `hours` (before as_of), `low`, `high`, `deviation` (from the run's mean). `total`, `lowest`, `highest`
+    reduce a flat array to the runs; each run gives the same bits as it would alone.
+    """
+
+    def __init__(self, observations, begin, end, as_of, start_time):
+        self._observations = observations
+        self.begin, self.end, self.as_of, self.start_time = begin, end, as_of, start_time
+        self.length = end - begin
+        self.count = self.length.astype(np.float64)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return _ranges(self.begin, self.length)
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.cumsum(self.length) - self.length
+
+    def total(self, flat: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(flat, self._offsets)
+
+    def lowest(self, flat: np.ndarray) -> np.ndarray:
+        return np.minimum.reduceat(flat, self._offsets)
+
+    def highest(self, flat: np.ndarray) -> np.ndarray:
+        return np.maximum.reduceat(flat, self._offsets)
+
+    def spread(self, per_run: np.ndarray) -> np.ndarray:
+        return np.repeat(per_run, self.length)
+
+    def hours_before(self, row: np.ndarray) -> np.ndarray:
+        """Hours from the rows' times to as_of, for one row of each run."""
+        return (self.as_of - self._observations.time[row]) / MICROSECONDS_PER_HOUR
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        return self._observations.value[self.begin]
+
+    @cached_property
+    def last(self) -> np.ndarray:
+        return self._observations.value[self.end - 1]
+
+    @cached_property
+    def previous(self) -> np.ndarray:
+        """The value before the last; NaN in a run of one."""
+        value = self._observations.value[np.maximum(self.end - 2, self.begin)]
+        return np.where(self.length > 1, value, np.nan)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        return self._observations.value[self._rows]
+
+    @cached_property
+    def hours(self) -> np.ndarray:
+        return (self.spread(self.as_of) - self._observations.time[self._rows]) / MICROSECONDS_PER_HOUR
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        return self._observations.low[self._rows]
+
+    @cached_property
+    def high(self) -> np.ndarray:
+        return self._observations.high[self._rows]
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        return self.total(self.values) / self.count
+
+    @cached_property
+    def minimum(self) -> np.ndarray:
+        return self.lowest(self.values)
+
+    @cached_property
+    def maximum(self) -> np.ndarray:
+        return self.highest(self.values)
+
+    @cached_property
+    def deviation(self) -> np.ndarray:
+        return self.values - self.spread(self.mean)
+
+    @cached_property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.total(self.deviation * self.deviation) / self.count)
+
+
+# ----------------------------------------------------------------------------------------- feature blocks
+#
+# A statistic is declared once, here: its name, its block, whether the windows block offers it too, and what an
+# empty run gives. Its function takes `Segments` and gives one number for each run. To add one, add a function.
+
+
+@dataclass(frozen=True)
+class Statistic:
+    name: str
+    block: str
+    function: Callable[[Segments], np.ndarray]
+    windowed: bool
+    empty: float
+
+
+STATISTICS: dict[str, Statistic] = {}
+
+
+def statistic(block: str, name: str, windowed: bool = False, empty: float = np.nan):
+    def declare(function):
+        STATISTICS[name] = Statistic(name, block, function, windowed, empty)
+        return function
+
+    return declare
+
+
+@statistic("last", "last")
+def _last(s: Segments) -> np.ndarray:
+    """The latest value; of several at the same time the largest."""
+    return s.last
+
+
+@statistic("summary", "min", windowed=True)
+def _min(s: Segments) -> np.ndarray:
+    """The smallest value."""
+    return s.minimum
+
+
+@statistic("summary", "max", windowed=True)
+def _max(s: Segments) -> np.ndarray:
+    """The largest value."""
+    return s.maximum
+
+
+@statistic("summary", "mean", windowed=True)
+def _mean(s: Segments) -> np.ndarray:
+    """The arithmetic mean."""
+    return s.mean
+
+
+@statistic("summary", "std", windowed=True)
+def _std(s: Segments) -> np.ndarray:
+    """The population standard deviation; 0 for one value."""
+    return s.std
+
+
+@statistic("summary", "count", windowed=True, empty=0.0)
+def _count(s: Segments) -> np.ndarray:
+    """The number of values; 0 where there is none."""
+    return s.count
+
+
+@statistic("trend", "slope")
+def _slope(s: Segments) -> np.ndarray:
+    """Least-squares slope in units an hour; NaN where all values stand at one time."""
+    hours = -s.hours
+    off = hours - s.spread(s.total(hours) / s.count)
+    across = s.total(off * off)
+    one_time = s._observations.time[s.begin] == s._observations.time[s.end - 1]
+    return np.divide(s.total(off * s.deviation), across, out=np.full(len(across), np.nan), where=~one_time)
+
+
+@statistic("trend", "change")
+def _change(s: Segments) -> np.ndarray:
+    """Last minus first value; 0 for one value."""
+    return s.last - s.first
+
+
+@statistic("trend", "delta")
+def _delta(s: Segments) -> np.ndarray:
+    """Last minus previous value; NaN for one value."""
+    return s.last - s.previous
+
+
+@statistic("recency", "age")
+def _age(s: Segments) -> np.ndarray:
+    """Hours since last measured."""
+    return s.hours_before(s.end - 1)
+
+
+@statistic("recency", "measured", empty=0.0)
+def _measured(s: Segments) -> np.ndarray:
+    """1 where ever measured in the visit so far, else 0."""
+    return np.ones(len(s.count))
+
+
+@statistic("recency", "rate", empty=0.0)
+def _rate(s: Segments) -> np.ndarray:
+    """Values an hour of the visit so far, the first hour counting whole; 0 where there is none."""
+    return s.count / np.maximum((s.as_of - s.start_time) / MICROSECONDS_PER_HOUR, 1.0)
+
+
+@statistic("reference", "outside")
+def _outside(s: Segments) -> np.ndarray:
+    """How far the last value lies outside its own reference range, in range widths: negative below, 0 inside.
+
+    With one bound alone the width is that bound's size. NaN without a range, or where the width is 0.
+    """
+    row = s.end - 1
+    low, high = s._observations.low[row], s._observations.high[row]
+    no_low, no_high = np.isnan(low), np.isnan(high)
+    width = np.where(no_low, np.abs(high), np.where(no_high, np.abs(low), high - low))
+    distance = np.where(s.last < low, s.last - low, np.where(s.last > high, s.last - high, 0.0))
+    return np.divide(distance, width, out=np.full(len(width), np.nan), where=width > 0)
+
+
+@statistic("reference", "share_below")
+def _share_below(s: Segments) -> np.ndarray:
+    """Share of the values with a lower bound that are below it; NaN where none has one."""
+    return _share(s, s.values < s.low, s.low)
+
+
+@statistic("reference", "share_above")
+def _share_above(s: Segments) -> np.ndarray:
+    """Share of the values with an upper bound that are above it; NaN where none has one."""
+    return _share(s, s.values > s.high, s.high)
+
+
+def _share(s: Segments, hit: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    bounded = s.total((~np.isnan(bound)).astype(np.float64))
+    return np.divide(s.total(hit.astype(np.float64)), bounded, out=np.full(len(bounded), np.nan), where=bounded > 0)
+
+
+@statistic("variability", "range")
+def _range(s: Segments) -> np.ndarray:
+    """Largest minus smallest value; 0 for one value."""
+    return s.maximum - s.minimum
+
+
+@statistic("variability", "cv")
+def _cv(s: Segments) -> np.ndarray:
+    """Coefficient of variation: population standard deviation over the size of the mean; NaN where the mean is 0."""
+    size = np.abs(s.mean)
+    return np.divide(s.std, size, out=np.full(len(size), np.nan), where=size > 0)
+
+
+@statistic("variability", "mean_abs_change")
+def _mean_abs_change(s: Segments) -> np.ndarray:
+    """Mean absolute difference of neighbouring values; NaN for one value."""
+    step = np.abs(np.diff(s.values, prepend=s.values[:1]))
+    step[s._offsets] = 0.0
+    steps = s.count - 1
+    return np.divide(s.total(step), steps, out=np.full(len(steps), np.nan), where=steps > 0)
+
+
+@statistic("deviation", "departure", windowed=True)
+def _departure(s: Segments) -> np.ndarray:
+    """Last value minus the mean; over a window: minus the window's mean."""
+    return s.last - s.mean
+
+
+class Concepts:
+    """Clinical quantities of many snapshots: the values of all codes of a concept together, NaN where none."""
+
+    def __init__(self, snapshots: Snapshots):
+        self._snapshots = snapshots
+        self._known: dict[tuple, np.ndarray] = {}
+
+    def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _runs(self, name: str, hours: int | None) -> list[tuple[np.ndarray, Segments]]:
+        """(snapshots, segments) for each code of the concept that has values in the window, in order of codes."""
+        shots, runs = self._snapshots, []
+        for code, concept in enumerate(shots.observations.concepts):
+            if concept is CONCEPT[name]:
+                pairs = np.flatnonzero(shots.code == code)
+                pairs = pairs[shots.window_start(hours)[pairs] < shots.end[pairs]]
+                if len(pairs):
+                    runs.append((shots.snapshot[pairs], shots.segments(pairs, hours)))
+        return runs
+
+    def latest(self, name: str) -> np.ndarray:
+        """The latest value of the last 24 h (of a static concept: of the visit)."""
+        return self.once(("latest", name), lambda: self._latest(name))
+
+    def _latest(self, name: str) -> np.ndarray:
+        out = np.full(len(self._snapshots.as_of), np.nan)
+        age = np.full(len(out), np.inf)
+        for snapshot, run in self._runs(name, None if CONCEPT[name].static else 24):
+            run_age = run.hours_before(run.end - 1)
+            newer = run_age <= age[snapshot]
+            out[snapshot[newer]], age[snapshot[newer]] = run.last[newer], run_age[newer]
+        return out
+
+    def lowest(self, name: str) -> np.ndarray:
+        """The smallest value of the last 24 h."""
+        return self.once(("lowest", name), lambda: self._extreme(name, np.fmin, "minimum"))
+
+    def highest(self, name: str) -> np.ndarray:
+        """The largest value of the last 24 h."""
+        return self.once(("highest", name), lambda: self._extreme(name, np.fmax, "maximum"))
+
+    def _extreme(self, name: str, of_two: np.ufunc, attribute: str) -> np.ndarray:
+        out = np.full(len(self._snapshots.as_of), np.nan)
+        for snapshot, run in self._runs(name, 24):
+            out[snapshot] = of_two(out[snapshot], getattr(run, attribute))
+        return out
+
+
+CLINICAL: dict[str, Callable[[Concepts], np.ndarray]] = {}
+
+
+def clinical(name: str):
+    def declare(function):
+        CLINICAL[name] = lambda c: c.once((name,), lambda: function(c))
+        return function
+
+    return declare
+
+
+def clinical_score(name: str, *parts: str):
+    """Declares a sum of parts as several features.
+
+    `<name>`: the sum of the parts whose inputs are there, NaN where no part has its inputs; `<name>_parts`: how
+    many have; `<name>_<part>`: each part's points, NaN where its inputs are missing.
+    """
+
+    def declare(function):
+        def points(c: Concepts) -> dict[str, np.ndarray]:
+            return c.once((name, "parts"), lambda: dict(zip(parts, function(c), strict=True)))
+
+        def observed(c: Concepts) -> np.ndarray:
+            return np.add.reduce([~np.isnan(part) for part in points(c).values()], dtype=np.float64)
+
+        def score(c: Concepts) -> np.ndarray:
+            total = np.add.reduce([np.nan_to_num(part) for part in points(c).values()])
+            return np.where(observed(c) > 0, total, np.nan)
+
+        clinical(name)(score)
+        clinical(f"{name}_parts")(observed)
+        for part in parts:
+            clinical(f"{name}_{part}")(lambda c, part=part: points(c)[part])
+        return function
+
+    return declare
+
+
+def _points(value: np.ndarray, edges: Sequence[float], points: Sequence[float], side: str = "left") -> np.ndarray:
+    """Points by band; with side "left" an edge belongs to the band below it, with "right" to the one above."""
+    return np.where(np.isnan(value), np.nan, np.asarray(points, float)[np.searchsorted(edges, value, side=side)])
+
+
+def _either(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where one of two criteria (1, 0 or NaN) holds, 0 where neither of those known does, NaN where both are NaN."""
+    return np.fmax(a, b)
+
+
+@clinical_score("sirs", "temperature", "heart_rate", "respiration", "wbc")
+def _sirs(c: Concepts):
+    """Systemic inflammatory response syndrome criteria, Bone et al., Chest 1992;101:1644, doi 10.1378/chest.101.6.1644.
+
+    Temperature > 38 or < 36 °C; heart rate > 90; respiratory rate > 20 or PaCO2 < 32 mmHg; white count > 12 or
+    < 4 (bands are not known).
+    """
+    temperature, wbc = c.latest("temperature"), c.latest("wbc")
+    yield np.where(np.isnan(temperature), np.nan, (temperature > 38) | (temperature < 36))
+    yield _points(c.latest("heart_rate"), [90], [0, 1])
+    yield _either(
+        _points(c.latest("respiratory_rate"), [20], [0, 1]), _points(c.latest("paco2"), [32], [1, 0], "right")
+    )
+    yield np.where(np.isnan(wbc), np.nan, (wbc > 12) | (wbc < 4))
+
+
+@clinical_score("qsofa", "respiration", "blood_pressure", "mentation")
+def _qsofa(c: Concepts):
+    """Quick SOFA, Seymour et al., JAMA 2016;315:762, doi 10.1001/jama.2016.0288.
+
+    Respiratory rate >= 22; systolic pressure <= 100 mmHg; Glasgow coma scale < 15.
+    """
+    yield _points(c.latest("respiratory_rate"), [22], [0, 1], "right")
+    yield _points(c.latest("systolic_bp"), [100], [1, 0])
+    yield _points(c.latest("gcs"), [15], [1, 0], "right")
+
+
+@clinical_score(
+    "news2",
+    "respiration",
+    "oxygen_saturation",
+    "oxygen",
+    "blood_pressure",
+    "pulse",
+    "consciousness",
+    "temperature",
+)
+def _news2(c: Concepts):
+    """National Early Warning Score 2, Royal College of Physicians, London 2017 (SpO2 scale 1).
+
+    Supplemental oxygen is taken from FiO2 > 0.21, consciousness from a Glasgow coma scale < 15.
+    """
+    yield _points(c.latest("respiratory_rate"), [8, 11, 20, 24], [3, 1, 0, 2, 3])
+    yield _points(c.latest("spo2"), [91, 93, 95], [3, 2, 1, 0])
+    yield _points(c.latest("fio2"), [0.21], [0, 2])
+    yield _points(c.latest("systolic_bp"), [90, 100, 110, 219], [3, 2, 1, 0, 3])
+    yield _points(c.latest("heart_rate"), [40, 50, 90, 110, 130], [3, 1, 0, 1, 2, 3])
+    yield _points(c.latest("gcs"), [15], [3, 0], "right")
+    yield _points(c.latest("temperature"), [35, 36, 38, 39], [3, 1, 0, 1, 2])
+
+
+@clinical_score("sofa", "respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal")
+def _partial_sofa(c: Concepts):
+    """Partial SOFA, Vincent et al., Intensive Care Med 1996;22:707, doi 10.1007/BF01709751: worst of 24 h.
+
+    What a table of observations does not tell is left out: without ventilation respiration gives at most 2,
+    without vasopressors circulation at most 1, and urine output is not counted. Where PaO2 is missing, SpO2/FiO2
+    stands in, with 512 for 400 and 357 for 300 (Pandharipande et al., Crit Care Med 2009;37:1317).
+    """
+    with_pao2 = _points(pf_ratio(c), [300, 400], [2, 1, 0], "right")
+    with_spo2 = _points(sf_ratio(c), [357, 512], [2, 1, 0], "right")
+    yield np.where(np.isnan(with_pao2), with_spo2, with_pao2)
+    yield _points(c.lowest("platelets"), [20, 50, 100, 150], [4, 3, 2, 1, 0], "right")
+    yield _points(c.highest("bilirubin_total"), [1.2, 2.0, 6.0, 12.0], [0, 1, 2, 3, 4], "right")
+    yield _points(c.lowest("mean_bp"), [70], [1, 0], "right")
+    yield _points(c.lowest("gcs"), [6, 10, 13, 15], [4, 3, 2, 1, 0], "right")
+    yield _points(c.highest("creatinine"), [1.2, 2.0, 3.5, 5.0], [0, 1, 2, 3, 4], "right")
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+
+
+@clinical("shock_index")
+def shock_index(c: Concepts) -> np.ndarray:
+    """Heart rate over systolic pressure, Allgöwer and Burri, Dtsch Med Wochenschr 1967;92:1947."""
+    return _ratio(c.latest("heart_rate"), c.latest("systolic_bp"))
+
+
+@clinical("pulse_pressure")
+def pulse_pressure(c: Concepts) -> np.ndarray:
+    """Systolic minus diastolic pressure, mmHg."""
+    return c.latest("systolic_bp") - c.latest("diastolic_bp")
+
+
+@clinical("bun_creatinine")
+def bun_creatinine(c: Concepts) -> np.ndarray:
+    """Urea nitrogen over creatinine, both in mg/dL."""
+    return _ratio(c.latest("bun"), c.latest("creatinine"))
+
+
+@clinical("sf_ratio")
+def sf_ratio(c: Concepts) -> np.ndarray:
+    """SpO2 (percent) over FiO2 (fraction), Rice et al., Chest 2007;132:410, doi 10.1378/chest.07-0617."""
+    return _ratio(c.latest("spo2"), c.latest("fio2"))
+
+
+@clinical("pf_ratio")
+def pf_ratio(c: Concepts) -> np.ndarray:
+    """PaO2 (mmHg) over FiO2 (fraction)."""
+    return _ratio(c.latest("pao2"), c.latest("fio2"))
+
+
+CONTEXT: dict[str, Callable[[Snapshots], np.ndarray]] = {}
+
+
+def context(name: str):
+    def declare(function):
+        CONTEXT[name] = function
+        return function
+
+    return declare
+
+
+@context("hours")
+def _hours(s: Snapshots) -> np.ndarray:
+    """Hours since the visit's first observation."""
+    return (s.as_of - s.start_time) / MICROSECONDS_PER_HOUR
+
+
+@context("types")
+def _types(s: Snapshots) -> np.ndarray:
+    """Number of different codes observed in the visit so far."""
+    return np.bincount(s.snapshot[s.begin < s.end], minlength=len(s.as_of)).astype(np.float64)
+
+
+@context("observations_6h")
+def _observations_6h(s: Snapshots) -> np.ndarray:
+    """Number of observations of any code in the last 6 h."""
+    return np.bincount(s.snapshot, weights=s.end - s.window_start(6), minlength=len(s.as_of))
+
+
+@context("hour_of_day")
+def _hour_of_day(s: Snapshots) -> np.ndarray:
+    """Hour of the day of as_of, with its fraction: in the time zone of the data, UTC where they had one."""
+    return (s.as_of % (24 * MICROSECONDS_PER_HOUR)) / MICROSECONDS_PER_HOUR
+
+
+DEFAULT_WINDOWS = (6, 12, 24)
+BLOCKS = (*dict.fromkeys(s.block for s in STATISTICS.values()), "windows", "clinical", "context")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A parsed feature name: a code's statistic (over the last `window` hours, or the visit so far), or a named
+    feature of the clinical or the context block (`code` None)."""
+
+    block: str
+    name: str
+    code: str | None = None
+    window: int | None = None
+
+    def __str__(self) -> str:
+        window = f"__{self.window}h" if self.window else ""
+        return f"{self.block if self.code is None else self.code}__{self.name}{window}"
+
+
+def parse_feature(text: str) -> Feature:
+    """The feature that a name asks for.
+
+    >>> parse_feature("HR__mean__6h")
+    Feature(block='windows', name='mean', code='HR', window=6)
+    >>> parse_feature("clinical__sirs")
+    Feature(block='clinical', name='sirs', code=None, window=None)
+
+    Raises `BadConfig` when no block makes such a feature.
+    """
+    head, _, tail = text.rpartition("__")
+    if head == "clinical" and tail in CLINICAL:
+        return Feature("clinical", tail)
+    if head == "context" and tail in CONTEXT:
+        return Feature("context", tail)
+    if head and tail in STATISTICS:
+        return Feature(STATISTICS[tail].block, tail, head)
+    if re.fullmatch(r"[1-9]\d*h", tail):
+        code, _, name = head.rpartition("__")
+        if code and name in STATISTICS and STATISTICS[name].windowed:
+            return Feature("windows", name, code, int(tail[:-1]))
+    raise BadConfig(f"unknown feature {text!r}; expected <code>__<statistic>, clinical__<score> or context__<name>")
+
+
+def block_features(
+    block: str,
+    codes: Iterable[str],
+    windows: Iterable[int] = DEFAULT_WINDOWS,
+    synonyms: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The names of all features that a block makes of `codes`. Static codes (age, sex) are `last` only."""
+    if block == "clinical":
+        return [str(Feature(block, name)) for name in CLINICAL]
+    if block == "context":
+        return [str(Feature(block, name)) for name in CONTEXT]
+    if block not in BLOCKS:
+        raise BadConfig(f"unknown feature block {block!r}; known: {', '.join(BLOCKS)}")
+    if block != "last":
+        codes = [code for code in codes if not ((concept := concept_of(code, synonyms)) and concept.static)]
+    if block == "windows":
+        names = [s.name for s in STATISTICS.values() if s.windowed]
+        return [str(Feature(block, n, code, w)) for code in codes for w in windows for n in names]
+    names = [s.name for s in STATISTICS.values() if s.block == block]
+    return [str(Feature(block, name, code)) for code in codes for name in names]
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+_PAIRS_AT_ONCE = 1 << 17  # bounds the memory of one chunk; the numbers do not depend on it
+_ROWS_AT_ONCE = 1 << 17
+
+
+class FeaturePlan:
+    """What a list of feature names asks for, sorted out once: `evaluate` computes just that."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = list(names)
+        if len(set(self.names)) != len(self.names):
+            raise BadConfig("a feature name stands twice")
+        features = [parse_feature(name) for name in self.names]
+        self.codes = sorted({f.code for f in features if f.code is not None})
+        place = {code: i for i, code in enumerate(self.codes)}
+        # window -> statistic -> column of each code (-1: not asked for)
+        self.columns: dict[int | None, dict[str, np.ndarray]] = {}
+        self.clinical: dict[str, int] = {}
+        self.context: dict[str, int] = {}
+        self.empty = np.full(len(features), np.nan)
+        for column, feature in enumerate(features):
+            if feature.code is None:
+                (self.clinical if feature.block == "clinical" else self.context)[feature.name] = column
+            else:
+                of_codes = self.columns.setdefault(feature.window, {}).setdefault(
+                    feature.name, np.full(len(self.codes), -1)
+                )
+                of_codes[place[feature.code]] = column
+                self.empty[column] = STATISTICS[feature.name].empty
+
+    def evaluate(
+        self,
+        observations: Observations,
+        visit: np.ndarray,
+        as_of: np.ndarray,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The features of snapshots.
+
+        `visit` (n_snapshots,) index into the visits, `as_of` (n_snapshots,) microseconds since 1970. Gives float64
+        (n_snapshots, n_features), column-major; NaN where empty, a whole row of NaN where the snapshot has no
+        observation at all. Each snapshot's numbers are the same alone or among others. `out` (n_features, n_snapshots)
+        may name where to write them, such as a file in memory.
+        """
+        visit, as_of = np.asarray(visit, dtype=np.int64), np.asarray(as_of, dtype=np.int64)
+        out = np.empty((len(self.names), len(visit))) if out is None else out
+        if not len(visit):
+            return out.T
+        ascending = bool(np.all(visit[1:] >= visit[:-1]))
+        order = None if ascending else np.argsort(visit, kind="stable")
+        if order is not None:
+            visit, as_of = visit[order], as_of[order]
+        place = {code: i for i, code in enumerate(self.codes)}
+        own_code = np.array([place.get(code, -1) for code in observations.codes])
+
+        def fill(part: tuple[int, int]) -> None:
+            rows = slice(*part)
+            try:
+                self._fill(out[:, rows], observations, visit[rows], as_of[rows], own_code)
+            except OverflowError:  # stays of centuries: fewer visits at once
+                middle = sum(part) // 2
+                if middle == part[0]:
+                    raise BadObservations("a visit spans too many years to be right; check its dates") from None
+                fill((part[0], middle))
+                fill((middle, part[1]))
+
+        n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
+        chunk = np.cumsum(n_groups) // _PAIRS_AT_ONCE
+        cuts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(visit)]
+        for part in pairwise(cuts):
+            fill(part)
+        if order is not None:
+            out[:, order] = out.copy()
+        return out.T
+
+    def _fill(self, out, observations, visit, as_of, own_code) -> None:
+        """Writes the features of some snapshots to `out` (n_features, n_snapshots)."""
+        shots = Snapshots(observations, visit, as_of)
+        out[:] = self.empty[:, None]
+        code = own_code[shots.code]
+        for window, statistics in self.columns.items():
+            length = shots.end - shots.window_start(window)
+            pairs = np.flatnonzero((length > 0) & (code >= 0))
+            # code after code: neighbouring results then stand side by side in the column-major output
+            pairs = pairs[np.argsort(code[pairs].astype(np.int16), kind="stable")]
+            chunk = np.cumsum(length[pairs]) // _ROWS_AT_ONCE
+            for some in np.split(pairs, np.flatnonzero(np.diff(chunk)) + 1):
+                if not len(some):
+                    continue
+                segments = shots.segments(some, window)
+                snapshot, own = shots.snapshot[some], code[some]
+                for name, columns in statistics.items():
+                    value = STATISTICS[name].function(segments)
+                    column = columns[own]
+                    if columns.min() < 0:
+                        wanted = column >= 0
+                        out[column[wanted], snapshot[wanted]] = value[wanted]
+                    else:
+                        out[column, snapshot] = value
+        if self.clinical:
+            concepts = Concepts(shots)
+            for name, column in self.clinical.items():
+                out[column] = CLINICAL[name](concepts)
+        for name, column in self.context.items():
+            out[column] = CONTEXT[name](shots)
+        out[:, ~shots.usable] = np.nan
+
+
+# ------------------------------------------------------------------------------------ configuration, snapshots
+
+_CONFIG_KEYS = {
+    "feature_set": str,
+    "blocks": list,
+    "windows": list,
+    "codes": list,
+    "synonyms": dict,
+    "feature_names": list,
+    "model": dict,
+    "risk_thresholds": dict,
+    "decision_threshold": float | int,
+    "golden": dict,
+}
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Reads and checks ``best_model_config.json``. Raises `BadConfig` with what is wrong and what to do."""
+    where = f"config {str(path)!r}"
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadConfig(f"{where} does not exist; run generate_features.py first") from None
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{where} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict) or "schema_version" not in config:
+        raise BadConfig(f"{where} has no schema_version; it was not written by generate_features.py")
+    if config["schema_version"] != SCHEMA_VERSION:
+        raise BadConfig(
+            f"{where} has schema version {config['schema_version']!r}, this code reads version {SCHEMA_VERSION}; "
+            "search and train again, or use the code the config was made with"
+        )
+    for key, kind in _CONFIG_KEYS.items():
+        if not isinstance(config.get(key), kind):
+            raise BadConfig(f"{where}: {key!r} is missing or of the wrong type; search and train again")
+    fill = config.get("fill_value")
+    if not (fill is None or (isinstance(fill, int | float) and not isinstance(fill, bool))):
+        raise BadConfig(f"{where}: 'fill_value' must be a number or null")
+    levels = config["risk_thresholds"]
+    if not (
+        set(levels) == {"medium", "high"}
+        and all(isinstance(v, int | float) for v in levels.values())
+        and 0 < levels["medium"] < levels["high"] < 1
+    ):
+        raise BadConfig(f"{where}: 'risk_thresholds' must hold 0 < medium < high < 1")
+    if not config["feature_names"]:
+        raise BadConfig(f"{where}: 'feature_names' is empty")
+    return config
+
+
+def to_micros(moment: Any) -> int:
+    """One moment (ISO 8601 text, datetime, Timestamp) as microseconds since 1970 UTC."""
+    times, _ = _times(pd.Series([moment]))
+    if times[0] == NO_TIME:
+        raise BadObservations(f"as_of {str(moment)!r} is not an ISO 8601 date between 1900 and 2299")
+    return int(times[0])
+
+
+def resolve_snapshots(observations: Observations, as_of: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(visit index, microseconds, several moments?) of the snapshots that `as_of` names.
+
+    None: each visit at its last usable observation. One moment: every visit then. Several moments: every visit at
+    each of them. A frame with the columns ``visit_id, client, as_of``: just these, in its order.
+    """
+    every = np.arange(observations.n_visits)
+    if as_of is None:
+        return every, observations.last_time, False
+    if isinstance(as_of, pd.DataFrame):
+        missing = [name for name in ("visit_id", "client", "as_of") if name not in as_of.columns]
+        if missing:
+            raise BadObservations(f"as_of: missing column {listed(missing)}; expected visit_id, client, as_of")
+        place = {key: i for i, key in enumerate(observations.keys())}
+        keys = zip(as_of["client"].map(as_text), as_of["visit_id"].map(as_text), strict=True)
+        visit = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
+        moments, _ = _times(as_of["as_of"])
+        for bad, what in ((visit < 0, "name no visit of the observations"), (moments == NO_TIME, "hold no date")):
+            if bad.any():
+                raise BadObservations(f"as_of: {int(bad.sum())} rows {what}, the first is row {int(bad.argmax())}")
+        return visit, moments, True
+    if isinstance(as_of, list | tuple | np.ndarray | pd.Series | pd.Index):
+        moments = np.array([to_micros(moment) for moment in as_of], dtype=np.int64)
+        if not len(moments):
+            raise BadObservations("as_of names no moment")
+        return np.repeat(every, len(moments)), np.tile(moments, len(every)), True
+    return every, np.full(len(every), to_micros(as_of)), False
+
+
+class SetAsideWarning(UserWarning):
+    """Rows of the observations were not used; the text says how many and why."""
+
+
+def describe_set_aside(observations: Observations) -> str:
+    """One line, without any value or identifier; empty where every row was used."""
+    return "; ".join(f"{n} rows: {SET_ASIDE_REASONS[reason]}" for reason, n in observations.set_aside.items())
+
+
+class FeatureReproducer:
+    """Computes a model's features from observations, just as in training.
+
+    >>> FeatureReproducer("models/best_model_config.json").transform(df)   # doctest: +SKIP
+    """
+
+    def __init__(self, config_path: str | Path = DEFAULT_CONFIG):
+        self.config = load_config(config_path)
+        self.feature_names: list[str] = self.config["feature_names"]
+        self.plan = FeaturePlan(self.feature_names)
+
+    @cached_property
+    def all_plan(self) -> FeaturePlan:
+        """Every feature that the blocks make of the config's codes."""
+        config = self.config
+        names = [
+            name
+            for block in BLOCKS
+            for name in block_features(block, config["codes"], config["windows"], config["synonyms"])
+        ]
+        return FeaturePlan(names)
+
+    def read(self, source: Any) -> Observations:
+        """`read_observations` with the config's synonyms."""
+        return read_observations(source, self.config["synonyms"])
+
+    def read_and_warn(self, source: Any) -> Observations:
+        """`read`, and a `SetAsideWarning` for rows that are not used."""
+        observations = self.read(source)
+        if observations.set_aside and observations is not source:
+            warnings.warn(SetAsideWarning(f"set aside: {describe_set_aside(observations)}"), stacklevel=3)
+        return observations
+
+    def matrix(
+        self,
+        observations: Observations,
+        visit: np.ndarray,
+        as_of: np.ndarray,
+        plan: FeaturePlan | None = None,
+    ) -> np.ndarray:
+        """(n_snapshots, n_features) float64, filled by the config's `fill_value`; a row without any observation
+        stays NaN."""
+        features = (plan or self.plan).evaluate(observations, visit, as_of)
+        fill = self.config.get("fill_value")
+        if fill is not None:
+            usable = _usable(observations, visit, as_of)
+            features[np.isnan(features) & usable[:, None]] = fill
+        return features
+
+    def transform(self, df: Any, return_all_features: bool = False, as_of: Any = None) -> pd.DataFrame:
+        """Observations (frame, file or records) to features.
+
+        Gives one row a visit in order of first appearance, at its last observation or at `as_of`; with several
+        moments in `as_of` (see `resolve_snapshots`) one row a snapshot, and their `as_of` as third column. Columns:
+        ``visit_id, client``, then the model's features in the model's order, or with `return_all_features` every
+        feature that the blocks make of the config's codes. Raises `BadObservations`.
+        """
+        observations = self.read_and_warn(df)
+        visit, moments, several = resolve_snapshots(observations, as_of)
+        plan = self.all_plan if return_all_features else self.plan
+        features = self.matrix(observations, visit, moments, plan)
+        index = _index_columns(observations, visit, moments, several)
+        return pd.concat([pd.DataFrame(index), pd.DataFrame(features, columns=plan.names)], axis=1)
+
+
+def _usable(observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
+    first = observations.first_time[visit]
+    return (first != NO_TIME) & (first <= as_of)
+
+
+def _index_columns(observations, visit, moments, several) -> dict[str, np.ndarray]:
+    columns = {"visit_id": observations.visit_id[visit], "client": observations.client[visit]}
+    if several:
+        columns["as_of"] = moments.astype("datetime64[us]")
+    return columns
+
+
+# --------------------------------------------------------------------------------------------------- model
+
+
+class BoostedTrees:
+    """A LightGBM booster. One thread: a second one costs more than it brings for a few rows, and hangs after fork."""
+
+    def __init__(self, booster: Any):
+        self.booster = booster
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        return self.booster.predict(features, raw_score=True, num_threads=1)
+
+    def contributions(self, features: np.ndarray) -> np.ndarray:
+        """(n_rows, n_features) share of each feature in the log-odds, TreeSHAP as LightGBM computes it."""
+        return self.booster.predict(features, pred_contrib=True, num_threads=1)[:, :-1]
+
+
+class LinearModel:
+    """Logistic regression on standardised features. NumPy sums each row alone: BLAS would give a row other bits in
+    a batch than alone."""
+
+    def __init__(self, mean: np.ndarray, scale: np.ndarray, coefficient: np.ndarray, intercept: float):
+        self.mean, self.scale, self.coefficient, self.intercept = mean, scale, coefficient, intercept
+
+    def contributions(self, features: np.ndarray) -> np.ndarray:
+        """(n_rows, n_features) coefficient times the distance from the mean, in standard deviations."""
+        return np.ascontiguousarray((features - self.mean) / self.scale * self.coefficient)
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        return np.add.reduce(self.contributions(features), axis=1) + self.intercept
+
+
+class Classifier:
+    """Any scikit-learn classifier with `predict_proba`; explains nothing."""
+
+    def __init__(self, estimator: Any):
+        self.estimator = estimator
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        probability = np.clip(self.estimator.predict_proba(features)[:, 1], 1e-6, 1 - 1e-6)
+        return np.log(probability / (1 - probability))
+
+
+class ScoreModel:
+    """What ``best_model.pkl`` holds: fitted members, whose log-odds are averaged, and a calibration.
+
+    The calibrated log-odds are ``slope * log_odds + intercept`` (Platt 1999, on out-of-fold log-odds).
+    """
+
+    def __init__(self, members: Sequence[Any], slope: float = 1.0, intercept: float = 0.0, metadata=None):
+        self.members = list(members)
+        self.slope, self.intercept = float(slope), float(intercept)
+        self.metadata = dict(metadata or {})
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        """(n_rows,) before calibration."""
+        features = np.ascontiguousarray(features)
+        total = self.members[0].log_odds(features)
+        for member in self.members[1:]:
+            total = total + member.log_odds(features)
+        return total / len(self.members)
+
+    def probability(self, features: np.ndarray) -> np.ndarray:
+        """(n_rows,) calibrated probability of sepsis within the horizon."""
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(-(self.slope * self.log_odds(features) + self.intercept)))
+
+    def contributions(self, features: np.ndarray) -> np.ndarray:
+        """(n_rows, n_features) in calibrated log-odds. Raises `NotExplainable`."""
+        silent = [member for member in self.members if not hasattr(member, "contributions")]
+        if silent:
+            raise NotExplainable(
+                f"explanations are available for LightGBM and logistic regression, not for "
+                f"{type(silent[0].estimator).__name__}"
+            )
+        features = np.ascontiguousarray(features)
+        total = self.members[0].contributions(features)
+        for member in self.members[1:]:
+            total = total + member.contributions(features)
+        return self.slope * total / len(self.members)
+
+
+class ProductionPipeline:
+    """Observations to probability of sepsis, with the deployed config and model.
+
+    Loading checks the model file's SHA-256 before it is unpickled and recomputes the config's golden example:
+    whatever would give other numbers than training refuses to start (`BadConfig`, `BadModel`).
+    """
+
+    def __init__(self, config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL):
+        self.reproducer = FeatureReproducer(config_path)
+        self.config = self.reproducer.config
+        self.feature_names = self.reproducer.feature_names
+        self.model_version: str = self.config.get("model_version") or "unversioned"
+        self.model = self._load_model(Path(model_path))
+        self._expected_codes = self.config.get("code_prevalence") or {}
+        self._check_golden_example()
+
+    def _load_model(self, path: Path) -> ScoreModel:
+        where = f"model file {str(path)!r}"
+        expected = self.config.get("model_sha256")
+        if not expected:
+            raise BadModel("the config belongs to no trained model yet; run train_best_model.py --full")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadModel(f"{where} cannot be read ({error.strerror}); run train_best_model.py --full") from None
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise BadModel(
+                f"{where} is not the one that the config was made with (its SHA-256 differs); "
+                "deploy config and model together, or run train_best_model.py --full"
+            )
+        try:
+            model = joblib.load(io.BytesIO(content))
+        except Exception as error:  # unpickling may raise anything, most often a library that is not installed
+            raise BadModel(f"{where} cannot be unpickled here: {type(error).__name__}: {error}") from error
+        if not isinstance(model, ScoreModel):
+            raise BadModel(f"{where} holds a {type(model).__name__}, not a ScoreModel")
+        return model
+
+    def _check_golden_example(self) -> None:
+        golden = self.config["golden"]
+        observations = self.reproducer.read(golden["observations"])
+        visit, moments, _ = resolve_snapshots(observations)
+        features = self.reproducer.matrix(observations, visit, moments)
+        expected = np.array(golden["features"], dtype=np.float64)  # null becomes NaN
+        if features.shape != expected.shape or not np.allclose(features, expected, 1e-9, 1e-12, equal_nan=True):
+            wrong = [
+                n
+                for n, a, b in zip(self.feature_names, features.T, expected.T, strict=False)
+                if not np.allclose(a, b, 1e-9, 1e-12, equal_nan=True)
+            ]
+            raise BadModel(f"the golden example gives other features here than in training: {listed(wrong)}")
+        if not np.allclose(self.model.probability(features), golden["probability"], 1e-9, 1e-12):
+            raise BadModel("the golden example gives another probability here than in training; library versions?")
+
+    def predict(self, df: Any, return_probabilities: bool = True, as_of: Any = None) -> pd.DataFrame:
+        """Observations (frame, file, records or `Observations`) to a score for each visit.
+
+        Columns: ``visit_id, client, sepsis_probability``, or with ``return_probabilities=False``
+        ``visit_id, client, sepsis_prediction`` (0 or 1 at the config's decision threshold); visits in order of
+        first appearance. A visit with nothing usable (before `as_of`) has an empty score. With several moments in
+        `as_of` one row a snapshot, with `as_of` as third column. Raises `BadObservations`.
+        """
+        observations = self.reproducer.read_and_warn(df)
+        self._warn_of_missing_codes(observations)
+        visit, moments, several = resolve_snapshots(observations, as_of)
+        columns = _index_columns(observations, visit, moments, several)
+        probability = self.score(observations, visit, moments)
+        if return_probabilities:
+            columns["sepsis_probability"] = probability
+        else:
+            decision = pd.array(probability >= self.config["decision_threshold"], dtype="Int64")
+            decision[np.isnan(probability)] = pd.NA
+            columns["sepsis_prediction"] = decision
+        return pd.DataFrame(columns)
+
+    def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
+        """(n_snapshots,) probabilities, NaN where a snapshot has no observation."""
+        probability = np.full(len(visit), np.nan)
+        usable = _usable(observations, visit, as_of)
+        if usable.any():
+            features = self.reproducer.matrix(observations, visit[usable], as_of[usable])
+            probability[usable] = self.model.probability(features)
+        return probability
+
+    def risk_level(self, probabilities: Any) -> Any:
+        """'low', 'medium' or 'high' by the config's thresholds, 'unknown' for an empty probability.
+
+        A number gives a text, anything longer an array of texts.
+        """
+        levels = self.config["risk_thresholds"]
+        p = np.asarray(probabilities, dtype=np.float64)
+        names = np.where(p >= levels["high"], "high", np.where(p >= levels["medium"], "medium", "low"))
+        names = np.where(np.isnan(p), "unknown", names)
+        return names if names.ndim else str(names)
+
+    def explain(self, df: Any, top: int = 5, as_of: Any = None) -> pd.DataFrame:
+        """The `top` features that raised or lowered each visit's score the most.
+
+        Columns: ``visit_id, client`` (and ``as_of``), ``feature``, ``value`` (empty where not measured),
+        ``contribution`` (to the log-odds, after calibration; positive raises the risk); the strongest first. Visits
+        with nothing usable have no row. Raises `NotExplainable` for models without additive contributions.
+        """
+        observations = self.reproducer.read_and_warn(df)
+        visit, moments, several = resolve_snapshots(observations, as_of)
+        usable = _usable(observations, visit, moments)
+        visit, moments = visit[usable], moments[usable]
+        features = self.reproducer.matrix(observations, visit, moments)
+        contributions = self.model.contributions(features)
+        best = np.argsort(-np.abs(contributions), axis=1, kind="stable")[:, :top]
+        row = np.repeat(np.arange(len(visit)), best.shape[1])
+        values = self.reproducer.plan.evaluate(observations, visit, moments)  # before filling
+        columns = _index_columns(observations, visit[row], moments[row], several)
+        columns["feature"] = np.array(self.feature_names, dtype=object)[best.ravel()]
+        columns["value"] = values[row, best.ravel()]
+        columns["contribution"] = contributions[row, best.ravel()]
+        return pd.DataFrame(columns)
+
+    def _warn_of_missing_codes(self, observations: Observations) -> None:
+        present = {observations.codes[i] for i in set(observations.group_code.tolist())}
+        n_visits = int((observations.first_time != NO_TIME).sum())
+        absent = [
+            code
+            for code, share in self._expected_codes.items()
+            if code not in present and (1 - share) ** n_visits < 0.01
+        ]
+        if absent:
+            loss = self.config.get("loss_without_code") or {}
+            told = [f"{code} (ROC AUC {-loss[code]:+.3f} without it)" if code in loss else code for code in absent]
+            warnings.warn(
+                MissingCodesWarning(
+                    f"nearly every visit had these codes in training, none has them here: {listed(told)}"
+                ),
+                stacklevel=3,
+            )
+
+
+@lru_cache(maxsize=4)
+def get_pipeline(
+    config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL
+) -> ProductionPipeline:
+    """The pipeline of these files, loaded once a process; `get_pipeline.cache_clear()` forgets it."""
+    return ProductionPipeline(config_path, model_path)
