@@ -15,7 +15,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -265,6 +265,18 @@ class Observations:
             out[has_rows] = ufunc.reduceat(self.time, self.group_start[first_group[has_rows]])
         return out
 
+    def without_code(self, code: str) -> Observations:
+        """The same visits as if `code` had never been measured."""
+        keep = self.group_code != self.codes.index(code)
+        rows = np.repeat(keep, np.diff(self.group_start))
+        return replace(
+            self,
+            group_visit=self.group_visit[keep],
+            group_code=self.group_code[keep],
+            group_start=np.append(0, np.cumsum(np.diff(self.group_start)[keep])),
+            **{name: getattr(self, name)[rows] for name in ("time", "value", "low", "high")},
+        )
+
     def keys(self) -> list[tuple[str, str]]:
         """The identity of each visit: (client, visit_id) as texts."""
         return list(zip(self.client_text, self.visit_text, strict=True))
@@ -376,7 +388,7 @@ def _factorize_text(column: pd.Series) -> tuple[np.ndarray, list[str]]:
     return index, list(place)
 
 
-def _times(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def parse_times(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """(microseconds since 1970 UTC, was the cell empty); NO_TIME where there is no usable date."""
     empty = column.isna().to_numpy()
     if isinstance(column.dtype, pd.DatetimeTZDtype):
@@ -431,7 +443,7 @@ def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping
     visit_index, visit_texts = _factorize_text(table["visit_id"])
     client_index, client_texts = _factorize_text(table["client"])
     code_index, codes = _factorize_text(table["observation_type_code"])
-    time, date_empty = _times(table["observation_date"])
+    time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
 
@@ -1351,7 +1363,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 def to_micros(moment: Any) -> int:
     """One moment (ISO 8601 text, datetime, Timestamp) as microseconds since 1970 UTC."""
-    times, _ = _times(pd.Series([moment]))
+    times, _ = parse_times(pd.Series([moment]))
     if times[0] == NO_TIME:
         raise BadObservations(f"as_of {str(moment)!r} is not an ISO 8601 date between 1900 and 2299")
     return int(times[0])
@@ -1373,7 +1385,7 @@ def resolve_snapshots(observations: Observations, as_of: Any = None) -> tuple[np
         place = {key: i for i, key in enumerate(observations.keys())}
         keys = zip(as_of["client"].map(as_text), as_of["visit_id"].map(as_text), strict=True)
         visit = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
-        moments, _ = _times(as_of["as_of"])
+        moments, _ = parse_times(as_of["as_of"])
         for bad, what in ((visit < 0, "name no visit of the observations"), (moments == NO_TIME, "hold no date")):
             if bad.any():
                 raise BadObservations(f"as_of: {int(bad.sum())} rows {what}, the first is row {int(bad.argmax())}")

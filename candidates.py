@@ -1,0 +1,231 @@
+"""What the search tries: ten feature sets, eight model configurations; how one is fitted and judged."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from feature_pipeline import (
+    DEFAULT_WINDOWS,
+    BoostedTrees,
+    Classifier,
+    LinearModel,
+    ScoreModel,
+    block_features,
+)
+from metrics import fit_platt, ranking_scores
+
+# name -> feature blocks; the guide describes each block
+FEATURE_SETS: dict[str, tuple[str, ...]] = {
+    "latest": ("last",),
+    "latest_recency": ("last", "recency", "context"),
+    "summary": ("last", "summary"),
+    "summary_trend": ("last", "summary", "trend"),
+    "reference": ("last", "reference", "summary"),
+    "variability": ("last", "summary", "trend", "variability"),
+    "windows": ("last", "windows", "context"),
+    "clinical": ("last", "trend", "clinical", "context"),
+    "portable": ("last", "trend", "reference", "variability", "clinical", "deviation"),
+    "full": (
+        "last",
+        "summary",
+        "trend",
+        "recency",
+        "reference",
+        "variability",
+        "deviation",
+        "windows",
+        "clinical",
+        "context",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfiguration:
+    """One of the models the search tries. `fill_value` replaces missing features; None leaves them to the model."""
+
+    name: str
+    kind: str  # lightgbm, logistic_regression, extra_trees, hist_gradient_boosting
+    params: Mapping[str, Any] = field(default_factory=dict)
+    fill_value: float | None = None
+    seeds: int = 1  # members fitted with different seeds, their log-odds averaged
+
+
+_REGULARISED = {
+    "learning_rate": 0.03,
+    "num_leaves": 24,
+    "min_data_in_leaf": 100,
+    "lambda_l2": 50.0,
+    "feature_fraction": 0.12,
+    "bagging_fraction": 0.7,
+    "bagging_freq": 1,
+    "num_iterations": 400,
+}
+MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
+    ModelConfiguration(
+        "lightgbm",
+        "lightgbm",
+        {
+            "learning_rate": 0.05,
+            "num_leaves": 31,
+            "min_data_in_leaf": 50,
+            "feature_fraction": 0.5,
+            "num_iterations": 200,
+        },
+    ),
+    ModelConfiguration("lightgbm_regularised", "lightgbm", _REGULARISED),
+    ModelConfiguration("lightgbm_regularised_filled", "lightgbm", _REGULARISED, fill_value=0.0),
+    ModelConfiguration("lightgbm_three_seeds", "lightgbm", {**_REGULARISED, "num_iterations": 300}, seeds=3),
+    ModelConfiguration(
+        "lightgbm_shallow",
+        "lightgbm",
+        {
+            "learning_rate": 0.05,
+            "num_leaves": 8,
+            "max_depth": 3,
+            "min_data_in_leaf": 100,
+            "feature_fraction": 0.2,
+            "num_iterations": 400,
+        },
+    ),
+    ModelConfiguration("logistic_regression", "logistic_regression", {"C": 0.002, "max_iter": 200}, fill_value=0.0),
+    ModelConfiguration(
+        "extra_trees",
+        "extra_trees",
+        {"n_estimators": 150, "min_samples_leaf": 20, "max_features": "sqrt"},
+        fill_value=0.0,
+    ),
+    ModelConfiguration(
+        "hist_gradient_boosting",
+        "hist_gradient_boosting",
+        {
+            "learning_rate": 0.06,
+            "max_iter": 150,
+            "max_leaf_nodes": 15,
+            "min_samples_leaf": 100,
+            "l2_regularization": 20.0,
+            "max_features": 0.2,
+        },
+    ),
+)
+CONFIGURATION = {configuration.name: configuration for configuration in MODEL_CONFIGURATIONS}
+
+
+def feature_set_names(
+    feature_set: str,
+    codes: Iterable[str],
+    windows: Iterable[int] = DEFAULT_WINDOWS,
+    synonyms: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The feature names of a set on these codes, in the order of its blocks."""
+    codes = list(codes)
+    return [name for block in FEATURE_SETS[feature_set] for name in block_features(block, codes, windows, synonyms)]
+
+
+def filled(features: np.ndarray, fill_value: float | None) -> np.ndarray:
+    """A copy-free view where nothing is to be filled, else a copy with NaN replaced."""
+    return features if fill_value is None else np.where(np.isnan(features), fill_value, features)
+
+
+def fit_model(
+    configuration: ModelConfiguration, features: np.ndarray, label: np.ndarray, seed: int = 0, threads: int = 1
+) -> ScoreModel:
+    """Fits an uncalibrated model. `features` (n_rows, n_features) hold NaN where empty."""
+    features = filled(features, configuration.fill_value)
+    fit = {
+        "lightgbm": _fit_lightgbm,
+        "logistic_regression": _fit_logistic_regression,
+        "extra_trees": _fit_extra_trees,
+        "hist_gradient_boosting": _fit_hist_gradient_boosting,
+    }[configuration.kind]
+    members = [fit(configuration.params, features, label, seed + 1000 * k, threads) for k in range(configuration.seeds)]
+    return ScoreModel(members)
+
+
+def _fit_lightgbm(params, features, label, seed, threads):
+    import lightgbm
+
+    settings = {
+        "objective": "binary",
+        "verbosity": -1,
+        "seed": seed,
+        "num_threads": threads,
+        "deterministic": True,
+        "force_col_wise": True,
+        **params,
+    }
+    data = lightgbm.Dataset(features, label, params={"verbosity": -1}, free_raw_data=True)
+    return BoostedTrees(lightgbm.train(settings, data))
+
+
+def _fit_logistic_regression(params, features, label, seed, threads):
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean = features.mean(axis=0)
+    scale = features.std(axis=0)
+    scale[scale < 1e-12] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
+        model = LogisticRegression(random_state=seed, **params).fit((features - mean) / scale, label)
+    return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
+
+
+def _fit_extra_trees(params, features, label, seed, threads):
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    model = ExtraTreesClassifier(random_state=seed, n_jobs=threads, **params).fit(features, label)
+    return Classifier(model.set_params(n_jobs=1))  # one thread sums the trees in one order
+
+
+def _fit_hist_gradient_boosting(params, features, label, seed, threads):
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return Classifier(
+        HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params).fit(features, label)
+    )
+
+
+def judge_candidate(
+    configuration: ModelConfiguration,
+    matrix: np.ndarray,
+    columns: np.ndarray,
+    label: np.ndarray,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fits on the rows `train`, scores the rows `held_out`. A failure is a result too: ``{"error": ...}``.
+
+    Gives ``roc_auc, average_precision, score, seconds`` and the held-out ``log_odds``.
+    """
+    start = time.perf_counter()
+    try:
+        model = fit_model(configuration, take(matrix, train, columns), label[train], seed)
+        log_odds = model.log_odds(filled(take(matrix, held_out, columns), configuration.fill_value))
+        if not np.isfinite(log_odds).all():
+            raise ValueError("the model gives scores that are not finite")
+        scores = ranking_scores(label[held_out], log_odds)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "seconds": round(time.perf_counter() - start, 2)}
+    return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
+
+
+def take(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """``matrix[rows][:, columns]`` of a column-major matrix, column after column."""
+    out = np.empty((len(columns), len(rows)), dtype=matrix.dtype)
+    for i, column in enumerate(columns):
+        np.take(matrix[:, column], rows, out=out[i])
+    return out.T
+
+
+def calibrated(model: ScoreModel, log_odds: np.ndarray, label: np.ndarray) -> ScoreModel:
+    """The same members, calibrated on out-of-fold log-odds."""
+    slope, intercept = fit_platt(log_odds, label)
+    return ScoreModel(model.members, slope, intercept, model.metadata)

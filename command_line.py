@@ -1,0 +1,107 @@
+"""What the scripts share at the shell: options of one vocabulary, logs, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from feature_pipeline import DEFAULT_CONFIG, DEFAULT_MODEL, BadConfig, FeaturePipelineError
+
+DONE, SOME_FAILED, COULD_NOT_START = 0, 1, 2
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+log = logging.getLogger("sepsis")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, keeps the example's lines."""
+
+
+def make_parser(description: str, example: str, *options: str) -> argparse.ArgumentParser:
+    """A parser with the named shared options (without dashes) and those that every script has."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=Formatter
+    )
+    shared: dict[str, dict[str, Any]] = {
+        "observations": {"help": ".csv, .csv.gz or .parquet; the demo cohort where not given"},
+        "labels": {"help": "visit_id, client, sepsis[, sepsis_onset]; .csv, .csv.gz or .parquet"},
+        "models-dir": {"default": "models", "help": "where config, model and reports lie"},
+        "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
+        "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
+        "seed": {"type": int, "default": 0, "help": "seed of splits, models and resampling"},
+        "jobs": {"type": int, "default": available_cores(), "help": "processes at once"},
+    }
+    for name in options:
+        parser.add_argument(f"--{name}", **{"help": " ", **shared[name]})
+    parser.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "level": record.levelname.lower(), "message": record.getMessage()})
+
+
+def start_logging(arguments: argparse.Namespace) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if arguments.log_format == "json" else logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    log.propagate = False
+    warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
+
+
+def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parses, runs, and turns the project's own errors into one line and an exit status."""
+    arguments = parser.parse_args(argv)
+    start_logging(arguments)
+    try:
+        return work(arguments)
+    except (FeaturePipelineError, OSError) as error:
+        if arguments.debug:
+            raise
+        log.error("error: %s", error)
+        return COULD_NOT_START
+    except KeyboardInterrupt:
+        log.error("interrupted; finished work is kept%s", getattr(arguments, "go_on", ""))
+        return INTERRUPTED
+
+
+def progress(items: Iterable[Any], total: int, quiet: bool, **settings: Any) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(items, total=total, disable=quiet or not sys.stderr.isatty(), file=sys.stderr, **settings)
+
+
+def read_synonyms(path: str | None) -> dict[str, str]:
+    """A two-column CSV file ``code,concept`` as a mapping."""
+    if path is None:
+        return {}
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise BadConfig(f"synonyms {path!r} cannot be read: {error}") from error
+    if list(table.columns[:2]) != ["code", "concept"]:
+        raise BadConfig(f"synonyms {path!r}: expected the columns code,concept")
+    return dict(zip(table["code"], table["concept"], strict=True))

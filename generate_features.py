@@ -1,0 +1,569 @@
+"""Searches for the best features and model: 10 feature sets x 8 model configurations.
+
+Candidates are ranked by ROC AUC + average precision on validation data; the best few are compared once more by
+grouped cross-validation; the winner alone meets the test part. Writes ``best_model_config.json``,
+``optimization_log.json`` and ``optimization_summary.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+
+from artifacts import library_versions, write_atomic, write_json
+from candidates import (
+    CONFIGURATION,
+    FEATURE_SETS,
+    MODEL_CONFIGURATIONS,
+    ModelConfiguration,
+    calibrated,
+    feature_set_names,
+    filled,
+    fit_model,
+    judge_candidate,
+    take,
+)
+from command_line import DONE, SOME_FAILED, log, make_parser, progress, read_synonyms, run
+from feature_pipeline import (
+    BLOCKS,
+    DEFAULT_WINDOWS,
+    SCHEMA_VERSION,
+    BadConfig,
+    FeaturePipelineError,
+    FeaturePlan,
+    Observations,
+    ScoreModel,
+    concept_of,
+    describe_set_aside,
+    read_observations,
+    resolve_snapshots,
+)
+from metrics import (
+    bootstrap_intervals,
+    brier_score,
+    operating_points,
+    ranking_scores,
+    threshold_for_sensitivity,
+)
+from training_data import (
+    PARTS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    SnapshotSettings,
+    TrainingData,
+    grouped_folds,
+    load_training_data,
+    split_parts,
+)
+
+RAREST_CODE = 0.01  # codes that fewer training visits have give no features
+QUICK_SETS = ("latest", "summary_trend", "clinical")
+QUICK_MODELS = ("lightgbm", "lightgbm_shallow", "logistic_regression")
+GO_ON = "; run the same command with --resume to go on"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything the candidates share: the data, every feature once, and who stands in which part."""
+
+    data: TrainingData
+    part: np.ndarray  # (n_snapshots,) TRAIN, VALIDATION or TEST
+    codes: list[str]
+    synonyms: dict[str, str]
+    names: list[str]
+    matrix: np.ndarray  # (n_snapshots, n_features) column-major, NaN where empty
+    informative: np.ndarray  # (n_features,) does the feature vary on the training part?
+    seed: int
+    folds: int
+
+    def columns(self, feature_set: str) -> np.ndarray:
+        """Columns of a feature set, in its own order, without those that never vary."""
+        place = {name: i for i, name in enumerate(self.names)}
+        names = feature_set_names(feature_set, self.codes, DEFAULT_WINDOWS, self.synonyms)
+        return np.array([place[name] for name in names if self.informative[place[name]]], dtype=np.int64)
+
+    def fingerprint(self, feature_set: str, configuration: ModelConfiguration) -> str:
+        """Two candidates with the same fingerprint give the same result."""
+        columns = [self.names[i] for i in self.columns(feature_set)]
+        text = json.dumps([self.data.fingerprint, columns, asdict(configuration), self.seed], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prepare_search(
+    data: TrainingData,
+    matrix_path: Path,
+    seed: int = 0,
+    folds: int = 5,
+    feature_sets: Sequence[str] = tuple(FEATURE_SETS),
+    synonyms: dict[str, str] | None = None,
+) -> Search:
+    """Splits the data and computes every feature of every set once, into a file that processes share."""
+    synonyms = synonyms or {}
+    part = split_parts(data, seed=seed)
+    for number, name in enumerate(PARTS):
+        rows = part == number
+        if not 0 < data.label[rows].sum() < rows.sum():
+            raise BadConfig(f"the {name} part lacks septic or other visits: too few visits to search on")
+    prevalence = code_prevalence(data.observations, np.unique(data.visit[part == TRAIN]))
+    codes = [code for code, share in prevalence.items() if share >= RAREST_CODE]
+    names = list(
+        dict.fromkeys(n for fs in feature_sets for n in feature_set_names(fs, codes, DEFAULT_WINDOWS, synonyms))
+    )
+    matrix = np.memmap(matrix_path, np.float64, "w+", shape=(len(names), len(data.label)))
+    data.evaluate(names, out=matrix)
+    train = part == TRAIN
+    informative = np.array([_varies(column[train]) for column in matrix])
+    return Search(data, part, codes, synonyms, names, matrix.T, informative, seed, folds)
+
+
+def _varies(column: np.ndarray) -> bool:
+    known = column[~np.isnan(column)]
+    return len(known) > 0 and (len(known) < len(column) or known.min() < known.max())
+
+
+def code_prevalence(observations: Observations, visits: np.ndarray) -> dict[str, float]:
+    """Share of `visits` that have each code at all."""
+    has_code = np.isin(observations.group_visit, visits)
+    count = np.bincount(observations.group_code[has_code], minlength=len(observations.codes))
+    return {code: n / len(visits) for code, n in zip(observations.codes, count.tolist(), strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------ candidates
+
+
+def run_candidates(
+    search: Search,
+    candidates: Sequence[tuple[str, ModelConfiguration]],
+    log_path: Path,
+    jobs: int = 1,
+    resume: bool = False,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Judges every candidate on the validation part; the log on disk grows with each that finishes."""
+    entries = _finished(log_path, search, candidates) if resume else []
+    done = {(entry["feature_set"], entry["model"]) for entry in entries}
+    todo = [c for c in candidates if (c[0], c[1].name) not in done]
+    # the slowest kinds and the largest sets first: the last processes then end together
+    todo.sort(key=lambda c: (c[1].kind == "extra_trees", len(search.columns(c[0]))), reverse=True)
+    if done:
+        log.info("resumed: %d of %d candidates were finished before", len(done), len(candidates))
+    train, held_out = (np.flatnonzero(search.part == number) for number in (TRAIN, VALIDATION))
+    tasks = (
+        joblib.delayed(_candidate)(feature_set, configuration, search, train, held_out)
+        for feature_set, configuration in todo
+    )
+    results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    with progress(results, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
+        for entry in bar:
+            entry["fingerprint"] = search.fingerprint(entry["feature_set"], CONFIGURATION[entry["model"]])
+            entries.append(entry)
+            write_json(log_path, entries)
+            if "error" in entry:
+                log.warning("%s with %s failed: %s", entry["model"], entry["feature_set"], entry["error"])
+            best = max((e["score"] for e in entries if "score" in e), default=float("nan"))
+            bar.set_postfix_str(f"best {best:.4f}")
+            if bar.disable:
+                shown = f"{entry['score']:.4f}" if "score" in entry else "failed"
+                log.info(
+                    "%2d/%d  %-16s %-28s %s  (best %.4f, %.1f s)",
+                    *(len(entries), len(candidates), entry["feature_set"], entry["model"], shown, best),
+                    entry["seconds"],
+                )
+    return entries
+
+
+def _candidate(feature_set, configuration, search: Search, train, held_out) -> dict[str, Any]:
+    columns = search.columns(feature_set)
+    result = judge_candidate(configuration, search.matrix, columns, search.data.label, train, held_out, search.seed)
+    result.pop("log_odds", None)
+    return {"feature_set": feature_set, "model": configuration.name, "n_features": len(columns), **result}
+
+
+def _finished(log_path: Path, search: Search, candidates) -> list[dict[str, Any]]:
+    """Entries of an earlier log that this search would compute again just so."""
+    try:
+        entries = json.loads(log_path.read_text())
+    except (OSError, ValueError):
+        return []
+    wanted = {(fs, c.name): search.fingerprint(fs, c) for fs, c in candidates}
+    return [
+        entry
+        for entry in entries
+        if "score" in entry and wanted.get((entry["feature_set"], entry["model"])) == entry.get("fingerprint")
+    ]
+
+
+def cross_validate(
+    search: Search, feature_set: str, configuration: ModelConfiguration, rows: np.ndarray, jobs: int
+) -> np.ndarray:
+    """Out-of-fold log-odds of `rows` (snapshots), grouped by client."""
+    columns = search.columns(feature_set)
+    folds = list(grouped_folds(search.data, rows, search.folds, search.seed))
+    results = joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(judge_candidate)(
+            configuration, search.matrix, columns, search.data.label, train, held_out, search.seed
+        )
+        for train, held_out in folds
+    )
+    out = np.full(len(search.data.label), np.nan)
+    for (_, held_out), result in zip(folds, results, strict=True):
+        if "error" in result:
+            raise FeaturePipelineError(f"{configuration.name} with {feature_set} failed: {result['error']}")
+        out[held_out] = result["log_odds"]
+    return out[rows]
+
+
+# ---------------------------------------------------------------------------------------------------- winner
+
+
+@dataclass
+class Evaluation:
+    """The winner on the test part, and what was learned on the rest about its probabilities."""
+
+    model: ScoreModel
+    metrics: dict[str, Any]
+    points: list[Any]
+    decision_threshold: float
+    test_probability: np.ndarray
+
+
+def evaluate_winner(
+    search: Search, feature_set: str, configuration: ModelConfiguration, out_of_fold: np.ndarray, sensitivity: float
+) -> Evaluation:
+    """Fits the winner on training and validation parts, calibrates it on their out-of-fold scores, tests it once."""
+    data, columns = search.data, search.columns(feature_set)
+    rows, test = np.flatnonzero(search.part != TEST), np.flatnonzero(search.part == TEST)
+    model = fit_model(configuration, take(search.matrix, rows, columns), data.label[rows], search.seed)
+    model = calibrated(model, out_of_fold, data.label[rows])
+    own = 1 / (1 + np.exp(-(model.slope * out_of_fold + model.intercept)))
+    probability = model.probability(filled(take(search.matrix, test, columns), configuration.fill_value))
+    scores = ranking_scores(data.label[test], probability)
+    intervals = bootstrap_intervals(data.label[test], probability, data.group[test], seed=search.seed)
+    metrics = {
+        "cross_validation": ranking_scores(data.label[rows], out_of_fold),
+        "test": {
+            **scores,
+            **{f"{name}_95": list(interval) for name, interval in intervals.items()},
+            "brier": brier_score(data.label[test], probability),
+            "positive_rate": float(data.label[test].mean()),
+            "n_snapshots": len(test),
+            "n_visits": len(np.unique(data.visit[test])),
+        },
+    }
+    return Evaluation(
+        model=model,
+        metrics=metrics,
+        points=operating_points(data.label[rows], own, data.visit[rows]),
+        decision_threshold=threshold_for_sensitivity(data.label[rows], own, sensitivity),
+        test_probability=probability,
+    )
+
+
+def loss_without_codes(
+    search: Search, feature_set: str, configuration: ModelConfiguration, model: ScoreModel, most_visits: int = 1000
+) -> dict[str, float]:
+    """How much ROC AUC the model loses where a hospital does not measure a code at all, on test visits.
+
+    Only codes that at least half the visits have; the features are computed anew without the code.
+    """
+    data, columns = search.data, search.columns(feature_set)
+    test = np.flatnonzero(search.part == TEST)
+    septic = np.unique(data.visit[test][data.label[test] == 1])
+    others = np.setdiff1d(np.unique(data.visit[test]), septic)
+    visits = np.concatenate([septic[: most_visits // 2], others[: most_visits - min(len(septic), most_visits // 2)]])
+    rows = test[np.isin(data.visit[test], visits)]
+    plan = FeaturePlan([search.names[i] for i in columns])
+
+    def auc(observations: Observations) -> float:
+        features = plan.evaluate(observations, data.visit[rows], data.as_of[rows])
+        score = model.log_odds(filled(features, configuration.fill_value))
+        return ranking_scores(data.label[rows], score)["roc_auc"]
+
+    whole = auc(data.observations)
+    prevalence = code_prevalence(data.observations, np.unique(data.visit))
+    asked = set(plan.codes)
+    codes = [code for code, share in prevalence.items() if share >= 0.5 and code in asked]
+    return {code: round(whole - auc(data.observations.without_code(code)), 4) for code in codes}
+
+
+def golden_example(names: list[str], synonyms: dict[str, str], fill_value: float | None) -> dict[str, Any]:
+    """Synthetic observations of one visit and their features; the probability is added when a model is trained."""
+    codes = FeaturePlan(names).codes[:12]
+    records = []
+    for i, code in enumerate(codes):
+        concept = concept_of(code, synonyms)
+        low, high = (concept.low, concept.high) if concept and np.isfinite(concept.high) else (0.0, 4.0)
+        for k in range(1 + (i + 2) % 3):
+            records.append(
+                {
+                    "visit_id": "golden",
+                    "client": "golden",
+                    "observation_date": f"2024-01-0{1 + k}T{i:02d}:{7 * k + 3:02d}:00",
+                    "observation_type_code": code,
+                    "observation_value": round(low + (high - low) * (0.3 + 0.07 * k + 0.01 * i), 2),
+                    "reference_range_min": round(low + (high - low) * 0.25, 2),
+                    "reference_range_max": round(low + (high - low) * 0.4, 2),
+                }
+            )
+    if not records:  # a model without any code of its own
+        records = [
+            dict(
+                zip(
+                    ("visit_id", "client", "observation_date", "observation_type_code", "observation_value"),
+                    ("golden", "golden", "2024-01-01T00:00:00", "HR", 80.0),
+                    strict=True,
+                )
+            )
+        ]
+    observations = read_observations(records, synonyms)
+    visit, moments, _ = resolve_snapshots(observations)
+    features = filled(FeaturePlan(names).evaluate(observations, visit, moments), fill_value)
+    return {
+        "observations": records,
+        "features": [[None if np.isnan(v) else float(v) for v in row] for row in features],
+        "probability": None,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def make_config(
+    search: Search,
+    feature_set: str,
+    configuration: ModelConfiguration,
+    evaluation: Evaluation,
+    loss: dict[str, float],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """All that ``best_model_config.json`` holds, before a model is trained on everything."""
+    data, names = search.data, [search.names[i] for i in search.columns(feature_set)]
+    prevalence = code_prevalence(data.observations, np.unique(data.visit))
+    used = set(FeaturePlan(names).codes)
+    medium, high = arguments.risk_thresholds
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model_version": None,
+        "model_sha256": None,
+        "feature_set": feature_set,
+        "blocks": [block for block in BLOCKS if block in FEATURE_SETS[feature_set]],
+        "windows": list(DEFAULT_WINDOWS),
+        "codes": search.codes,
+        "synonyms": search.synonyms,
+        "fill_value": configuration.fill_value,
+        "model": asdict(configuration),
+        "snapshots": {**asdict(data.settings), "retrospective": data.retrospective},
+        "metrics": evaluation.metrics,
+        "risk_thresholds": {"medium": medium, "high": high},
+        "decision_threshold": evaluation.decision_threshold,
+        "code_prevalence": {code: round(share, 4) for code, share in prevalence.items() if code in used},
+        "loss_without_code": loss,
+        "data": {
+            "observations": arguments.observations,
+            "labels": arguments.labels,
+            "synthetic": data.synthetic,
+            "fingerprint": data.fingerprint,
+            "description": data.describe(),
+            "grouped_by": data.grouped_by,
+        },
+        "library_versions": library_versions(),
+        "seed": search.seed,
+        "golden": golden_example(names, search.synonyms, configuration.fill_value),
+        "feature_names": names,
+    }
+
+
+def summary_text(
+    search: Search,
+    entries: list[dict[str, Any]],
+    finalists: list[tuple[str, str, float]],
+    evaluation: Evaluation,
+    config: dict[str, Any],
+    seconds: float,
+) -> str:
+    """``optimization_summary.txt``, for a person."""
+    test, data = evaluation.metrics["test"], search.data
+    lines = [*data.notices(), f"{data.describe()}."]
+    lines += [f"Left out: {n:,} {what}." for what, n in data.remarks.items()]
+    if data.observations.set_aside:
+        lines.append(f"Set aside: {describe_set_aside(data.observations)}.")
+    horizon = f"onset within {data.settings.horizon_hours:g} h" + (" or past" if data.settings.after_onset else "")
+    lines += [
+        f"Positive means: {'septic at all' if data.retrospective else horizon}. Split by {data.grouped_by}: "
+        + ", ".join(f"{name} {int((search.part == k).sum()):,} snapshots" for k, name in enumerate(PARTS))
+        + ".",
+        "",
+        f"Winner: {config['feature_set']} with {config['model']['name']}, {len(config['feature_names'])} features",
+        "Test part, used once, with 95% intervals resampled by " + data.grouped_by + ":",
+        "  ROC AUC            {:.4f}  ({:.4f} to {:.4f})".format(test["roc_auc"], *test["roc_auc_95"]),
+        "  average precision  {:.4f}  ({:.4f} to {:.4f}); share of positives {:.4f}".format(
+            test["average_precision"], *test["average_precision_95"], test["positive_rate"]
+        ),
+        f"  Brier score        {test['brier']:.5f}",
+        "",
+        "Grouped cross-validation of the best, on training and validation parts (ROC AUC + average precision):",
+        *(f"  {score:.4f}  {fs} with {model}" for fs, model, score in finalists),
+        "",
+        "Operating points, from out-of-fold predictions (rates over snapshots; alerts over whole visits):",
+        "  threshold  sensitivity  specificity    PPV  visits alerted  septic visits",
+        "                                              per 100         alerted",
+        *(
+            f"  {p.threshold:9.4f}  {p.sensitivity:11.3f}  {p.specificity:11.3f}  {p.ppv:5.3f}"
+            f"  {p.visits_alerted_per_100:14.1f}  {p.septic_visits_alerted:13.3f}"
+            for p in evaluation.points
+        ),
+        f"  decision_threshold in the config: {evaluation.decision_threshold:.4f}",
+        *_risk_level_remark(config, evaluation),
+    ]
+    if config["loss_without_code"]:
+        worst = sorted(config["loss_without_code"].items(), key=lambda item: -item[1])[:10]
+        lines += [
+            "",
+            "ROC AUC lost where a code is never measured: " + ", ".join(f"{code} {loss:.3f}" for code, loss in worst),
+        ]
+    ranked = sorted(entries, key=lambda e: -e.get("score", -1))
+    lines += [
+        "",
+        f"All {len(entries)} candidates by validation ROC AUC + average precision ({seconds:.0f} s in all):",
+        "  rank   score  ROC AUC  av. prec.  features  seconds  feature set        model",
+        *(
+            f"  {i:4d}  {e['score']:.4f}   {e['roc_auc']:.4f}     {e['average_precision']:.4f}  {e['n_features']:8d}"
+            f"  {e['seconds']:7.1f}  {e['feature_set']:<17s}  {e['model']}"
+            if "score" in e
+            else f"  {i:4d}  failed  {e['feature_set']} with {e['model']}: {e['error']}"
+            for i, e in enumerate(ranked, 1)
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _risk_level_remark(config: dict[str, Any], evaluation: Evaluation) -> list[str]:
+    levels, highest = config["risk_thresholds"], float(evaluation.test_probability.max())
+    if (share := float((evaluation.test_probability >= levels["medium"]).mean())) >= 0.001:
+        return []
+    return [
+        f"  NOTE: only {share:.3%} of the test snapshots reach risk level medium ({levels['medium']:g}; the highest "
+        f"probability is {highest:.3f}). Choose --risk-thresholds from the table above."
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+@contextlib.contextmanager
+def backend(name: str, scheduler: str | None, search: Search) -> Iterator[None]:
+    """Runs joblib's work in local processes, or on the Dask cluster of `scheduler`."""
+    if name == "local":
+        yield
+        return
+    from distributed import Client
+
+    with Client(scheduler), joblib.parallel_config(backend="dask", scatter=[search]):
+        yield
+
+
+def search_features(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    arguments.go_on = GO_ON
+    synonyms = read_synonyms(arguments.synonyms)
+    settings = SnapshotSettings(arguments.snapshot_every, arguments.horizon, arguments.after_onset)
+    data = load_training_data(arguments.observations, arguments.labels, settings, synonyms)
+    for line in [*data.notices(), data.describe()]:
+        log.info("%s", line)
+    sets, models = (QUICK_SETS, QUICK_MODELS) if arguments.quick else (tuple(FEATURE_SETS), tuple(CONFIGURATION))
+    candidates = [(fs, c) for fs in sets for c in MODEL_CONFIGURATIONS if c.name in models]
+    directory = Path(arguments.models_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
+        matrix_path = Path(scratch) / "features.f64"
+        search = prepare_search(data, matrix_path, arguments.seed, arguments.folds, sets, synonyms)
+        log.info("%d features of %d snapshots, %.1f s", *search.matrix.shape[::-1], time.perf_counter() - start)
+        log_path = directory / "optimization_log.json"
+        with backend(arguments.backend, arguments.scheduler, search):
+            entries = run_candidates(search, candidates, log_path, arguments.jobs, arguments.resume, arguments.quiet)
+            good = sorted((e for e in entries if "score" in e), key=lambda e: -e["score"])
+            if not good:
+                raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {log_path}")
+            rows = np.flatnonzero(search.part != TEST)
+            finalists = []
+            for entry in good[: arguments.finalists]:
+                fs, model = entry["feature_set"], entry["model"]
+                out_of_fold = cross_validate(search, fs, CONFIGURATION[model], rows, arguments.jobs)
+                score = ranking_scores(data.label[rows], out_of_fold)["score"]
+                log.info("cross-validated: %.4f  %s with %s", score, fs, model)
+                finalists.append((score, fs, model, out_of_fold))
+        finalists.sort(key=lambda f: -f[0])
+        _, feature_set, model, out_of_fold = finalists[0]
+        configuration = CONFIGURATION[model]
+        evaluation = evaluate_winner(search, feature_set, configuration, out_of_fold, arguments.sensitivity)
+        evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
+        loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
+        config = make_config(search, feature_set, configuration, evaluation, loss, arguments)
+    ranking = [(fs, name, score) for score, fs, name, _ in finalists]
+    text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)
+    write_atomic(directory / "optimization_summary.txt", text)
+    write_json(directory / "best_model_config.json", config)
+    print(text.split("\nAll ")[0].rstrip())
+    log.info(
+        "written: %s",
+        ", ".join(
+            str(directory / n) for n in ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")
+        ),
+    )
+    return SOME_FAILED if len(good) < len(entries) else DONE
+
+
+def thresholds(text: str) -> tuple[float, float]:
+    """`0.4,0.7` as a pair."""
+    medium, high = (float(part) for part in text.split(","))
+    if not 0 < medium < high < 1:
+        raise ValueError
+    return medium, high
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        __doc__,
+        "python generate_features.py --observations observations.parquet --labels labels.parquet --horizon 6",
+        *("observations", "labels", "models-dir", "seed", "jobs"),
+    )
+    parser.add_argument(
+        "--snapshot-every", type=float, default=6.0, metavar="HOURS", help="between snapshots of a visit"
+    )
+    parser.add_argument("--horizon", type=float, default=6.0, metavar="HOURS", help="positive this long before onset")
+    parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
+    parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
+    parser.add_argument(
+        "--risk-thresholds",
+        type=thresholds,
+        default=(0.4, 0.7),
+        metavar="MEDIUM,HIGH",
+        help="probabilities at which risk is called medium and high",
+    )
+    parser.add_argument("--sensitivity", type=float, default=0.8, help="that the decision threshold shall reach")
+    parser.add_argument("--finalists", type=int, default=3, help="candidates that are cross-validated")
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep what the log says was finished on the same data")
+    parser.add_argument("--backend", choices=("local", "dask"), default="local", help="where candidates run")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://10.0.0.1:8786")
+    return run(search_features, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

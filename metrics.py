@@ -1,0 +1,138 @@
+"""How good scores are: ranking, calibration, operating points, with intervals resampled by client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+
+def ranking_scores(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """ROC AUC, average precision, and their sum, by which candidates are ranked."""
+    auc = float(roc_auc_score(label, score))
+    precision = float(average_precision_score(label, score))
+    return {"roc_auc": auc, "average_precision": precision, "score": auc + precision}
+
+
+def bootstrap_intervals(
+    label: np.ndarray, score: np.ndarray, group: np.ndarray, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95% percentile intervals of ROC AUC and average precision, whole groups (clients) resampled.
+
+    Every resample weights the rows sorted once, instead of sorting anew.
+    """
+    _, group = np.unique(group, return_inverse=True)
+    order = np.argsort(-score, kind="stable")
+    y, own = label[order].astype(np.float64), group[order]
+    last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
+    generator = np.random.default_rng(seed)
+    n_groups = group.max() + 1
+    figures = []
+    for _ in range(n_resamples):
+        weight = np.bincount(generator.integers(0, n_groups, n_groups), minlength=n_groups)[own]
+        true = np.cumsum(weight * y)[last_of_tie]
+        called = np.cumsum(weight)[last_of_tie]
+        false = called - true
+        if true[-1] == 0 or false[-1] == 0:
+            continue
+        auc = np.sum(np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))) / (2 * true[-1] * false[-1])
+        precision = np.sum(np.diff(true, prepend=0) * true / np.maximum(called, 1)) / true[-1]
+        figures.append((auc, precision))
+    if not figures:
+        return {"roc_auc": (float("nan"),) * 2, "average_precision": (float("nan"),) * 2}
+    low, high = np.percentile(np.array(figures), [2.5, 97.5], axis=0)
+    return {
+        "roc_auc": (float(low[0]), float(high[0])),
+        "average_precision": (float(low[1]), float(high[1])),
+    }
+
+
+def brier_score(label: np.ndarray, probability: np.ndarray) -> float:
+    """Mean squared difference of probability and outcome (Brier, Mon Weather Rev 1950;78:1)."""
+    return float(np.mean((probability - label) ** 2))
+
+
+def log_odds(probability: np.ndarray) -> np.ndarray:
+    return np.log(probability) - np.log1p(-probability)
+
+
+def fit_platt(log_odds: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    """(slope, intercept) that make ``slope * log_odds + intercept`` calibrated log-odds.
+
+    Maximum likelihood by Newton's method, with Platt's smoothed targets (Platt, Advances in Large Margin
+    Classifiers, 1999); a slope that is not positive would turn the ranking round and is refused: (1, shift) then.
+    """
+    positives = label.sum()
+    target = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (len(label) - positives + 2))
+    design = np.column_stack([log_odds, np.ones(len(label))])
+    weights = np.array([1.0, 0.0])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(design @ weights, -40, 40)))
+        gradient = design.T @ (p - target)
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        weights = weights - np.clip(step, -5, 5)
+        if np.abs(step).max() < 1e-10:
+            break
+    if not (weights[0] > 0 and np.isfinite(weights).all()):
+        rate = label.mean()
+        return 1.0, float(np.log(rate / (1 - rate)) - log_odds.mean())
+    return float(weights[0]), float(weights[1])
+
+
+def calibration_table(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Snapshots in `bins` bands of equal size by probability: ``n, mean_probability, observed_rate``."""
+    order = np.argsort(probability, kind="stable")
+    rows = [
+        {"n": len(part), "mean_probability": probability[part].mean(), "observed_rate": label[part].mean()}
+        for part in np.array_split(order, bins)
+        if len(part)
+    ]
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a threshold means: rates over snapshots, and alerts over whole visits."""
+
+    threshold: float
+    sensitivity: float
+    specificity: float
+    ppv: float
+    visits_alerted_per_100: float
+    septic_visits_alerted: float
+
+
+def operating_point(label: np.ndarray, probability: np.ndarray, visit: np.ndarray, threshold: float) -> OperatingPoint:
+    """The operating point of calling every snapshot at or above `threshold`; NaN where nothing is called."""
+    called = probability >= threshold
+    true = int((called & (label == 1)).sum())
+    _, own = np.unique(visit, return_inverse=True)
+    alerted, septic = np.zeros(own.max() + 1, bool), np.zeros(own.max() + 1, bool)
+    np.logical_or.at(alerted, own, called)
+    np.logical_or.at(septic, own, label == 1)
+    return OperatingPoint(
+        threshold=float(threshold),
+        sensitivity=true / max(int(label.sum()), 1),
+        specificity=float(1 - called[label == 0].mean()),
+        ppv=true / called.sum() if called.any() else float("nan"),
+        visits_alerted_per_100=float(100 * alerted.mean()),
+        septic_visits_alerted=float(alerted[septic].mean()),
+    )
+
+
+def threshold_for_sensitivity(label: np.ndarray, probability: np.ndarray, sensitivity: float) -> float:
+    """The highest threshold at which at least `sensitivity` of the positive snapshots are called."""
+    positive = np.sort(probability[label == 1])[::-1]
+    return float(positive[max(int(np.ceil(sensitivity * len(positive))), 1) - 1])
+
+
+SENSITIVITIES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+
+def operating_points(label: np.ndarray, probability: np.ndarray, visit: np.ndarray) -> list[OperatingPoint]:
+    """The operating points that reach the usual sensitivities."""
+    thresholds = [threshold_for_sensitivity(label, probability, s) for s in SENSITIVITIES]
+    return [operating_point(label, probability, visit, t) for t in thresholds]
