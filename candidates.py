@@ -173,7 +173,9 @@ def _fit_logistic_regression(params, features, label, seed, threads):
     scale[scale < 1e-12] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
-        model = LogisticRegression(random_state=seed, **params).fit((features - mean) / scale, label)
+        model = LogisticRegression(random_state=seed, **params).fit(
+            LinearModel.standardise(features, mean, scale), label
+        )
     return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
 
 

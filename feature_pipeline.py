@@ -1502,15 +1502,21 @@ class BoostedTrees:
 
 
 class LinearModel:
-    """Logistic regression on standardised features. NumPy sums each row alone: BLAS would give a row other bits in
-    a batch than alone."""
+    """Logistic regression on standardised features, clipped at `CLIP` standard deviations so that one odd value
+    cannot outvote all others. NumPy sums each row alone: BLAS would give a row other bits in a batch than alone."""
+
+    CLIP = 4.0
 
     def __init__(self, mean: np.ndarray, scale: np.ndarray, coefficient: np.ndarray, intercept: float):
         self.mean, self.scale, self.coefficient, self.intercept = mean, scale, coefficient, intercept
 
+    @classmethod
+    def standardise(cls, features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return np.clip((features - mean) / scale, -cls.CLIP, cls.CLIP)
+
     def contributions(self, features: np.ndarray) -> np.ndarray:
         """(n_rows, n_features) coefficient times the distance from the mean, in standard deviations."""
-        return np.ascontiguousarray((features - self.mean) / self.scale * self.coefficient)
+        return np.ascontiguousarray(self.standardise(features, self.mean, self.scale) * self.coefficient)
 
     def log_odds(self, features: np.ndarray) -> np.ndarray:
         return np.add.reduce(self.contributions(features), axis=1) + self.intercept

@@ -1,0 +1,262 @@
+"""Retrains the best candidate of the search.
+
+Without flags: on the training part, with figures of the untouched test part; nothing is deployed. With --full: on
+everything, no holdout; writes ``best_model.pkl``, ``feature_names.json``, ``production_model_info.txt``, a report and
+an archived version. Probabilities are calibrated on out-of-fold predictions either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+
+from artifacts import library_versions, write_atomic, write_json
+from candidates import ModelConfiguration, calibrated, filled, fit_model, judge_candidate
+from command_line import DONE, log, make_parser, run
+from feature_pipeline import (
+    BadConfig,
+    FeaturePipelineError,
+    FeatureReproducer,
+    ScoreModel,
+    describe_set_aside,
+    resolve_snapshots,
+)
+from metrics import bootstrap_intervals, brier_score, operating_points, ranking_scores
+from training_data import TEST, SnapshotSettings, TrainingData, grouped_folds, load_training_data, split_parts
+from training_report import report_page
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A calibrated model with the out-of-fold predictions that calibrated it."""
+
+    model: ScoreModel
+    rows: np.ndarray  # snapshots it was trained on
+    out_of_fold: np.ndarray  # calibrated probabilities of these rows
+
+
+def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
+    """The model configuration that a config names, with its own parameters."""
+    try:
+        return ModelConfiguration(**config["model"])
+    except TypeError as error:
+        raise BadConfig(f"config: 'model' is not a model configuration ({error}); search again") from error
+
+
+def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
+    """The data that the config was made with, or those named instead."""
+    source = config["data"]
+    if observations is None and labels is None and not source["synthetic"]:
+        observations, labels = source["observations"], source["labels"]
+    snapshots = {k: v for k, v in config["snapshots"].items() if k != "retrospective"}
+    data = load_training_data(observations, labels, SnapshotSettings(**snapshots), config["synonyms"])
+    if data.fingerprint != source["fingerprint"]:
+        log.warning("warning: these are not the data of the search; the config's test figure is of other data")
+    return data
+
+
+def train(
+    data: TrainingData,
+    features: np.ndarray,
+    rows: np.ndarray,
+    configuration: ModelConfiguration,
+    seed: int = 0,
+    jobs: int = 1,
+    n_folds: int = 5,
+) -> Trained:
+    """Fits on `rows` of `features` (n_snapshots, n_features), calibrated on grouped out-of-fold predictions."""
+    columns = np.arange(features.shape[1])
+    folds = list(grouped_folds(data, rows, n_folds, seed))
+    results = joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(judge_candidate)(configuration, features, columns, data.label, fit, held_out, seed)
+        for fit, held_out in folds
+    )
+    log_odds = np.full(len(data.label), np.nan)
+    for (_, held_out), result in zip(folds, results, strict=True):
+        if "error" in result:
+            raise FeaturePipelineError(f"{configuration.name} failed: {result['error']}")
+        log_odds[held_out] = result["log_odds"]
+    log_odds = log_odds[rows]
+    model = calibrated(fit_model(configuration, features[rows], data.label[rows], seed), log_odds, data.label[rows])
+    return Trained(model, rows, 1 / (1 + np.exp(-(model.slope * log_odds + model.intercept))))
+
+
+def figures(data: TrainingData, rows: np.ndarray, probability: np.ndarray, seed: int) -> dict[str, Any]:
+    """Figures of predictions, with 95% intervals resampled by group."""
+    label = data.label[rows]
+    intervals = bootstrap_intervals(label, probability, data.group[rows], seed=seed)
+    return {
+        **ranking_scores(label, probability),
+        **{f"{name}_95": list(interval) for name, interval in intervals.items()},
+        "brier": brier_score(label, probability),
+        "positive_rate": float(label.mean()),
+        "n_snapshots": len(rows),
+        "n_visits": len(np.unique(data.visit[rows])),
+    }
+
+
+def describe(name: str, scores: dict[str, Any]) -> dict[str, str]:
+    """Figures as texts for a table."""
+    return {
+        f"{name}: ROC AUC": "{:.4f} ({:.4f} to {:.4f})".format(scores["roc_auc"], *scores["roc_auc_95"]),
+        f"{name}: average precision": "{:.4f} ({:.4f} to {:.4f}); share of positives {:.4f}".format(
+            scores["average_precision"], *scores["average_precision_95"], scores["positive_rate"]
+        ),
+        f"{name}: Brier score": f"{scores['brier']:.5f}",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- deploy
+
+
+def new_version(archive: Path) -> str:
+    """A version name YYYYMMDD_HHMMSS (UTC) that the archive does not have yet."""
+    while True:
+        version = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
+        try:
+            (archive / version).mkdir(parents=True)
+            return version
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def deploy(directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str) -> None:
+    """Writes the files of a version to its archive folder, then to `directory`; the config comes last.
+
+    The config names the model file's SHA-256, so that a pipeline loaded in between refuses to start and never mixes two
+    versions.
+    """
+    buffer = io.BytesIO()
+    joblib.dump(model, buffer, compress=3)
+    content = buffer.getvalue()
+    config["model_version"] = version
+    config["model_sha256"] = hashlib.sha256(content).hexdigest()
+    config["golden"]["probability"] = golden_probability(config, model)
+    files: dict[str, bytes | str] = {
+        "best_model.pkl": content,
+        "feature_names.json": json.dumps(config["feature_names"], indent=1) + "\n",
+        "production_model_info.txt": info,
+        "training_report.html": report,
+        "best_model_config.json": json.dumps(config, indent=1, allow_nan=False) + "\n",
+    }
+    for folder in (directory / "archive" / version, directory):
+        for name, text in files.items():
+            write_atomic(folder / name, text)
+
+
+def golden_probability(config: dict[str, Any], model: ScoreModel) -> list[float]:
+    """The new model's probability of the config's golden example."""
+    features = np.array(config["golden"]["features"], dtype=np.float64)
+    return model.probability(features).tolist()
+
+
+def info_text(config: dict[str, Any], facts: dict[str, Any], notices: list[str], version: str) -> str:
+    """``production_model_info.txt``, for a person."""
+    thresholds = config["risk_thresholds"]
+    lines = [
+        *notices,
+        f"Model {version}: {config['feature_set']} with {config['model']['name']}, "
+        f"{len(config['feature_names'])} features",
+        "",
+        *(f"{name}: {value}" for name, value in facts.items()),
+        f"Risk levels: medium from {thresholds['medium']:g}, high from {thresholds['high']:g}; "
+        f"decision threshold {config['decision_threshold']:.4g}",
+        "Libraries: " + ", ".join(f"{name} {v}" for name, v in config["library_versions"].items()),
+        "",
+        "Use: from feature_pipeline import ProductionPipeline",
+        "     ProductionPipeline('models/best_model_config.json', 'models/best_model.pkl').predict(observations)",
+        "A deployment is feature_pipeline.py, best_model_config.json, best_model.pkl and feature_names.json.",
+        "",
+        "Do not use it on patients before it was validated on local data: it is research software, no medical device.",
+        "Do not edit these files: the config names the model's SHA-256, and a changed model is refused.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def train_best_model(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    directory = Path(arguments.models_dir)
+    reproducer = FeatureReproducer(directory / "best_model_config.json")
+    config = reproducer.config
+    seed = config["seed"] if arguments.seed is None else arguments.seed
+    configuration = configuration_of(config)
+    data = load_data(config, arguments.observations, arguments.labels)
+    for line in [*data.notices(), data.describe()]:
+        log.info("%s", line)
+    features = filled(data.evaluate(config["feature_names"]), config["fill_value"])
+    facts: dict[str, Any] = {
+        "Trained at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "Data": data.describe(),
+        "Data fingerprint": data.fingerprint[:16],
+    }
+    if data.observations.set_aside:
+        facts["Set aside"] = describe_set_aside(data.observations)
+    if arguments.full:
+        rows = np.arange(len(data.label))
+        trained = train(data, features, rows, configuration, seed, arguments.jobs)
+        shown, probability, basis = rows, trained.out_of_fold, "out-of-fold predictions on all data"
+        scores = figures(data, rows, probability, seed)
+        facts |= describe("Cross-validated", scores)
+        if config["data"]["fingerprint"] == data.fingerprint:
+            facts |= describe("Test part (in the search, before training on it)", config["metrics"]["test"])
+    else:
+        part = split_parts(data, seed=seed)
+        rows, shown = np.flatnonzero(part != TEST), np.flatnonzero(part == TEST)
+        trained = train(data, features, rows, configuration, seed, arguments.jobs)
+        probability, basis = trained.model.probability(features[shown]), "predictions on the test part"
+        scores = figures(data, shown, probability, seed)
+        facts |= describe("Test part", scores)
+    facts["Calibration"] = f"log-odds x {trained.model.slope:.3f} {trained.model.intercept:+.3f} (Platt, out-of-fold)"
+    points = operating_points(data.label[shown], probability, data.visit[shown])
+
+    if arguments.full:
+        version = new_version(directory / "archive")
+        title = f"Sepsis risk model {version}"
+    else:
+        version, title = "", "Sepsis risk model, trained without the test part"
+    report = report_page(title, data.notices(), facts, basis, data.label[shown], probability, points)
+    if arguments.full:
+        config["metrics"]["out_of_fold"] = scores
+        config["library_versions"] = library_versions()
+        config["trained_at"] = facts["Trained at"]
+        info = info_text(config, facts, data.notices(), version)
+        trained.model.metadata.update({"model_version": version, "trained_at": facts["Trained at"]})
+        deploy(directory, config, trained.model, info, report, version)
+        print(info.rstrip())
+    else:
+        write_atomic(directory / "holdout_report.html", report)
+        write_json(directory / "holdout_metrics.json", scores)
+        for line in data.notices():
+            print(line)
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+    log.info("%.0f s; files in %s", time.perf_counter() - start, directory)
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        __doc__, "python train_best_model.py --full", "observations", "labels", "models-dir", "seed", "jobs"
+    )
+    parser.set_defaults(seed=None)
+    parser.add_argument("--full", action="store_true", help="train on all data and deploy to the models directory")
+    return run(train_best_model, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
