@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import numpy as np
 
 from feature_pipeline import (
     DEFAULT_WINDOWS,
     BoostedTrees,
     Classifier,
+    FeaturePipelineError,
     LinearModel,
     ScoreModel,
     block_features,
 )
 from metrics import fit_platt, ranking_scores
+from training_data import TrainingData, grouped_folds
 
 # name -> feature blocks; the guide describes each block
 FEATURE_SETS: dict[str, tuple[str, ...]] = {
@@ -196,7 +199,7 @@ def _fit_hist_gradient_boosting(params, features, label, seed, threads):
 
 def judge_candidate(
     configuration: ModelConfiguration,
-    matrix: np.ndarray,
+    table: np.ndarray,
     columns: np.ndarray,
     label: np.ndarray,
     train: np.ndarray,
@@ -209,8 +212,8 @@ def judge_candidate(
     """
     start = time.perf_counter()
     try:
-        model = fit_model(configuration, take(matrix, train, columns), label[train], seed)
-        log_odds = model.log_odds(filled(take(matrix, held_out, columns), configuration.fill_value))
+        model = fit_model(configuration, take(table, train, columns), label[train], seed)
+        log_odds = model.log_odds(filled(take(table, held_out, columns), configuration.fill_value))
         if not np.isfinite(log_odds).all():
             raise ValueError("the model gives scores that are not finite")
         scores = ranking_scores(label[held_out], log_odds)
@@ -219,15 +222,56 @@ def judge_candidate(
     return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
 
 
-def take(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """``matrix[rows][:, columns]`` of a column-major matrix, column after column."""
-    out = np.empty((len(columns), len(rows)), dtype=matrix.dtype)
+def take(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(n_rows, n_columns) of some snapshots and features.
+
+    `table` is (n_features, n_snapshots), row-major: joblib hands a column-major memory map to other processes in the
+    wrong order.
+    """
+    out = np.empty((len(columns), len(rows)), dtype=table.dtype)
     for i, column in enumerate(columns):
-        np.take(matrix[:, column], rows, out=out[i])
+        np.take(table[column], rows, out=out[i])
     return out.T
 
 
-def calibrated(model: ScoreModel, log_odds: np.ndarray, label: np.ndarray) -> ScoreModel:
-    """The same members, calibrated on out-of-fold log-odds."""
-    slope, intercept = fit_platt(log_odds, label)
-    return ScoreModel(model.members, slope, intercept, model.metadata)
+def cross_validate(
+    configuration: ModelConfiguration,
+    table: np.ndarray,
+    columns: np.ndarray,
+    data: TrainingData,
+    rows: np.ndarray,
+    n_folds: int = 5,
+    seed: int = 0,
+    jobs: int = 1,
+) -> np.ndarray:
+    """Out-of-fold log-odds of the snapshots `rows`; groups (clients) are never on both sides.
+
+    `table` (n_features, n_snapshots) holds NaN where empty. Raises `FeaturePipelineError` when a fold fails.
+    """
+    folds = list(grouped_folds(data, rows, n_folds, seed))
+    results = joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(judge_candidate)(configuration, table, columns, data.label, train, held_out, seed)
+        for train, held_out in folds
+    )
+    out = np.full(len(data.label), np.nan)
+    for (_, held_out), result in zip(folds, results, strict=True):
+        if "error" in result:
+            raise FeaturePipelineError(f"{configuration.name} failed in cross-validation: {result['error']}")
+        out[held_out] = result["log_odds"]
+    return out[rows]
+
+
+def fit_calibrated(
+    configuration: ModelConfiguration,
+    table: np.ndarray,
+    columns: np.ndarray,
+    data: TrainingData,
+    rows: np.ndarray,
+    out_of_fold: np.ndarray,
+    seed: int = 0,
+) -> tuple[ScoreModel, np.ndarray]:
+    """(model fitted on `rows`, calibrated on their out-of-fold log-odds; their calibrated out-of-fold probabilities)."""
+    label = data.label[rows]
+    model = fit_model(configuration, take(table, rows, columns), label, seed)
+    model.slope, model.intercept = fit_platt(out_of_fold, label)
+    return model, model.calibrate(out_of_fold)

@@ -18,7 +18,7 @@ DEMO_NOTICE = "synthetic demo cohort (no real patients)"
 
 YEAR_START = np.datetime64("2024-01-01T00:00", "m")
 YEAR_DAYS = 366
-SEPSIS_SHARE = 0.12  # of visits
+SEPSIS_SHARE = 0.2  # of visits
 SECOND_VISIT_SHARE = 0.12  # of patients
 STAY_HOURS = (12.0, 240.0)  # shortest and longest
 EARLIEST_ONSET_HOURS = 4.0
@@ -219,7 +219,7 @@ class Rows(NamedTuple):
     value: np.ndarray
 
 
-def make_demo_cohort(n_patients: int = 600, seed: int = 2019) -> tuple[pd.DataFrame, pd.DataFrame]:
+def make_demo_cohort(n_patients: int = 1000, seed: int = 2019) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Observations and labels of a synthetic cohort; some patients have two visits.
 
     Observations have the project's seven columns, in the units that `SIGNALS` names (but one ward writes its

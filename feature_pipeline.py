@@ -378,32 +378,52 @@ def as_text(value: Any) -> str:
     return str(value).strip()
 
 
-def _factorize_text(column: pd.Series) -> tuple[np.ndarray, list[str]]:
-    """Index into the distinct texts of a column for each row, -1 where empty; texts in order of appearance."""
+_LONG = 1000  # from here on distinct cells are sorted out first: quicker for many rows, slower for a few
+
+
+def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
+    """(index of each row's cell, cells); a long column gives each distinct cell once, the empty ones as the last."""
+    if len(column) < _LONG:
+        return np.arange(len(column)), column.tolist()
     index, distinct = pd.factorize(column)
+    return index, [*distinct.tolist(), None]
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell.strip()) or cell != cell
+
+
+def _texts(column: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """(index of each row's text, -1 where empty; the distinct texts in order of appearance)."""
+    index, cells = _distinct(column)
     place: dict[str, int] = {}
-    merged = [place.setdefault(text, len(place)) if (text := as_text(v)) else -1 for v in distinct]
-    if merged != list(range(len(merged))):
-        index = np.where(index >= 0, np.asarray([*merged, -1])[index], -1)
-    return index, list(place)
+    merged = [-1 if _is_empty(cell) else place.setdefault(as_text(cell), len(place)) for cell in cells]
+    return np.asarray(merged, dtype=np.int64)[index], list(place)
 
 
 def parse_times(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """(microseconds since 1970 UTC, was the cell empty); NO_TIME where there is no usable date."""
-    empty = column.isna().to_numpy()
-    if isinstance(column.dtype, pd.DatetimeTZDtype):
-        column = column.dt.tz_convert("UTC").dt.tz_localize(None)
-    elif column.dtype.kind != "M":
-        if column.dtype.kind in "iu":
-            column = column.astype(str)
-        # "2024" and "2024-01" are ISO 8601, but no moment of a measurement
-        vague = [isinstance(cell, int | float) or (isinstance(cell, str) and len(cell) < 8) for cell in column]
-        if any(vague):
-            empty = empty | (column == "").to_numpy(dtype=bool, na_value=False)
-            column = column.mask(vague)
-        column = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce").dt.tz_localize(None)
-    micros = column.to_numpy().astype("datetime64[us]").astype(np.int64)
+    if column.dtype.kind == "M":
+        if isinstance(column.dtype, pd.DatetimeTZDtype):
+            column = column.dt.tz_convert("UTC").dt.tz_localize(None)
+        micros = column.to_numpy().astype("datetime64[us]").astype(np.int64)
+        empty = micros == NO_TIME
+    else:
+        cells = column.tolist()
+        empty = np.array([_is_empty(cell) for cell in cells], dtype=bool)
+        texts = np.array([_date_text(cell) for cell in cells], dtype=object)
+        micros = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce").as_unit("us").asi8
     return np.where((micros >= _EARLIEST) & (micros < _LATEST), micros, NO_TIME), empty
+
+
+def _date_text(cell: Any) -> Any:
+    """What may be a date: 2024 and 2024-01 are ISO 8601, but no moment of a measurement."""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        cell = str(cell)
+    if isinstance(cell, str):
+        cell = cell.strip()
+        return cell if len(cell) >= 8 else None
+    return None if isinstance(cell, bool | float) else cell
 
 
 def _number(cell: Any) -> float:
@@ -425,24 +445,23 @@ def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     if column.dtype.kind in "iuf" and isinstance(column.dtype, np.dtype):
         numbers = column.to_numpy(dtype=np.float64)
         return numbers, np.isnan(numbers)
-    if len(column) < 1000:
-        cells = column.tolist()
-        return np.array([_number(cell) for cell in cells]), np.array([_is_empty(cell) for cell in cells])
-    index, distinct = pd.factorize(column)
-    cells = [*distinct.tolist(), None]
-    numbers = np.array([_number(cell) for cell in cells])
-    return numbers[index], np.array([_is_empty(cell) for cell in cells])[index]
+    index, cells = _distinct(column)
+    numbers = np.array([_number(cell) for cell in cells], dtype=np.float64)
+    return numbers[index], np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]
 
 
-def _is_empty(cell: Any) -> bool:
-    return cell is None or cell is pd.NA or cell == "" or cell != cell
+def _as_given(column: pd.Series, rows: np.ndarray) -> np.ndarray:
+    """The cells of some rows, as the caller wrote them."""
+    if isinstance(column.dtype, np.dtype):
+        return column.to_numpy()[rows]
+    return np.array(column.array[rows].tolist(), dtype=object)
 
 
 def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping[str, str] | None) -> Observations:
     n_rows = len(table)
-    visit_index, visit_texts = _factorize_text(table["visit_id"])
-    client_index, client_texts = _factorize_text(table["client"])
-    code_index, codes = _factorize_text(table["observation_type_code"])
+    visit_index, visit_texts = _texts(table["visit_id"])
+    client_index, client_texts = _texts(table["client"])
+    code_index, codes = _texts(table["observation_type_code"])
     time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
@@ -508,8 +527,8 @@ def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping
     if duplicates:
         remarks["duplicate"] = duplicates
     return Observations(
-        visit_id=table["visit_id"].take(first_row).to_numpy(),
-        client=table["client"].take(first_row).to_numpy(),
+        visit_id=_as_given(table["visit_id"], first_row),
+        client=_as_given(table["client"], first_row),
         visit_text=np.array(visit_texts, dtype=object)[visit_index[first_row]],
         client_text=np.array(client_texts, dtype=object)[client_index[first_row]],
         codes=tuple(codes),
@@ -1554,8 +1573,12 @@ class ScoreModel:
 
     def probability(self, features: np.ndarray) -> np.ndarray:
         """(n_rows,) calibrated probability of sepsis within the horizon."""
+        return self.calibrate(self.log_odds(features))
+
+    def calibrate(self, log_odds: np.ndarray) -> np.ndarray:
+        """Uncalibrated log-odds to calibrated probabilities."""
         with np.errstate(over="ignore"):
-            return 1 / (1 + np.exp(-(self.slope * self.log_odds(features) + self.intercept)))
+            return 1 / (1 + np.exp(-(self.slope * log_odds + self.intercept)))
 
     def contributions(self, features: np.ndarray) -> np.ndarray:
         """(n_rows, n_features) in calibrated log-odds. Raises `NotExplainable`."""

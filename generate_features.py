@@ -28,10 +28,10 @@ from candidates import (
     FEATURE_SETS,
     MODEL_CONFIGURATIONS,
     ModelConfiguration,
-    calibrated,
+    cross_validate,
     feature_set_names,
     filled,
-    fit_model,
+    fit_calibrated,
     judge_candidate,
     take,
 )
@@ -51,8 +51,8 @@ from feature_pipeline import (
     resolve_snapshots,
 )
 from metrics import (
-    bootstrap_intervals,
-    brier_score,
+    describe_figures,
+    figures,
     operating_points,
     ranking_scores,
     threshold_for_sensitivity,
@@ -64,7 +64,6 @@ from training_data import (
     VALIDATION,
     SnapshotSettings,
     TrainingData,
-    grouped_folds,
     load_training_data,
     split_parts,
 )
@@ -84,7 +83,7 @@ class Search:
     codes: list[str]
     synonyms: dict[str, str]
     names: list[str]
-    matrix: np.ndarray  # (n_snapshots, n_features) column-major, NaN where empty
+    table: np.ndarray  # (n_features, n_snapshots), NaN where empty
     informative: np.ndarray  # (n_features,) does the feature vary on the training part?
     seed: int
     folds: int
@@ -104,7 +103,7 @@ class Search:
 
 def prepare_search(
     data: TrainingData,
-    matrix_path: Path,
+    table_path: Path,
     seed: int = 0,
     folds: int = 5,
     feature_sets: Sequence[str] = tuple(FEATURE_SETS),
@@ -122,11 +121,11 @@ def prepare_search(
     names = list(
         dict.fromkeys(n for fs in feature_sets for n in feature_set_names(fs, codes, DEFAULT_WINDOWS, synonyms))
     )
-    matrix = np.memmap(matrix_path, np.float64, "w+", shape=(len(names), len(data.label)))
-    data.evaluate(names, out=matrix)
+    table = np.memmap(table_path, np.float64, "w+", shape=(len(names), len(data.label)))
+    data.evaluate(names, out=table)
     train = part == TRAIN
-    informative = np.array([_varies(column[train]) for column in matrix])
-    return Search(data, part, codes, synonyms, names, matrix.T, informative, seed, folds)
+    informative = np.array([_varies(column[train]) for column in table])
+    return Search(data, part, codes, synonyms, names, table, informative, seed, folds)
 
 
 def _varies(column: np.ndarray) -> bool:
@@ -187,7 +186,7 @@ def run_candidates(
 
 def _candidate(feature_set, configuration, search: Search, train, held_out) -> dict[str, Any]:
     columns = search.columns(feature_set)
-    result = judge_candidate(configuration, search.matrix, columns, search.data.label, train, held_out, search.seed)
+    result = judge_candidate(configuration, search.table, columns, search.data.label, train, held_out, search.seed)
     result.pop("log_odds", None)
     return {"feature_set": feature_set, "model": configuration.name, "n_features": len(columns), **result}
 
@@ -204,26 +203,6 @@ def _finished(log_path: Path, search: Search, candidates) -> list[dict[str, Any]
         for entry in entries
         if "score" in entry and wanted.get((entry["feature_set"], entry["model"])) == entry.get("fingerprint")
     ]
-
-
-def cross_validate(
-    search: Search, feature_set: str, configuration: ModelConfiguration, rows: np.ndarray, jobs: int
-) -> np.ndarray:
-    """Out-of-fold log-odds of `rows` (snapshots), grouped by client."""
-    columns = search.columns(feature_set)
-    folds = list(grouped_folds(search.data, rows, search.folds, search.seed))
-    results = joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(judge_candidate)(
-            configuration, search.matrix, columns, search.data.label, train, held_out, search.seed
-        )
-        for train, held_out in folds
-    )
-    out = np.full(len(search.data.label), np.nan)
-    for (_, held_out), result in zip(folds, results, strict=True):
-        if "error" in result:
-            raise FeaturePipelineError(f"{configuration.name} with {feature_set} failed: {result['error']}")
-        out[held_out] = result["log_odds"]
-    return out[rows]
 
 
 # ---------------------------------------------------------------------------------------------------- winner
@@ -246,26 +225,14 @@ def evaluate_winner(
     """Fits the winner on training and validation parts, calibrates it on their out-of-fold scores, tests it once."""
     data, columns = search.data, search.columns(feature_set)
     rows, test = np.flatnonzero(search.part != TEST), np.flatnonzero(search.part == TEST)
-    model = fit_model(configuration, take(search.matrix, rows, columns), data.label[rows], search.seed)
-    model = calibrated(model, out_of_fold, data.label[rows])
-    own = 1 / (1 + np.exp(-(model.slope * out_of_fold + model.intercept)))
-    probability = model.probability(filled(take(search.matrix, test, columns), configuration.fill_value))
-    scores = ranking_scores(data.label[test], probability)
-    intervals = bootstrap_intervals(data.label[test], probability, data.group[test], seed=search.seed)
-    metrics = {
-        "cross_validation": ranking_scores(data.label[rows], out_of_fold),
-        "test": {
-            **scores,
-            **{f"{name}_95": list(interval) for name, interval in intervals.items()},
-            "brier": brier_score(data.label[test], probability),
-            "positive_rate": float(data.label[test].mean()),
-            "n_snapshots": len(test),
-            "n_visits": len(np.unique(data.visit[test])),
-        },
-    }
+    model, own = fit_calibrated(configuration, search.table, columns, data, rows, out_of_fold, search.seed)
+    probability = model.probability(filled(take(search.table, test, columns), configuration.fill_value))
     return Evaluation(
         model=model,
-        metrics=metrics,
+        metrics={
+            "cross_validation": ranking_scores(data.label[rows], out_of_fold),
+            "test": figures(data.label[test], probability, data.group[test], data.visit[test], search.seed),
+        },
         points=operating_points(data.label[rows], own, data.visit[rows]),
         decision_threshold=threshold_for_sensitivity(data.label[rows], own, sensitivity),
         test_probability=probability,
@@ -369,6 +336,7 @@ def make_config(
         "metrics": evaluation.metrics,
         "risk_thresholds": {"medium": medium, "high": high},
         "decision_threshold": evaluation.decision_threshold,
+        "decision_sensitivity": arguments.sensitivity,
         "code_prevalence": {code: round(share, 4) for code, share in prevalence.items() if code in used},
         "loss_without_code": loss,
         "data": {
@@ -408,11 +376,7 @@ def summary_text(
         "",
         f"Winner: {config['feature_set']} with {config['model']['name']}, {len(config['feature_names'])} features",
         "Test part, used once, with 95% intervals resampled by " + data.grouped_by + ":",
-        "  ROC AUC            {:.4f}  ({:.4f} to {:.4f})".format(test["roc_auc"], *test["roc_auc_95"]),
-        "  average precision  {:.4f}  ({:.4f} to {:.4f}); share of positives {:.4f}".format(
-            test["average_precision"], *test["average_precision_95"], test["positive_rate"]
-        ),
-        f"  Brier score        {test['brier']:.5f}",
+        *(f"  {name:<18s} {value}" for name, value in describe_figures(test).items()),
         "",
         "Grouped cross-validation of the best, on training and validation parts (ROC AUC + average precision):",
         *(f"  {score:.4f}  {fs} with {model}" for fs, model, score in finalists),
@@ -488,9 +452,9 @@ def search_features(arguments: argparse.Namespace) -> int:
     directory = Path(arguments.models_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
-        matrix_path = Path(scratch) / "features.f64"
-        search = prepare_search(data, matrix_path, arguments.seed, arguments.folds, sets, synonyms)
-        log.info("%d features of %d snapshots, %.1f s", *search.matrix.shape[::-1], time.perf_counter() - start)
+        table_path = Path(scratch) / "features.f64"
+        search = prepare_search(data, table_path, arguments.seed, arguments.folds, sets, synonyms)
+        log.info("%d features of %d snapshots, %.1f s", *search.table.shape, time.perf_counter() - start)
         log_path = directory / "optimization_log.json"
         with backend(arguments.backend, arguments.scheduler, search):
             entries = run_candidates(search, candidates, log_path, arguments.jobs, arguments.resume, arguments.quiet)
@@ -501,7 +465,16 @@ def search_features(arguments: argparse.Namespace) -> int:
             finalists = []
             for entry in good[: arguments.finalists]:
                 fs, model = entry["feature_set"], entry["model"]
-                out_of_fold = cross_validate(search, fs, CONFIGURATION[model], rows, arguments.jobs)
+                out_of_fold = cross_validate(
+                    CONFIGURATION[model],
+                    search.table,
+                    search.columns(fs),
+                    data,
+                    rows,
+                    search.folds,
+                    search.seed,
+                    arguments.jobs,
+                )
                 score = ranking_scores(data.label[rows], out_of_fold)["score"]
                 log.info("cross-validated: %.4f  %s with %s", score, fs, model)
                 finalists.append((score, fs, model, out_of_fold))

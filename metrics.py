@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,10 +55,6 @@ def brier_score(label: np.ndarray, probability: np.ndarray) -> float:
     return float(np.mean((probability - label) ** 2))
 
 
-def log_odds(probability: np.ndarray) -> np.ndarray:
-    return np.log(probability) - np.log1p(-probability)
-
-
 def fit_platt(log_odds: np.ndarray, label: np.ndarray) -> tuple[float, float]:
     """(slope, intercept) that make ``slope * log_odds + intercept`` calibrated log-odds.
 
@@ -91,6 +88,32 @@ def calibration_table(label: np.ndarray, probability: np.ndarray, bins: int = 10
         if len(part)
     ]
     return pd.DataFrame(rows)
+
+
+def figures(
+    label: np.ndarray, probability: np.ndarray, group: np.ndarray, visit: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+    """The figures of a report: ranking scores with intervals resampled by `group`, Brier score, sizes."""
+    intervals = bootstrap_intervals(label, probability, group, seed=seed)
+    return {
+        **ranking_scores(label, probability),
+        **{f"{name}_95": list(interval) for name, interval in intervals.items()},
+        "brier": brier_score(label, probability),
+        "positive_rate": float(label.mean()),
+        "n_snapshots": len(label),
+        "n_visits": len(np.unique(visit)),
+    }
+
+
+def describe_figures(scores: dict[str, Any]) -> dict[str, str]:
+    """`figures` as texts for a person."""
+    return {
+        "ROC AUC": "{:.4f} ({:.4f} to {:.4f})".format(scores["roc_auc"], *scores["roc_auc_95"]),
+        "average precision": "{:.4f} ({:.4f} to {:.4f}); share of positives {:.4f}".format(
+            scores["average_precision"], *scores["average_precision_95"], scores["positive_rate"]
+        ),
+        "Brier score": f"{scores['brier']:.5f}",
+    }
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,16 @@ import joblib
 import numpy as np
 
 from artifacts import library_versions, write_atomic, write_json
-from candidates import ModelConfiguration, calibrated, filled, fit_model, judge_candidate
+from candidates import ModelConfiguration, cross_validate, filled, fit_calibrated
 from command_line import DONE, log, make_parser, run
 from feature_pipeline import (
     BadConfig,
-    FeaturePipelineError,
     FeatureReproducer,
     ScoreModel,
     describe_set_aside,
-    resolve_snapshots,
 )
-from metrics import bootstrap_intervals, brier_score, operating_points, ranking_scores
-from training_data import TEST, SnapshotSettings, TrainingData, grouped_folds, load_training_data, split_parts
+from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
+from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, split_parts
 from training_report import report_page
 
 
@@ -43,8 +41,7 @@ class Trained:
     """A calibrated model with the out-of-fold predictions that calibrated it."""
 
     model: ScoreModel
-    rows: np.ndarray  # snapshots it was trained on
-    out_of_fold: np.ndarray  # calibrated probabilities of these rows
+    out_of_fold: np.ndarray  # calibrated probabilities of the snapshots it was trained on
 
 
 def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
@@ -69,53 +66,16 @@ def load_data(config: dict[str, Any], observations: str | None, labels: str | No
 
 def train(
     data: TrainingData,
-    features: np.ndarray,
+    table: np.ndarray,
     rows: np.ndarray,
     configuration: ModelConfiguration,
     seed: int = 0,
     jobs: int = 1,
-    n_folds: int = 5,
 ) -> Trained:
-    """Fits on `rows` of `features` (n_snapshots, n_features), calibrated on grouped out-of-fold predictions."""
-    columns = np.arange(features.shape[1])
-    folds = list(grouped_folds(data, rows, n_folds, seed))
-    results = joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(judge_candidate)(configuration, features, columns, data.label, fit, held_out, seed)
-        for fit, held_out in folds
-    )
-    log_odds = np.full(len(data.label), np.nan)
-    for (_, held_out), result in zip(folds, results, strict=True):
-        if "error" in result:
-            raise FeaturePipelineError(f"{configuration.name} failed: {result['error']}")
-        log_odds[held_out] = result["log_odds"]
-    log_odds = log_odds[rows]
-    model = calibrated(fit_model(configuration, features[rows], data.label[rows], seed), log_odds, data.label[rows])
-    return Trained(model, rows, 1 / (1 + np.exp(-(model.slope * log_odds + model.intercept))))
-
-
-def figures(data: TrainingData, rows: np.ndarray, probability: np.ndarray, seed: int) -> dict[str, Any]:
-    """Figures of predictions, with 95% intervals resampled by group."""
-    label = data.label[rows]
-    intervals = bootstrap_intervals(label, probability, data.group[rows], seed=seed)
-    return {
-        **ranking_scores(label, probability),
-        **{f"{name}_95": list(interval) for name, interval in intervals.items()},
-        "brier": brier_score(label, probability),
-        "positive_rate": float(label.mean()),
-        "n_snapshots": len(rows),
-        "n_visits": len(np.unique(data.visit[rows])),
-    }
-
-
-def describe(name: str, scores: dict[str, Any]) -> dict[str, str]:
-    """Figures as texts for a table."""
-    return {
-        f"{name}: ROC AUC": "{:.4f} ({:.4f} to {:.4f})".format(scores["roc_auc"], *scores["roc_auc_95"]),
-        f"{name}: average precision": "{:.4f} ({:.4f} to {:.4f}); share of positives {:.4f}".format(
-            scores["average_precision"], *scores["average_precision_95"], scores["positive_rate"]
-        ),
-        f"{name}: Brier score": f"{scores['brier']:.5f}",
-    }
+    """Fits on the snapshots `rows` of `table` (n_features, n_snapshots), calibrated on grouped out-of-fold predictions."""
+    columns = np.arange(len(table))
+    out_of_fold = cross_validate(configuration, table, columns, data, rows, seed=seed, jobs=jobs)
+    return Trained(*fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed))
 
 
 # ---------------------------------------------------------------------------------------------------- deploy
@@ -198,7 +158,7 @@ def train_best_model(arguments: argparse.Namespace) -> int:
     data = load_data(config, arguments.observations, arguments.labels)
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
-    features = filled(data.evaluate(config["feature_names"]), config["fill_value"])
+    features = data.evaluate(config["feature_names"])
     facts: dict[str, Any] = {
         "Trained at": datetime.now(UTC).isoformat(timespec="seconds"),
         "Data": data.describe(),
@@ -208,19 +168,19 @@ def train_best_model(arguments: argparse.Namespace) -> int:
         facts["Set aside"] = describe_set_aside(data.observations)
     if arguments.full:
         rows = np.arange(len(data.label))
-        trained = train(data, features, rows, configuration, seed, arguments.jobs)
+        trained = train(data, features.T, rows, configuration, seed, arguments.jobs)
         shown, probability, basis = rows, trained.out_of_fold, "out-of-fold predictions on all data"
-        scores = figures(data, rows, probability, seed)
-        facts |= describe("Cross-validated", scores)
-        if config["data"]["fingerprint"] == data.fingerprint:
-            facts |= describe("Test part (in the search, before training on it)", config["metrics"]["test"])
     else:
         part = split_parts(data, seed=seed)
         rows, shown = np.flatnonzero(part != TEST), np.flatnonzero(part == TEST)
-        trained = train(data, features, rows, configuration, seed, arguments.jobs)
-        probability, basis = trained.model.probability(features[shown]), "predictions on the test part"
-        scores = figures(data, shown, probability, seed)
-        facts |= describe("Test part", scores)
+        trained = train(data, features.T, rows, configuration, seed, arguments.jobs)
+        probability = trained.model.probability(filled(features[shown], config["fill_value"]))
+        basis = "predictions on the test part"
+    scores = figures(data.label[shown], probability, data.group[shown], data.visit[shown], seed)
+    named = {"Cross-validated" if arguments.full else "Test part": scores}
+    if arguments.full and config["data"]["fingerprint"] == data.fingerprint:
+        named["Test part of the search"] = config["metrics"]["test"]
+    facts |= {f"{name}: {key}": text for name, s in named.items() for key, text in describe_figures(s).items()}
     facts["Calibration"] = f"log-odds x {trained.model.slope:.3f} {trained.model.intercept:+.3f} (Platt, out-of-fold)"
     points = operating_points(data.label[shown], probability, data.visit[shown])
 
@@ -232,6 +192,9 @@ def train_best_model(arguments: argparse.Namespace) -> int:
     report = report_page(title, data.notices(), facts, basis, data.label[shown], probability, points)
     if arguments.full:
         config["metrics"]["out_of_fold"] = scores
+        config["decision_threshold"] = threshold_for_sensitivity(
+            data.label, probability, config["decision_sensitivity"]
+        )
         config["library_versions"] = library_versions()
         config["trained_at"] = facts["Trained at"]
         info = info_text(config, facts, data.notices(), version)

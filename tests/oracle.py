@@ -7,6 +7,7 @@ Written from the definitions, not from `feature_pipeline`. Sums are exact fracti
 import math
 from datetime import datetime, timedelta
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 WINDOWS = (6, 12, 24)
@@ -119,7 +120,7 @@ def cv(rows, as_of, start):
 
 def mean_abs_change(rows, as_of, start):
     values = [Fraction(row.value) for row in rows]
-    steps = [abs(b - a) for a, b in zip(values, values[1:], strict=False)]
+    steps = [abs(b - a) for a, b in pairwise(values)]
     return sum(steps) / len(steps) if steps else None
 
 
