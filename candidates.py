@@ -270,7 +270,7 @@ def fit_calibrated(
     out_of_fold: np.ndarray,
     seed: int = 0,
 ) -> tuple[ScoreModel, np.ndarray]:
-    """(model fitted on `rows`, calibrated on their out-of-fold log-odds; their calibrated out-of-fold probabilities)."""
+    """(model fitted on `rows`, calibrated on their out-of-fold log-odds; the calibrated probabilities of these)."""
     label = data.label[rows]
     model = fit_model(configuration, take(table, rows, columns), label, seed)
     model.slope, model.intercept = fit_platt(out_of_fold, label)

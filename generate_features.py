@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -448,6 +448,7 @@ def search_features(arguments: argparse.Namespace) -> int:
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
     sets, models = (QUICK_SETS, QUICK_MODELS) if arguments.quick else (tuple(FEATURE_SETS), tuple(CONFIGURATION))
+    sets, models = arguments.feature_sets or sets, arguments.models or models
     candidates = [(fs, c) for fs in sets for c in MODEL_CONFIGURATIONS if c.name in models]
     directory = Path(arguments.models_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -507,6 +508,18 @@ def thresholds(text: str) -> tuple[float, float]:
     return medium, high
 
 
+def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of comma-separated names that must be among the known ones."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+        return names
+
+    return read
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         __doc__,
@@ -532,6 +545,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
     )
+    parser.add_argument("--feature-sets", type=choice_of(tuple(FEATURE_SETS)), metavar="A,B", help="only these")
+    parser.add_argument("--models", type=choice_of(tuple(CONFIGURATION)), metavar="A,B", help="only these")
     parser.add_argument("--resume", action="store_true", help="keep what the log says was finished on the same data")
     parser.add_argument("--backend", choices=("local", "dask"), default="local", help="where candidates run")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://10.0.0.1:8786")

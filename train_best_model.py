@@ -72,7 +72,7 @@ def train(
     seed: int = 0,
     jobs: int = 1,
 ) -> Trained:
-    """Fits on the snapshots `rows` of `table` (n_features, n_snapshots), calibrated on grouped out-of-fold predictions."""
+    """Fits on the snapshots `rows` of `table` (n_features, n_snapshots), calibrated on out-of-fold predictions."""
     columns = np.arange(len(table))
     out_of_fold = cross_validate(configuration, table, columns, data, rows, seed=seed, jobs=jobs)
     return Trained(*fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed))
