@@ -78,6 +78,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
             "learning_rate": 0.05,
             "num_leaves": 31,
             "min_data_in_leaf": 50,
+            "lambda_l2": 5.0,
             "feature_fraction": 0.5,
             "num_iterations": 200,
         },
@@ -93,6 +94,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
             "num_leaves": 8,
             "max_depth": 3,
             "min_data_in_leaf": 100,
+            "lambda_l2": 5.0,
             "feature_fraction": 0.2,
             "num_iterations": 400,
         },
@@ -161,6 +163,7 @@ def _fit_lightgbm(params, features, label, seed, threads):
         "num_threads": threads,
         "deterministic": True,
         "force_col_wise": True,
+        "min_sum_hessian_in_leaf": 1.0,  # no leaf may grow surer than its few positives allow
         **params,
     }
     data = lightgbm.Dataset(features, label, params={"verbosity": -1}, free_raw_data=True)
