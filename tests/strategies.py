@@ -46,7 +46,7 @@ def values(code: str) -> st.SearchStrategy[float]:
 half_hours = st.integers(0, 100).map(lambda n: START + timedelta(minutes=30 * n))
 near_start = st.integers(0, 4).map(lambda n: START + timedelta(minutes=30 * n))
 times = near_start | half_hours | st.builds(lambda t, n: t + n * TICK, half_hours, st.sampled_from((-1, 1)))
-bounds = st.none() | st.sampled_from((0, 1, 4.1, 36.5, 60, 100))  # one-sided, inverted and equal ones too
+bounds = st.none() | st.sampled_from((0, 1, 4.1, 36.6, 60, 90, 100))  # one-sided, inverted and equal ones too
 
 
 @st.composite

@@ -507,6 +507,13 @@ def test_outside(value, low, high, expected):
     assert equals(feature("X__outside", visit_of((0, "X", value, low, high))), expected)
 
 
+def test_a_value_on_a_bound_is_inside():
+    rows = visit_of((0, "X", 4.0, 4, 6), (1, "X", 6.0, 4, 6), (2, "X", 3.9, 4, 6), (3, "X", 6.1, 4, None))
+    assert feature("X__share_below", rows, 3) == 1 / 4
+    assert feature("X__share_above", rows, 3) == 0 / 3
+    assert feature("X__share_above", [*rows, *visit_of((1.5, "X", 6.1, 4, 6))], 3) == 1 / 4
+
+
 def test_ties_are_ordered_by_value():
     tie = visit_of((0, "X", 3.0), (0, "X", 1.0), (2, "X", 5.0), (2, "X", 9.0), (2, "X", 7.0))
     assert feature("X__last", tie, 2) == 9

@@ -1,0 +1,233 @@
+"""The project's features and models on the PhysioNet/CinC Challenge 2019: a prediction for every hour of every patient.
+
+Five-fold cross-validation grouped by patient; each prediction sees only what was known at that hour. Reports hourly
+ROC AUC and average precision, patient-level ROC AUC and average precision, and the challenge's normalized utility
+(Reyna et al., Crit Care Med 2020;48:210-217, doi 10.1097/CCM.0000000000004145). The threshold of each fold is the one
+that is best on the out-of-fold predictions of the other folds.
+
+Observations and labels are those of import_physionet2019.py: labels with sepsis_onset, first_hour and last_hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from candidates import CONFIGURATION, FEATURE_SETS, judge_candidate
+from command_line import DONE, log, make_parser, run
+from feature_pipeline import DEFAULT_WINDOWS, MICROSECONDS_PER_HOUR, NO_TIME, block_features, read_observations
+from metrics import bootstrap_intervals, ranking_scores
+from training_data import SnapshotSettings, TrainingData, grouped_folds, read_labels
+
+EARLIEST, OPTIMAL, LATEST = -12, -6, 3  # hours from onset
+FALSE_ALARM, MISS = -0.05, -2.0
+
+
+def utilities(hours_from_onset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(utility of calling, utility of not calling) at each hour; `hours_from_onset` is NaN for patients without sepsis.
+
+    Calling: -0.05 earlier than 12 h before onset, then rising from 0 to 1 at 6 h before it, falling to 0 at 3 h after
+    it, 0 later. Not calling: 0 until 6 h before onset, falling to -2 at 3 h after it, 0 later. Without sepsis: -0.05
+    and 0.
+    """
+    h = hours_from_onset
+    rising = (h - EARLIEST) / (OPTIMAL - EARLIEST)
+    falling = (LATEST - h) / (LATEST - OPTIMAL)
+    call = np.where(h < EARLIEST, FALSE_ALARM, np.where(h <= OPTIMAL, rising, np.where(h <= LATEST, falling, 0.0)))
+    silent = np.where((h > OPTIMAL) & (h <= LATEST), MISS * (h - OPTIMAL) / (LATEST - OPTIMAL), 0.0)
+    without = np.isnan(h)
+    return np.where(without, FALSE_ALARM, call), np.where(without, 0.0, silent)
+
+
+def normalized_utility(hours_from_onset: np.ndarray, called: np.ndarray) -> float:
+    """Sum over all hours, scaled so that never calling is 0 and the best possible calls are 1."""
+    call, silent = utilities(hours_from_onset)
+    none, best = silent.sum(), np.maximum(call, silent).sum()
+    return float((np.where(called, call, silent).sum() - none) / (best - none))
+
+
+def best_threshold(hours_from_onset: np.ndarray, score: np.ndarray) -> float:
+    """The score from which calling gives the highest utility."""
+    call, silent = utilities(hours_from_onset)
+    order = np.argsort(-score, kind="stable")
+    gain = np.cumsum((call - silent)[order])
+    last_of_tie = np.append(np.diff(score[order]) != 0, True)
+    gain[~last_of_tie] = -np.inf
+    return float(score[order][gain.argmax()])
+
+
+def hourly_data(observations: str, labels: str) -> tuple[TrainingData, np.ndarray]:
+    """(a snapshot for every scored hour, hours from onset or NaN). Positive: onset at most 6 h away, or past."""
+    table = pd.read_parquet(labels) if labels.endswith(".parquet") else pd.read_csv(labels, dtype={"client": str})
+    known = read_observations(observations)
+    place = {key: i for i, key in enumerate(known.keys())}
+    texts = read_labels(table)
+    visit_of_row = np.array([place[key] for key in zip(texts["client"], texts["visit_id"], strict=True)])
+    order = np.argsort(visit_of_row)
+    first, last = (table[name].to_numpy()[order] for name in ("first_hour", "last_hour"))
+    onset_of_row, visit_of_row = texts["sepsis_onset"].to_numpy()[order], visit_of_row[order]
+    number = last - first + 1
+    row = np.repeat(np.arange(len(table)), number)
+    hour = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number) + first[row]
+    # hour 0 of a patient's record: any visit's first observation stands at its first hour
+    start = known.first_time[visit_of_row] - first * MICROSECONDS_PER_HOUR
+    as_of = start[row] + hour * MICROSECONDS_PER_HOUR
+    onset = onset_of_row[row]
+    from_onset = np.where(onset == NO_TIME, np.nan, (as_of - onset) / MICROSECONDS_PER_HOUR)
+    with np.errstate(invalid="ignore"):
+        label = (from_onset >= OPTIMAL).astype(np.int8)
+    data = TrainingData(
+        observations=known,
+        settings=SnapshotSettings(1, 6, after_onset=True),
+        visit=visit_of_row[row],
+        as_of=as_of,
+        label=label,
+        group=pd.factorize(known.client_text[visit_of_row[row]])[0],
+        grouped_by="client",
+        retrospective=False,
+        synthetic=False,
+    )
+    return data, from_onset
+
+
+def patient_level(data: TrainingData, from_onset: np.ndarray, score: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """ROC AUC and average precision of each patient's highest score.
+
+    Septic patients: over the hours before onset. The others: over their first hours, as many as a septic patient drawn
+    at random had before onset (among those with a record not longer than their own).
+    """
+    visits, start, number = np.unique(data.visit, return_index=True, return_counts=True)
+    septic = ~np.isnan(from_onset[start])
+    before = np.array([(from_onset[s : s + n] < 0).sum() for s, n in zip(start, number, strict=True)])
+    lengths = np.sort(before[septic & (before > 0)])
+    generator = np.random.default_rng(seed)
+    comparable = np.searchsorted(lengths, number, side="right")
+    drawn = lengths[(generator.random(len(visits)) * np.maximum(comparable, 1)).astype(int)]
+    kept = np.where(septic, before, np.where(comparable > 0, drawn, number))
+    use = kept > 0
+    highest = [score[s : s + n].max() for s, n in zip(start[use], kept[use], strict=True)]
+    return ranking_scores(septic[use].astype(int), np.array(highest))
+
+
+def cross_validated_scores(
+    data: TrainingData, table: np.ndarray, columns: np.ndarray, model: str, folds: list, seed: int, jobs: int
+) -> np.ndarray:
+    """Log-odds of every snapshot, from the fold that did not train on its patient; NaN where no fold held it out."""
+    results = joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(judge_candidate)(CONFIGURATION[model], table, columns, data.label, fit, held_out, seed)
+        for fit, held_out in folds
+    )
+    score = np.full(len(data.label), np.nan)
+    for (_, held_out), result in zip(folds, results, strict=True):
+        if "error" in result:
+            raise RuntimeError(result["error"])
+        score[held_out] = result["log_odds"]
+    return score
+
+
+def report(data: TrainingData, from_onset: np.ndarray, score: np.ndarray, folds: list) -> dict[str, Any]:
+    """All figures of cross-validated scores; utility with thresholds that the fold itself had no part in."""
+    scored = ~np.isnan(score)
+    called = np.zeros(len(score), dtype=bool)
+    for _, held_out in folds:
+        others = scored.copy()
+        others[held_out] = False
+        chosen_on = others if others.any() else scored
+        called[held_out] = score[held_out] >= best_threshold(from_onset[chosen_on], score[chosen_on])
+    hourly = ranking_scores(data.label[scored], score[scored])
+    subset = TrainingData(
+        **{**vars(data), **{k: getattr(data, k)[scored] for k in ("visit", "as_of", "label", "group")}}
+    )
+    return {
+        "normalized_utility": normalized_utility(from_onset[scored], called[scored]),
+        "hourly": hourly,
+        "hourly_95": bootstrap_intervals(data.label[scored], score[scored], data.group[scored], 200),
+        "patient": patient_level(subset, from_onset[scored], score[scored]),
+        "called": float(called[scored].mean()),
+        "n_snapshots": int(scored.sum()),
+        "n_patients": len(np.unique(data.visit[scored])),
+    }
+
+
+def line(name: str, figures: dict[str, Any], seconds: float) -> str:
+    return (
+        f"{name:<40s} utility {figures['normalized_utility']:.4f}  hourly ROC AUC {figures['hourly']['roc_auc']:.4f}  "
+        f"av. prec. {figures['hourly']['average_precision']:.4f}  patient ROC AUC {figures['patient']['roc_auc']:.4f}  "
+        f"av. prec. {figures['patient']['average_precision']:.4f}  ({seconds:.0f} s)"
+    )
+
+
+def benchmark(arguments: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    data, from_onset = hourly_data(arguments.observations, arguments.labels)
+    log.info("%s; read in %.1f s", data.describe(), time.perf_counter() - began)
+    blocks = FEATURE_SETS[arguments.feature_set]
+    codes = list(data.observations.codes)
+    names_of_block = {block: block_features(block, codes, DEFAULT_WINDOWS) for block in blocks}
+    names = [name for block in blocks for name in names_of_block[block]]
+    with tempfile.TemporaryDirectory(prefix="sepsis-benchmark-", dir=arguments.scratch) as scratch:
+        start = time.perf_counter()
+        table = np.memmap(Path(scratch) / "features.f64", np.float64, "w+", shape=(len(names), len(data.label)))
+        data.evaluate(names, out=table)
+        log.info(
+            "%d features of %s hourly snapshots in %.1f s",
+            *(len(names), f"{len(data.label):,}", time.perf_counter() - start),
+        )
+        folds = list(grouped_folds(data, np.arange(len(data.label)), arguments.folds, arguments.seed))
+        folds = folds[: arguments.only_folds]
+        results: dict[str, Any] = {}
+
+        def measure(name: str, columns: np.ndarray) -> None:
+            start = time.perf_counter()
+            score = cross_validated_scores(data, table, columns, arguments.model, folds, arguments.seed, arguments.jobs)
+            results[name] = report(data, from_onset, score, folds)
+            print(line(name, results[name], time.perf_counter() - start), flush=True)
+
+        measure(f"{arguments.feature_set} with {arguments.model}", np.arange(len(names)))
+        if arguments.ablate:
+            for block in blocks:
+                without = np.flatnonzero([name not in set(names_of_block[block]) for name in names])
+                if len(without):
+                    measure(f"without {block}", without)
+        print(f"whole benchmark: {time.perf_counter() - began:.0f} s")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        __doc__,
+        "python benchmarks/physionet2019.py --observations A_observations.parquet --labels A_labels.parquet",
+        *("observations", "labels", "seed", "jobs"),
+    )
+    parser.add_argument("--feature-set", choices=tuple(FEATURE_SETS), default="full", help="of the search")
+    parser.add_argument(
+        "--model-configuration",
+        dest="model",
+        choices=tuple(CONFIGURATION),
+        help="of the search",
+        default="lightgbm_three_seeds",
+    )
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
+    parser.add_argument("--only-folds", type=int, help="measure just the first of them")
+    parser.add_argument("--ablate", action="store_true", help="also leave out each block in turn")
+    parser.add_argument("--scratch", help="folder for the feature table, a few GB")
+    parser.add_argument("--json", help="also write the figures to this file")
+    return run(benchmark, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
