@@ -103,7 +103,13 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
     ModelConfiguration(
         "extra_trees",
         "extra_trees",
-        {"n_estimators": 150, "min_samples_leaf": 20, "max_features": "sqrt"},
+        {
+            "n_estimators": 120,
+            "min_samples_leaf": 10,
+            "max_features": "sqrt",
+            "bootstrap": True,
+            "max_samples": 0.25,
+        },
         fill_value=0.0,
     ),
     ModelConfiguration(

@@ -14,8 +14,10 @@ import io
 import json
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -206,9 +208,10 @@ SET_ASIDE_REASONS = {
     "bad_date": "observation_date is not an ISO 8601 date between 1900 and 2299",
     "no_value": "no observation_value",
     "bad_value": "observation_value is not a number",
-    "infinite": "observation_value is infinite",
+    "infinite": "observation_value is infinite, or larger than 1e30",
     "implausible": "observation_value is outside what the code's concept allows",
 }
+LARGEST = 1e30  # its square is a float64, it itself is a float32
 _EARLIEST = np.datetime64("1900-01-01", "us").astype(np.int64)
 _LATEST = np.datetime64("2300-01-01", "us").astype(np.int64)
 
@@ -309,17 +312,19 @@ def read_observations(
 
 
 def _check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    missing = [name for name in REQUIRED_COLUMNS if name not in table.columns]
+    names = [name for name in table.columns if name in COLUMNS]
+    missing = [name for name in REQUIRED_COLUMNS if name not in names]
     if missing:
-        found = list(table.columns)
-        hint = "; is the separator a comma?" if len(found) == 1 and re.search(r"[;\t|]", str(found[0])) else ""
+        # the other names are not shown: in a file without a header they are a patient's data
+        found = f"found {listed(names, 7) if names else 'none of them'} and {table.shape[1] - len(names)} others"
+        first = str(table.columns[0]) if table.shape[1] == 1 else ""
+        hint = "; is the separator a comma?" if re.search(r"[;\t|]", first) else ""
         raise BadObservations(
-            f"{where}: missing column {listed(missing)}; found {listed(found, 12) or 'no column'}; "
-            f"expected {', '.join(COLUMNS)}{hint}"
+            f"{where}: missing column {listed(missing)}; {found}; expected {', '.join(COLUMNS)}{hint}"
         )
-    if not table.columns.is_unique:
+    if len(set(names)) < len(names):
         raise BadObservations(f"{where}: a column stands twice; expected {', '.join(COLUMNS)}")
-    return table
+    return table[names]
 
 
 def _read_file(path: Path) -> tuple[pd.DataFrame, int]:
@@ -331,25 +336,26 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, int]:
             return _read_csv(path, where)
     except FileNotFoundError:
         raise BadObservations(f"{where} does not exist") from None
-    except (OSError, EOFError, ValueError, pd.errors.ParserError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadObservations(f"{where} cannot be read: {reason}") from error
     raise BadObservations(f"{where}: unknown kind of file; expected .csv, .csv.gz or .parquet")
 
 
 def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, int]:
-    """The table and the number of lines with too many fields. Texts stay texts: the code NA is sodium."""
+    """The table, all of it text, and the number of lines with too many fields.
+
+    Texts stay texts: the code NA is sodium. Numbers too are read as text, since pandas' own parser may be off by a bit
+    where JSON and parquet are not. The header is read as a row: pandas does not count the fields of a first row.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
         try:
             table = pd.read_csv(
                 path,
-                usecols=lambda name: name in COLUMNS,
-                dtype={name: str for name in REQUIRED_COLUMNS[:4]},
+                header=None,
+                dtype=str,
                 keep_default_na=False,
-                na_values=[""],
-                # pandas' default is off by a bit in some decimals, JSON and parquet are not
-                float_precision="round_trip",
                 encoding="utf-8-sig",
                 encoding_errors="replace",
                 on_bad_lines="warn",
@@ -357,10 +363,9 @@ def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, int]:
             )
         except pd.errors.EmptyDataError:
             raise BadObservations(f"{where} is empty; expected the columns {', '.join(COLUMNS)}") from None
-    if not set(REQUIRED_COLUMNS) <= set(table.columns):  # read the header again, for the message
-        table = pd.read_csv(path, nrows=0, encoding="utf-8-sig", encoding_errors="replace")
     malformed = sum(str(warning.message).count("Skipping line") for warning in caught)
-    return _check_columns(table, where), malformed
+    table.columns = pd.Index([as_text(name) for name in table.iloc[0]])
+    return _check_columns(table.iloc[1:].reset_index(drop=True), where), malformed
 
 
 def _read_records(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, int]:
@@ -383,7 +388,7 @@ _LONG = 1000  # from here on distinct cells are sorted out first: quicker for ma
 
 def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
     """(index of each row's cell, cells); a long column gives each distinct cell once, the empty ones as the last."""
-    if len(column) < _LONG:
+    if len(column) < _LONG or column.dtype == object:  # among objects True and 1.0 would pass for the same
         return np.arange(len(column)), column.tolist()
     index, distinct = pd.factorize(column)
     return index, [*distinct.tolist(), None]
@@ -409,21 +414,23 @@ def parse_times(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         micros = column.to_numpy().astype("datetime64[us]").astype(np.int64)
         empty = micros == NO_TIME
     else:
-        cells = column.tolist()
-        empty = np.array([_is_empty(cell) for cell in cells], dtype=bool)
+        index, cells = _distinct(column)
+        empty = np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]
         texts = np.array([_date_text(cell) for cell in cells], dtype=object)
-        micros = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce").as_unit("us").asi8
+        micros = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce").as_unit("us").asi8[index]
     return np.where((micros >= _EARLIEST) & (micros < _LATEST), micros, NO_TIME), empty
 
 
 def _date_text(cell: Any) -> Any:
     """What may be a date: 2024 and 2024-01 are ISO 8601, but no moment of a measurement."""
-    if isinstance(cell, int) and not isinstance(cell, bool):
+    if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         cell = str(cell)
     if isinstance(cell, str):
         cell = cell.strip()
+        if len(cell) > 26:  # beyond microseconds one long fraction would make all dates nanoseconds, until 2262 only
+            cell = re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", cell)
         return cell if len(cell) >= 8 else None
-    return None if isinstance(cell, bool | float) else cell
+    return cell if isinstance(cell, date) else None
 
 
 def _number(cell: Any) -> float:
@@ -465,6 +472,7 @@ def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping
     time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
+    low, high = (np.where(np.isfinite(bound), bound, np.nan) for bound in (low, high))
 
     # codes in sorted order, whatever order they came in
     order = sorted(range(len(codes)), key=codes.__getitem__)
@@ -488,7 +496,7 @@ def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping
             "bad_date": time == NO_TIME,
             "no_value": value_empty,
             "bad_value": np.isnan(value),
-            "infinite": np.isinf(value),
+            "infinite": np.abs(value) > LARGEST,
             "implausible": (value < floor[code_index]) | (value > ceiling[code_index]),
         }
     usable = np.ones(n_rows, dtype=bool)
@@ -638,7 +646,7 @@ class Snapshots:
         start_of_group = observations.first_time[observations.group_visit[self._first_group : last_group]]
         since_start = observations.time[rows] - start_of_group[group_of_row]
         self._width = int(since_start.max(initial=0)) + 2
-        if (last_group - self._first_group) * self._width >= 2**63:
+        if int(last_group - self._first_group) * self._width >= 2**63:  # Python's integers do not wrap
             raise OverflowError
         self._key = group_of_row * self._width + since_start + 1
         self._window_start: dict[int | None, np.ndarray] = {None: self.begin}
@@ -673,8 +681,8 @@ class Segments:
     """What to compute on: non-empty runs of one code's observations, oldest first, one for each pair.
 
     Per run: `count`, `first`, `last`, `previous`, `as_of`, `start_time`. Flat over all runs, one after the other:
-    `values`, `hours` (before as_of), `low`, `high`, `deviation` (from the run's mean). `total`, `lowest`, `highest`
-    reduce a flat array to the runs; each run gives the same bits as it would alone.
+    `values`, `hours_since_first`, `low`, `high`, `deviation` (from the run's mean). `total`, `lowest`, `highest` reduce
+    a flat array to the runs; each run gives the same bits as it would alone.
     """
 
     def __init__(self, observations, begin, end, as_of, start_time):
@@ -726,8 +734,9 @@ class Segments:
         return self._observations.value[self._rows]
 
     @cached_property
-    def hours(self) -> np.ndarray:
-        return (self.spread(self.as_of) - self._observations.time[self._rows]) / MICROSECONDS_PER_HOUR
+    def hours_since_first(self) -> np.ndarray:
+        time = self._observations.time
+        return (time[self._rows] - self.spread(time[self.begin])) / MICROSECONDS_PER_HOUR
 
     @cached_property
     def low(self) -> np.ndarray:
@@ -823,7 +832,7 @@ def _count(s: Segments) -> np.ndarray:
 @statistic("trend", "slope")
 def _slope(s: Segments) -> np.ndarray:
     """Least-squares slope in units an hour; NaN where all values stand at one time."""
-    hours = -s.hours
+    hours = s.hours_since_first
     off = hours - s.spread(s.total(hours) / s.count)
     across = s.total(off * off)
     one_time = s._observations.time[s.begin] == s._observations.time[s.end - 1]
@@ -899,9 +908,11 @@ def _range(s: Segments) -> np.ndarray:
 
 @statistic("variability", "cv")
 def _cv(s: Segments) -> np.ndarray:
-    """Coefficient of variation: population standard deviation over the size of the mean; NaN where the mean is 0."""
+    """Coefficient of variation: population standard deviation over the size of the mean; NaN where the mean is 0,
+    or so near to it (a billionth of the largest value) that only rounding tells it from 0."""
     size = np.abs(s.mean)
-    return np.divide(s.std, size, out=np.full(len(size), np.nan), where=size > 0)
+    largest = np.maximum(np.abs(s.minimum), np.abs(s.maximum))
+    return np.divide(s.std, size, out=np.full(len(size), np.nan), where=size > 1e-9 * largest)
 
 
 @statistic("variability", "mean_abs_change")
@@ -935,7 +946,7 @@ class Concepts:
         """(snapshots, segments) for each code of the concept that has values in the window, in order of codes."""
         shots, runs = self._snapshots, []
         for code, concept in enumerate(shots.observations.concepts):
-            if concept is CONCEPT[name]:
+            if concept is not None and concept.name == name:
                 pairs = np.flatnonzero(shots.code == code)
                 pairs = pairs[shots.window_start(hours)[pairs] < shots.end[pairs]]
                 if len(pairs):
@@ -943,7 +954,7 @@ class Concepts:
         return runs
 
     def latest(self, name: str) -> np.ndarray:
-        """The latest value of the last 24 h (of a static concept: of the visit)."""
+        """The latest value of the last 24 h (of a static concept: of the visit); of several at one time the largest."""
         return self.once(("latest", name), lambda: self._latest(name))
 
     def _latest(self, name: str) -> np.ndarray:
@@ -951,7 +962,7 @@ class Concepts:
         age = np.full(len(out), np.inf)
         for snapshot, run in self._runs(name, None if CONCEPT[name].static else 24):
             run_age = run.hours_before(run.end - 1)
-            newer = run_age <= age[snapshot]
+            newer = (run_age < age[snapshot]) | ((run_age == age[snapshot]) & (run.last > out[snapshot]))
             out[snapshot[newer]], age[snapshot[newer]] = run.last[newer], run_age[newer]
         return out
 
@@ -1036,7 +1047,7 @@ def _sirs(c: Concepts):
 
 @clinical_score("qsofa", "respiration", "blood_pressure", "mentation")
 def _qsofa(c: Concepts):
-    """Quick SOFA, Seymour et al., JAMA 2016;315:762, doi 10.1001/jama.2016.0288.
+    """Quick SOFA, Singer et al., JAMA 2016;315:801, doi 10.1001/jama.2016.0287; Seymour et al., JAMA 2016;315:762.
 
     Respiratory rate >= 22; systolic pressure <= 100 mmHg; Glasgow coma scale < 15.
     """
@@ -1071,7 +1082,8 @@ def _news2(c: Concepts):
 
 @clinical_score("sofa", "respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal")
 def _partial_sofa(c: Concepts):
-    """Partial SOFA, Vincent et al., Intensive Care Med 1996;22:707, doi 10.1007/BF01709751: worst of 24 h.
+    """Partial SOFA, Vincent et al., Intensive Care Med 1996;22:707, doi 10.1007/BF01709751: worst of 24 h, but
+    respiration by the latest ratio.
 
     What a table of observations does not tell is left out: without ventilation respiration gives at most 2,
     without vasopressors circulation at most 1, and urine output is not counted. Where PaO2 is missing, SpO2/FiO2
@@ -1192,7 +1204,7 @@ def parse_feature(text: str) -> Feature:
         return Feature("context", tail)
     if head and tail in STATISTICS:
         return Feature(STATISTICS[tail].block, tail, head)
-    if re.fullmatch(r"[1-9]\d*h", tail):
+    if re.fullmatch(r"[1-9][0-9]{0,4}h", tail):
         code, _, name = head.rpartition("__")
         if code and name in STATISTICS and STATISTICS[name].windowed:
             return Feature("windows", name, code, int(tail[:-1]))
