@@ -324,7 +324,7 @@ def _check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
         )
     if len(set(names)) < len(names):
         raise BadObservations(f"{where}: a column stands twice; expected {', '.join(COLUMNS)}")
-    return table[names]
+    return table
 
 
 def _read_file(path: Path) -> tuple[pd.DataFrame, int]:
@@ -461,7 +461,9 @@ def _as_given(column: pd.Series, rows: np.ndarray) -> np.ndarray:
     """The cells of some rows, as the caller wrote them."""
     if isinstance(column.dtype, np.dtype):
         return column.to_numpy()[rows]
-    return np.array(column.array[rows].tolist(), dtype=object)
+    if len(column) < _LONG:
+        return column.to_numpy(dtype=object)[rows]
+    return column.take(rows).to_numpy(dtype=object)
 
 
 def _validate(table: pd.DataFrame, malformed: int, where: str, synonyms: Mapping[str, str] | None) -> Observations:
@@ -1000,20 +1002,21 @@ def clinical_score(name: str, *parts: str):
     """
 
     def declare(function):
-        def points(c: Concepts) -> dict[str, np.ndarray]:
-            return c.once((name, "parts"), lambda: dict(zip(parts, function(c), strict=True)))
+        def points(c: Concepts) -> np.ndarray:
+            """(n_parts, n_snapshots)"""
+            return c.once((name, "parts"), lambda: np.array(list(function(c))))
 
         def observed(c: Concepts) -> np.ndarray:
-            return np.add.reduce([~np.isnan(part) for part in points(c).values()], dtype=np.float64)
+            return np.add.reduce(~np.isnan(points(c)), axis=0, dtype=np.float64)
 
         def score(c: Concepts) -> np.ndarray:
-            total = np.add.reduce([np.nan_to_num(part) for part in points(c).values()])
+            total = np.add.reduce(np.where(np.isnan(points(c)), 0.0, points(c)), axis=0)
             return np.where(observed(c) > 0, total, np.nan)
 
         clinical(name)(score)
         clinical(f"{name}_parts")(observed)
-        for part in parts:
-            clinical(f"{name}_{part}")(lambda c, part=part: points(c)[part])
+        for i, part in enumerate(parts):
+            clinical(f"{name}_{part}")(lambda c, i=i: points(c)[i])
         return function
 
     return declare
