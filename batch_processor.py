@@ -38,6 +38,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +54,7 @@ from feature_pipeline import (
     COLUMNS,
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
+    NO_TIME,
     REQUIRED_COLUMNS,
     SET_ASIDE_REASONS,
     BadConfig,
@@ -62,11 +64,12 @@ from feature_pipeline import (
     ProductionPipeline,
     _texts,
     listed,
+    parse_times,
     resolve_snapshots,
 )
 
 INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
-SUFFIXES = (".csv", ".csv.gz", ".parquet")
+UNPACKED = {".csv.gz": 8, ".csv": 1, ".parquet": 4}  # about how many bytes of text a byte of the file holds
 OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version")
 MANIFEST, LOCK = "manifest.jsonl", ".lock"
 CRONTAB = '5 * * * * cd "$HOME/sepsis-risk" && .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1'
@@ -82,8 +85,8 @@ SETTLE_SECONDS = 10.0
 
 
 def kind_of(name: str) -> str | None:
-    """The suffix among `SUFFIXES` that `name` ends with, whatever its case."""
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+    """The suffix among those of `UNPACKED` that `name` ends with, whatever its case."""
+    return next((suffix for suffix in UNPACKED if name.lower().endswith(suffix)), None)
 
 
 class Chunks:
@@ -141,6 +144,7 @@ class Chunks:
                 if frame is None:
                     return
                 self.position = min(self.file.tell(), self.size)
+                frame["observation_date"] = _dates(frame["observation_date"])
                 yield frame, sum(str(warning.message).count("Skipping line") for warning in caught)
 
     def _parquet(self) -> Iterator[tuple[pd.DataFrame, int]]:
@@ -173,6 +177,15 @@ class Chunks:
             )
         if len(set(found) & set(COLUMNS)) < sum(name in COLUMNS for name in found):
             raise BadObservations(f"file {self.name!r}: a column stands twice; expected {', '.join(COLUMNS)}")
+
+
+def _dates(column: pd.Series) -> pd.Series:
+    """The same moments, each distinct text parsed once; as it was where a text is no date, for the count of reasons."""
+    index, texts = pd.factorize(column)
+    times, _ = parse_times(pd.Series(texts, dtype=column.dtype))
+    if (times == NO_TIME).any():
+        return column
+    return pd.Series(np.append(times, NO_TIME)[index].astype("datetime64[us]"))  # NO_TIME is NaT
 
 
 # ------------------------------------------------------------------------------------------------- scoring
@@ -240,7 +253,7 @@ class Parts:
     which the system frees even when the process is killed."""
 
     def __init__(self, directory: str | Path | None, n_parts: int):
-        self.file = tempfile.TemporaryFile(dir=directory)
+        self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (lives as long as the parts)
         self.blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_parts)]
         self.rows = 0
 
@@ -257,7 +270,7 @@ class Parts:
         bounds = np.searchsorted(part[order], np.arange(n_parts + 1))
         rows = pa.Table.from_pandas(table.assign(row=self.rows + np.arange(len(table))), preserve_index=False)
         rows = rows.take(pa.array(order))
-        for number, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for number, (start, end) in enumerate(pairwise(bounds.tolist())):
             if end > start:
                 block = _packed(rows.slice(start, end - start))
                 self.blocks[number].append((self.file.tell(), len(block)))
@@ -317,9 +330,8 @@ def score_chunks(
     if malformed:
         scores.set_aside["malformed"] += malformed
     if not scores.usable_visits:
-        raise BadObservations(
-            f"file {chunks.name!r}: no usable observation in {scores.rows:,} rows ({_described(scores.set_aside) or 'empty'})"
-        )
+        reasons = _described(scores.set_aside) or "empty"
+        raise BadObservations(f"file {chunks.name!r}: no usable observation in {scores.rows:,} rows ({reasons})")
     return scores
 
 
@@ -520,7 +532,7 @@ class Manifest:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                self.entries[entry["file"]] = entry
+                self.entries[entry["file"]] = {"state": None, "config": None, "output": ""} | entry
         self._n_lines = len(lines)
 
     def keep(self, names: set[str]) -> None:
@@ -659,7 +671,11 @@ class BatchProcessor:
         return result
 
     def _process(self, input_dir: Path, output_dir: Path, failed_dir: Path, result: BatchResult) -> None:
-        for directory, pattern in ((output_dir, ".predictions_*"), (output_dir, f".{MANIFEST}.*"), (failed_dir, ".*")):
+        for directory, pattern in (
+            (output_dir, ".predictions_*"),
+            (output_dir, f".{MANIFEST}.*"),
+            (failed_dir, ".*.reason.txt.*"),
+        ):
             for leftover in directory.glob(pattern):  # of a run that was killed while writing
                 leftover.unlink()
         manifest = Manifest(output_dir / MANIFEST)
@@ -687,11 +703,14 @@ class BatchProcessor:
         manifest.keep({path.name for path, _ in found})
         todo = []
         for path, stat in found:
-            known = manifest.entries.get(path.name, {})
-            if _state(stat) == known.get("state") and known.get("config") == self.deployment.key:
-                if (output_dir / known["output"]).exists():
-                    result.unchanged.append(path.name)
-                    continue
+            known = manifest.entries.get(path.name)
+            if (
+                known
+                and (known["state"], known["config"]) == (_state(stat), self.deployment.key)
+                and (output_dir / known["output"]).exists()
+            ):
+                result.unchanged.append(path.name)
+                continue
             if abs(self.clock() - stat.st_mtime) < self.settle_seconds:
                 result.still_written.append(path.name)
                 continue
@@ -699,7 +718,7 @@ class BatchProcessor:
         return sorted(todo, key=lambda item: (item[1].st_mtime_ns, item[0].name))
 
     def _is_large(self, path: Path, stat: os.stat_result) -> bool:
-        return stat.st_size * {".csv": 1, ".csv.gz": 8, ".parquet": 4}[kind_of(path.name)] > LARGE_BYTES
+        return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"] > LARGE_BYTES
 
     def _backend(self, todo: list[tuple[Path, os.stat_result]], large: list[Path]) -> Here:
         if self.scheduler:
@@ -768,7 +787,7 @@ class _Run:
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
 
-    def _call(self, path: Path, source: str | bytes) -> tuple[Any, ...]:
+    def _call(self, path: Path, source: str | bytes) -> tuple[str, str | bytes, str, int, str | None]:
         """The arguments of `score_file`."""
         spill = None if isinstance(source, bytes) else str(self.output_dir)
         return self.processor.deployment.key, source, path.name, self.processor.chunk_rows, spill
@@ -859,7 +878,7 @@ class _Run:
             )
             return
         self.result.failed[path.name] = str(error)
-        log.error("%s: failed, now in %s: %s", path.name, self.failed_dir, error)
+        log.error("failed: %s; it is in %s now", error, self.failed_dir)
 
     def _keep(self, path: Path, problem: OSError | str) -> None:
         text = problem if isinstance(problem, str) else problem.strerror or type(problem).__name__
@@ -890,7 +909,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.DataFrame], None]]:
+def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.DataFrame], Any]]:
     """A function that appends frames to `raw` in the format of `kind`; equal frames give equal bytes."""
     if kind == ".parquet":
         types = {name: pa.float64() if name == "sepsis_probability" else pa.string() for name in OUTPUT_COLUMNS}

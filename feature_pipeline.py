@@ -768,6 +768,17 @@ class Segments:
     def std(self) -> np.ndarray:
         return np.sqrt(self.total(self.deviation * self.deviation) / self.count)
 
+    @cached_property
+    def weighted_mean(self) -> np.ndarray:
+        """With weights that halve every 12 h before the run's last value."""
+        hours_before_last = self.spread(self.hours_since_first[np.cumsum(self.length) - 1]) - self.hours_since_first
+        weight = np.exp2(hours_before_last / -12)
+        return self.total(weight * self.values) / self.total(weight)
+
+    def latest_row(self, hit: np.ndarray) -> np.ndarray:
+        """The last row of each run for which the flat `hit` holds; it must hold somewhere."""
+        return self.highest(np.where(hit, self._rows, -1))
+
 
 # ----------------------------------------------------------------------------------------- feature blocks
 #
@@ -871,6 +882,13 @@ def _rate(s: Segments) -> np.ndarray:
     return s.count / np.maximum((s.as_of - s.start_time) / MICROSECONDS_PER_HOUR, 1.0)
 
 
+@statistic("recency", "gap")
+def _gap(s: Segments) -> np.ndarray:
+    """Hours between the last two values; NaN for one value."""
+    gap = s.hours_before(np.maximum(s.end - 2, s.begin)) - s.hours_before(s.end - 1)
+    return np.where(s.length > 1, gap, np.nan)
+
+
 @statistic("reference", "outside")
 def _outside(s: Segments) -> np.ndarray:
     """How far the last value lies outside its own reference range, in range widths: negative below, 0 inside.
@@ -926,10 +944,44 @@ def _mean_abs_change(s: Segments) -> np.ndarray:
     return np.divide(s.total(step), steps, out=np.full(len(steps), np.nan), where=steps > 0)
 
 
+# Deviation: how the latest value stands against the patient's own past.
+
+
 @statistic("deviation", "departure", windowed=True)
 def _departure(s: Segments) -> np.ndarray:
     """Last value minus the mean; over a window: minus the window's mean."""
     return s.last - s.mean
+
+
+@statistic("deviation", "zscore")
+def _zscore(s: Segments) -> np.ndarray:
+    """Last value minus the mean, in population standard deviations; NaN where the values do not vary."""
+    varies = s.std > 1e-9 * np.maximum(np.abs(s.minimum), np.abs(s.maximum))  # beyond rounding
+    return np.divide(s.last - s.mean, s.std, out=np.full(len(s.std), np.nan), where=varies)
+
+
+@statistic("deviation", "ewm")
+def _ewm(s: Segments) -> np.ndarray:
+    """Mean of the values with exponential weights, half as much every 12 h before the last."""
+    return s.weighted_mean
+
+
+@statistic("deviation", "departure_ewm")
+def _departure_ewm(s: Segments) -> np.ndarray:
+    """Last value minus `ewm`."""
+    return s.last - s.weighted_mean
+
+
+@statistic("deviation", "hours_since_max")
+def _hours_since_max(s: Segments) -> np.ndarray:
+    """Hours since the largest value, the latest of several."""
+    return s.hours_before(s.latest_row(s.values == s.spread(s.maximum)))
+
+
+@statistic("deviation", "hours_since_min")
+def _hours_since_min(s: Segments) -> np.ndarray:
+    """Hours since the smallest value, the latest of several."""
+    return s.hours_before(s.latest_row(s.values == s.spread(s.minimum)))
 
 
 class Concepts:

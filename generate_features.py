@@ -37,7 +37,6 @@ from candidates import (
 )
 from command_line import DONE, SOME_FAILED, log, make_parser, progress, read_synonyms, run
 from feature_pipeline import (
-    BLOCKS,
     DEFAULT_WINDOWS,
     SCHEMA_VERSION,
     BadConfig,
@@ -70,7 +69,7 @@ from training_data import (
 
 RAREST_CODE = 0.01  # codes that fewer training visits have give no features
 QUICK_SETS = ("latest", "summary_trend", "clinical")
-QUICK_MODELS = ("lightgbm", "lightgbm_shallow", "logistic_regression")
+QUICK_MODELS = ("lightgbm_randomised", "lightgbm_shallow", "logistic_regression")
 GO_ON = "; run the same command with --resume to go on"
 
 
@@ -326,7 +325,7 @@ def make_config(
         "model_version": None,
         "model_sha256": None,
         "feature_set": feature_set,
-        "blocks": [block for block in BLOCKS if block in FEATURE_SETS[feature_set]],
+        "blocks": list(FEATURE_SETS[feature_set]),
         "windows": list(DEFAULT_WINDOWS),
         "codes": search.codes,
         "synonyms": search.synonyms,

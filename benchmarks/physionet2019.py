@@ -25,9 +25,9 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from candidates import CONFIGURATION, FEATURE_SETS, judge_candidate
+from candidates import CONFIGURATION, FEATURE_SETS, judge_candidate, part_names
 from command_line import DONE, log, make_parser, run
-from feature_pipeline import DEFAULT_WINDOWS, MICROSECONDS_PER_HOUR, NO_TIME, block_features, read_observations
+from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, read_observations
 from metrics import bootstrap_intervals, ranking_scores
 from training_data import SnapshotSettings, TrainingData, grouped_folds, read_labels
 
@@ -175,7 +175,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     log.info("%s; read in %.1f s", data.describe(), time.perf_counter() - began)
     blocks = FEATURE_SETS[arguments.feature_set]
     codes = list(data.observations.codes)
-    names_of_block = {block: block_features(block, codes, DEFAULT_WINDOWS) for block in blocks}
+    names_of_block = {block: part_names(block, codes) for block in blocks}
     names = [name for block in blocks for name in names_of_block[block]]
     with tempfile.TemporaryDirectory(prefix="sepsis-benchmark-", dir=arguments.scratch) as scratch:
         start = time.perf_counter()
@@ -213,13 +213,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python benchmarks/physionet2019.py --observations A_observations.parquet --labels A_labels.parquet",
         *("observations", "labels", "seed", "jobs"),
     )
-    parser.add_argument("--feature-set", choices=tuple(FEATURE_SETS), default="full", help="of the search")
+    parser.add_argument("--feature-set", choices=tuple(FEATURE_SETS), default="patterns", help="of the search")
     parser.add_argument(
         "--model-configuration",
         dest="model",
         choices=tuple(CONFIGURATION),
         help="of the search",
-        default="lightgbm_three_seeds",
+        default="lightgbm_ensemble",
     )
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
     parser.add_argument("--only-folds", type=int, help="measure just the first of them")

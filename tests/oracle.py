@@ -124,6 +124,41 @@ def mean_abs_change(rows, as_of, start):
     return sum(steps) / len(steps) if steps else None
 
 
+def gap(rows, as_of, start):
+    return hours(rows[-1].time - rows[-2].time) if len(rows) > 1 else None
+
+
+def varies(rows):
+    """Beyond what rounding makes of equal values."""
+    largest = max(abs(Fraction(row.value)) for row in rows)
+    return variance(rows) > (Fraction(1, 10**9) * largest) ** 2
+
+
+def zscore(rows, as_of, start):
+    if not varies(rows):
+        return None
+    return float(Fraction(rows[-1].value) - exact_mean(rows)) / exact_sqrt(variance(rows))
+
+
+def ewm(rows, as_of, start):
+    weights = [Fraction(2.0 ** (-float(hours(rows[-1].time - row.time)) / 12)) for row in rows]
+    return sum(w * Fraction(row.value) for w, row in zip(weights, rows, strict=True)) / sum(weights)
+
+
+def departure_ewm(rows, as_of, start):
+    return Fraction(rows[-1].value) - ewm(rows, as_of, start)
+
+
+def hours_since_max(rows, as_of, start):
+    largest = max(row.value for row in rows)
+    return hours(as_of - [row.time for row in rows if row.value == largest][-1])
+
+
+def hours_since_min(rows, as_of, start):
+    smallest = min(row.value for row in rows)
+    return hours(as_of - [row.time for row in rows if row.value == smallest][-1])
+
+
 STATISTICS = {
     "last": lambda rows, as_of, start: rows[-1].value,
     "min": lambda rows, as_of, start: min(row.value for row in rows),
@@ -146,6 +181,12 @@ STATISTICS = {
     "cv": cv,
     "mean_abs_change": mean_abs_change,
     "departure": lambda rows, as_of, start: Fraction(rows[-1].value) - exact_mean(rows),
+    "gap": gap,
+    "zscore": zscore,
+    "ewm": ewm,
+    "departure_ewm": departure_ewm,
+    "hours_since_max": hours_since_max,
+    "hours_since_min": hours_since_min,
 }
 WINDOWED = {"min", "max", "mean", "std", "count", "departure"}
 ZERO_WHEN_EMPTY = {"count", "measured", "rate"}

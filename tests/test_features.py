@@ -72,10 +72,11 @@ def tolerance(feature: fp.Feature, rows: list[oracle.Row]) -> float:
 
 
 def cancels(feature: fp.Feature, rows: list[oracle.Row]) -> bool:
-    """Is the mean so near 0, beside the values, that what is divided by it is rounding alone?"""
-    if feature.name != "cv" or not rows:
+    """Is the mean (or the deviation) so near 0, beside the values, that what is divided by it is rounding alone?"""
+    if feature.name not in ("cv", "zscore") or not rows:
         return False
-    return abs(oracle.exact_mean(rows)) <= 1e-12 * max(abs(row.value) for row in rows)
+    divisor = abs(oracle.exact_mean(rows)) if feature.name == "cv" else oracle.exact_sqrt(oracle.variance(rows))
+    return divisor <= 1e-8 * max(abs(row.value) for row in rows)
 
 
 PARSED = [fp.parse_feature(name) for name in NAMES]
@@ -402,6 +403,8 @@ def equals(found: float, expected: float | None) -> bool:
 
 # Seen at hour 8, so that the 6 h window (2, 8] holds the last two values.
 FOUR_VALUES = visit_of((0, "X", 2.0, 1, 5), (1, "X", 6.0, 1, 5), (4, "X", 4.0), (7, "X", 0.0, 1, 5), (9, "X", 50.0))
+# weights 2^(-7/12), 2^(-6/12), 2^(-3/12), 1 of the values 2, 6, 4, 0
+EWM_OF_FOUR = (2 * 2 ** (-7 / 12) + 6 * 2**-0.5 + 4 * 2**-0.25) / (2 ** (-7 / 12) + 2**-0.5 + 2**-0.25 + 1)
 BY_HAND = {
     "last": 0.0,
     "min": 0.0,
@@ -422,6 +425,12 @@ BY_HAND = {
     "cv": math.sqrt(5) / 3,
     "mean_abs_change": 10 / 3,  # 4, 2, 4
     "departure": -3.0,
+    "gap": 3.0,
+    "zscore": -3 / math.sqrt(5),
+    "ewm": EWM_OF_FOUR,
+    "departure_ewm": -EWM_OF_FOUR,
+    "hours_since_max": 7.0,
+    "hours_since_min": 1.0,
 }
 BY_HAND_6H = {"min": 0.0, "max": 4.0, "mean": 2.0, "std": 2.0, "count": 2.0, "departure": -2.0}
 
@@ -446,6 +455,12 @@ BY_HAND_ONE = {
     "cv": 0.0,
     "mean_abs_change": None,
     "departure": 0.0,
+    "gap": None,
+    "zscore": None,
+    "ewm": 5.0,
+    "departure_ewm": 0.0,
+    "hours_since_max": 0.5,
+    "hours_since_min": 0.5,
 }
 
 
