@@ -54,7 +54,6 @@ from feature_pipeline import (
     COLUMNS,
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
-    NO_TIME,
     REQUIRED_COLUMNS,
     SET_ASIDE_REASONS,
     BadConfig,
@@ -63,8 +62,8 @@ from feature_pipeline import (
     FeaturePipelineError,
     ProductionPipeline,
     _texts,
+    as_text,
     listed,
-    parse_times,
     resolve_snapshots,
 )
 
@@ -118,25 +117,28 @@ class Chunks:
             raise BadObservations(f"file {self.name!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     def _csv(self, compression: str | None) -> Iterator[tuple[pd.DataFrame, int]]:
-        options = {"encoding": "utf-8-sig", "encoding_errors": "replace", "compression": compression}
-        try:
-            header = list(pd.read_csv(self.file, nrows=0, **options).columns)
-        except pd.errors.EmptyDataError:
-            header = []
-        self._check(header)
-        self.file.seek(0)
-        with pd.read_csv(
-            self.file,
-            usecols=lambda name: name in COLUMNS,
-            dtype={name: str for name in REQUIRED_COLUMNS[:4]},
-            keep_default_na=False,
-            na_values=[""],
-            float_precision="round_trip",
-            on_bad_lines="warn",
-            low_memory=False,
-            chunksize=self.chunk_rows,
-            **options,
-        ) as reader:
+        """As `read_observations` reads a file: all of it text, the header as the first row."""
+        columns: list[str] | None = None
+        with self._parsing, warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            try:
+                reader = pd.read_csv(
+                    self.file,
+                    header=None,
+                    dtype=str,
+                    keep_default_na=False,
+                    encoding="utf-8-sig",
+                    encoding_errors="replace",
+                    on_bad_lines="warn",
+                    low_memory=False,
+                    compression=compression,
+                    chunksize=self.chunk_rows + 1,
+                )
+            except pd.errors.EmptyDataError:
+                raise BadObservations(
+                    f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}"
+                ) from None
+        with reader:
             while True:
                 with self._parsing, warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", pd.errors.ParserWarning)
@@ -144,7 +146,12 @@ class Chunks:
                 if frame is None:
                     return
                 self.position = min(self.file.tell(), self.size)
-                frame["observation_date"] = _dates(frame["observation_date"])
+                if columns is None:
+                    columns = [as_text(name) for name in frame.iloc[0]]
+                    self._check(columns)
+                    frame = frame.iloc[1:]
+                frame.columns = pd.Index(columns)
+                frame = frame[[name for name in COLUMNS if name in columns]].reset_index(drop=True)
                 yield frame, sum(str(warning.message).count("Skipping line") for warning in caught)
 
     def _parquet(self) -> Iterator[tuple[pd.DataFrame, int]]:
@@ -177,15 +184,6 @@ class Chunks:
             )
         if len(set(found) & set(COLUMNS)) < sum(name in COLUMNS for name in found):
             raise BadObservations(f"file {self.name!r}: a column stands twice; expected {', '.join(COLUMNS)}")
-
-
-def _dates(column: pd.Series) -> pd.Series:
-    """The same moments, each distinct text parsed once; as it was where a text is no date, for the count of reasons."""
-    index, texts = pd.factorize(column)
-    times, _ = parse_times(pd.Series(texts, dtype=column.dtype))
-    if (times == NO_TIME).any():
-        return column
-    return pd.Series(np.append(times, NO_TIME)[index].astype("datetime64[us]"))  # NO_TIME is NaT
 
 
 # ------------------------------------------------------------------------------------------------- scoring

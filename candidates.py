@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -16,16 +17,17 @@ from feature_pipeline import (
     BoostedTrees,
     Classifier,
     FeaturePipelineError,
+    FeaturePlan,
     LinearModel,
     ScoreModel,
     block_features,
     parse_feature,
 )
 from metrics import fit_platt, ranking_scores
-from training_data import TrainingData, grouped_folds
+from training_data import TrainingData, grouped_folds, hide_codes
 
-# name -> feature blocks; "windows:mean,count" takes these statistics of a block alone. `portable` leaves out what tells a
-# hospital's habits of measuring rather than the patient's state: it is the one to try first on another hospital's data.
+# name -> feature blocks; "windows:mean,count" takes these statistics of a block alone. `portable` leaves out what tells
+# a hospital's habits of measuring rather than the patient's state.
 FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "latest": ("last",),
     "summary": ("last", "summary"),
@@ -52,6 +54,7 @@ class ModelConfiguration:
     params: Mapping[str, Any] = field(default_factory=dict)
     fill_value: float | None = None
     seeds: int = 1  # members fitted with different seeds, their log-odds averaged
+    hide_codes: bool = False  # also train on a copy of each visit with codes hidden (training_data.hide_codes)
 
 
 _REGULARISED = {
@@ -93,7 +96,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
     ModelConfiguration("lightgbm_regularised", "lightgbm", _REGULARISED),
     ModelConfiguration("lightgbm_regularised_filled", "lightgbm", _REGULARISED, fill_value=0.0),
     ModelConfiguration("lightgbm_randomised", "lightgbm", _RANDOMISED),
-    ModelConfiguration("lightgbm_ensemble", "lightgbm", _RANDOMISED, seeds=4),
+    ModelConfiguration("lightgbm_ensemble", "lightgbm", _RANDOMISED, seeds=4, hide_codes=True),
     ModelConfiguration("logistic_regression", "logistic_regression", {"C": 0.002, "max_iter": 200}, fill_value=0.0),
     ModelConfiguration(
         "extra_trees",
@@ -152,10 +155,55 @@ def filled(features: np.ndarray, fill_value: float | None) -> np.ndarray:
     return features if fill_value is None else np.where(np.isnan(features), fill_value, features)
 
 
-def fit_model(
-    configuration: ModelConfiguration, features: np.ndarray, label: np.ndarray, seed: int = 0, threads: int = 1
-) -> ScoreModel:
-    """Fits an uncalibrated model. `features` (n_rows, n_features) hold NaN where empty."""
+@dataclass(frozen=True)
+class FeatureTable:
+    """Every feature of every snapshot, NaN where empty, and the same with codes hidden in many visits.
+
+    The arrays are (n_features, n_snapshots), row-major: joblib hands a column-major memory map to other processes in
+    the wrong order.
+    """
+
+    plain: np.ndarray
+    hidden: np.ndarray
+
+    @classmethod
+    def of(cls, data: TrainingData, names: Sequence[str], seed: int = 0, folder: str | Path | None = None):
+        """Evaluates the features `names`; with a `folder` into files there that processes can share."""
+        tables = []
+        for name, observations in (("plain", data.observations), ("hidden", hide_codes(data.observations, seed))):
+            shape = (len(names), len(data.label))
+            if folder is None:
+                table = np.empty(shape)
+            else:
+                table = np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float64, shape)
+            FeaturePlan(names).evaluate(observations, data.visit, data.as_of, out=table)
+            tables.append(table)
+        return cls(*tables)
+
+    def rows(self, rows: np.ndarray, columns: np.ndarray, hidden: bool = False) -> np.ndarray:
+        """(n_rows, n_columns) of some snapshots and features."""
+        return self._stack([(self.hidden if hidden else self.plain, rows)], columns)
+
+    def training_rows(
+        self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray, configuration: ModelConfiguration
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(features, labels) to fit on: of `rows`, and of their copy with hidden codes where that is asked for."""
+        tables = [self.plain, self.hidden] if configuration.hide_codes else [self.plain]
+        return self._stack([(table, rows) for table in tables], columns), np.tile(label[rows], len(tables))
+
+    @staticmethod
+    def _stack(parts: Sequence[tuple[np.ndarray, np.ndarray]], columns: np.ndarray) -> np.ndarray:
+        out = np.empty((len(columns), sum(len(rows) for _, rows in parts)))
+        for i, column in enumerate(columns):
+            start = 0
+            for table, rows in parts:
+                np.take(table[column], rows, out=out[i, start : start + len(rows)])
+                start += len(rows)
+        return out.T
+
+
+def fit_model(configuration: ModelConfiguration, features: np.ndarray, label: np.ndarray, seed: int = 0) -> ScoreModel:
+    """Fits an uncalibrated model on one core. `features` (n_rows, n_features) hold NaN where empty."""
     features = filled(features, configuration.fill_value)
     fit = {
         "lightgbm": _fit_lightgbm,
@@ -163,28 +211,27 @@ def fit_model(
         "extra_trees": _fit_extra_trees,
         "hist_gradient_boosting": _fit_hist_gradient_boosting,
     }[configuration.kind]
-    members = [fit(configuration.params, features, label, seed + 1000 * k, threads) for k in range(configuration.seeds)]
-    return ScoreModel(members)
+    seeds = [seed + 1000 * k for k in range(configuration.seeds)]
+    return ScoreModel(fit(configuration.params, features, label, seeds))
 
 
-def _fit_lightgbm(params, features, label, seed, threads):
+def _fit_lightgbm(params, features, label, seeds):
     import lightgbm
 
     settings = {
         "objective": "binary",
         "verbosity": -1,
-        "seed": seed,
-        "num_threads": threads,
+        "num_threads": 1,
         "deterministic": True,
         "force_col_wise": True,
         "min_sum_hessian_in_leaf": 1.0,  # no leaf may grow surer than its few positives allow
         **params,
     }
-    data = lightgbm.Dataset(features, label, params={"verbosity": -1}, free_raw_data=True)
-    return BoostedTrees(lightgbm.train(settings, data))
+    data = lightgbm.Dataset(features, label, params={"verbosity": -1, "num_threads": 1})
+    return [BoostedTrees(lightgbm.train({**settings, "seed": seed}, data)) for seed in seeds]
 
 
-def _fit_logistic_regression(params, features, label, seed, threads):
+def _fit_logistic_regression(params, features, label, seeds):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -193,30 +240,29 @@ def _fit_logistic_regression(params, features, label, seed, threads):
     scale[scale < 1e-12] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
-        model = LogisticRegression(random_state=seed, **params).fit(
+        model = LogisticRegression(random_state=seeds[0], **params).fit(
             LinearModel.standardise(features, mean, scale), label
         )
-    return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
+    return [LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))]  # no chance in it
 
 
-def _fit_extra_trees(params, features, label, seed, threads):
+def _fit_extra_trees(params, features, label, seeds):
     from sklearn.ensemble import ExtraTreesClassifier
 
-    model = ExtraTreesClassifier(random_state=seed, n_jobs=threads, **params).fit(features, label)
-    return Classifier(model.set_params(n_jobs=1))  # one thread sums the trees in one order
+    # one thread sums the trees in one order
+    return [Classifier(ExtraTreesClassifier(random_state=s, n_jobs=1, **params).fit(features, label)) for s in seeds]
 
 
-def _fit_hist_gradient_boosting(params, features, label, seed, threads):
+def _fit_hist_gradient_boosting(params, features, label, seeds):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    return Classifier(
-        HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params).fit(features, label)
-    )
+    models = (HistGradientBoostingClassifier(random_state=s, early_stopping=False, **params) for s in seeds)
+    return [Classifier(model.fit(features, label)) for model in models]
 
 
 def judge_candidate(
     configuration: ModelConfiguration,
-    table: np.ndarray,
+    table: FeatureTable,
     columns: np.ndarray,
     label: np.ndarray,
     train: np.ndarray,
@@ -225,35 +271,28 @@ def judge_candidate(
 ) -> dict[str, Any]:
     """Fits on the rows `train`, scores the rows `held_out`. A failure is a result too: ``{"error": ...}``.
 
-    Gives ``roc_auc, average_precision, score, seconds`` and the held-out ``log_odds``.
+    Gives ``roc_auc, average_precision, score``, the ``hidden_score`` on the held-out visits with codes hidden,
+    ``seconds`` and the held-out ``log_odds``.
     """
     start = time.perf_counter()
     try:
-        model = fit_model(configuration, take(table, train, columns), label[train], seed)
-        log_odds = model.log_odds(filled(take(table, held_out, columns), configuration.fill_value))
+        model = fit_model(configuration, *table.training_rows(train, columns, label, configuration), seed)
+        log_odds, hidden = (
+            model.log_odds(filled(table.rows(held_out, columns, hide), configuration.fill_value))
+            for hide in (False, True)
+        )
         if not np.isfinite(log_odds).all():
             raise ValueError("the model gives scores that are not finite")
         scores = ranking_scores(label[held_out], log_odds)
+        scores["hidden_score"] = ranking_scores(label[held_out], hidden)["score"]
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "seconds": round(time.perf_counter() - start, 2)}
     return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
 
 
-def take(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(n_rows, n_columns) of some snapshots and features.
-
-    `table` is (n_features, n_snapshots), row-major: joblib hands a column-major memory map to other processes in the
-    wrong order.
-    """
-    out = np.empty((len(columns), len(rows)), dtype=table.dtype)
-    for i, column in enumerate(columns):
-        np.take(table[column], rows, out=out[i])
-    return out.T
-
-
 def cross_validate(
     configuration: ModelConfiguration,
-    table: np.ndarray,
+    table: FeatureTable,
     columns: np.ndarray,
     data: TrainingData,
     rows: np.ndarray,
@@ -263,7 +302,7 @@ def cross_validate(
 ) -> np.ndarray:
     """Out-of-fold log-odds of the snapshots `rows`; groups (clients) are never on both sides.
 
-    `table` (n_features, n_snapshots) holds NaN where empty. Raises `FeaturePipelineError` when a fold fails.
+    Raises `FeaturePipelineError` when a fold fails.
     """
     folds = list(grouped_folds(data, rows, n_folds, seed))
     results = joblib.Parallel(n_jobs=jobs)(
@@ -280,7 +319,7 @@ def cross_validate(
 
 def fit_calibrated(
     configuration: ModelConfiguration,
-    table: np.ndarray,
+    table: FeatureTable,
     columns: np.ndarray,
     data: TrainingData,
     rows: np.ndarray,
@@ -289,6 +328,6 @@ def fit_calibrated(
 ) -> tuple[ScoreModel, np.ndarray]:
     """(model fitted on `rows`, calibrated on their out-of-fold log-odds; the calibrated probabilities of these)."""
     label = data.label[rows]
-    model = fit_model(configuration, take(table, rows, columns), label, seed)
+    model = fit_model(configuration, *table.training_rows(rows, columns, data.label, configuration), seed)
     model.slope, model.intercept = fit_platt(out_of_fold, label)
     return model, model.calibrate(out_of_fold)

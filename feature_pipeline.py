@@ -268,17 +268,22 @@ class Observations:
             out[has_rows] = ufunc.reduceat(self.time, self.group_start[first_group[has_rows]])
         return out
 
-    def without_code(self, code: str) -> Observations:
-        """The same visits as if `code` had never been measured."""
-        keep = self.group_code != self.codes.index(code)
-        rows = np.repeat(keep, np.diff(self.group_start))
+    def without(self, groups: np.ndarray) -> Observations:
+        """The same visits as if the codes of these groups (n_groups,) had never been measured there."""
+        keep = ~groups
+        length = np.diff(self.group_start)
+        rows = np.repeat(keep, length)
         return replace(
             self,
             group_visit=self.group_visit[keep],
             group_code=self.group_code[keep],
-            group_start=np.append(0, np.cumsum(np.diff(self.group_start)[keep])),
+            group_start=np.append(0, np.cumsum(length[keep])),
             **{name: getattr(self, name)[rows] for name in ("time", "value", "low", "high")},
         )
+
+    def without_code(self, code: str) -> Observations:
+        """The same visits as if `code` had never been measured."""
+        return self.without(self.group_code == self.codes.index(code))
 
     def keys(self) -> list[tuple[str, str]]:
         """The identity of each visit: (client, visit_id) as texts."""

@@ -27,13 +27,13 @@ from candidates import (
     CONFIGURATION,
     FEATURE_SETS,
     MODEL_CONFIGURATIONS,
+    FeatureTable,
     ModelConfiguration,
     cross_validate,
     feature_set_names,
     filled,
     fit_calibrated,
     judge_candidate,
-    take,
 )
 from command_line import DONE, SOME_FAILED, log, make_parser, progress, read_synonyms, run
 from feature_pipeline import (
@@ -82,7 +82,7 @@ class Search:
     codes: list[str]
     synonyms: dict[str, str]
     names: list[str]
-    table: np.ndarray  # (n_features, n_snapshots), NaN where empty
+    table: FeatureTable
     informative: np.ndarray  # (n_features,) does the feature vary on the training part?
     seed: int
     folds: int
@@ -102,13 +102,13 @@ class Search:
 
 def prepare_search(
     data: TrainingData,
-    table_path: Path,
+    folder: Path,
     seed: int = 0,
     folds: int = 5,
     feature_sets: Sequence[str] = tuple(FEATURE_SETS),
     synonyms: dict[str, str] | None = None,
 ) -> Search:
-    """Splits the data and computes every feature of every set once, into a file that processes share."""
+    """Splits the data and computes every feature of every set once, into files in `folder` that processes share."""
     synonyms = synonyms or {}
     part = split_parts(data, seed=seed)
     for number, name in enumerate(PARTS):
@@ -120,10 +120,9 @@ def prepare_search(
     names = list(
         dict.fromkeys(n for fs in feature_sets for n in feature_set_names(fs, codes, DEFAULT_WINDOWS, synonyms))
     )
-    table = np.memmap(table_path, np.float64, "w+", shape=(len(names), len(data.label)))
-    data.evaluate(names, out=table)
+    table = FeatureTable.of(data, names, seed, folder)
     train = part == TRAIN
-    informative = np.array([_varies(column[train]) for column in table])
+    informative = np.array([_varies(column[train]) for column in table.plain])
     return Search(data, part, codes, synonyms, names, table, informative, seed, folds)
 
 
@@ -225,7 +224,7 @@ def evaluate_winner(
     data, columns = search.data, search.columns(feature_set)
     rows, test = np.flatnonzero(search.part != TEST), np.flatnonzero(search.part == TEST)
     model, own = fit_calibrated(configuration, search.table, columns, data, rows, out_of_fold, search.seed)
-    probability = model.probability(filled(take(search.table, test, columns), configuration.fill_value))
+    probability = model.probability(filled(search.table.rows(test, columns), configuration.fill_value))
     return Evaluation(
         model=model,
         metrics={
@@ -401,9 +400,10 @@ def summary_text(
     lines += [
         "",
         f"All {len(entries)} candidates by validation ROC AUC + average precision ({seconds:.0f} s in all):",
-        "  rank   score  ROC AUC  av. prec.  features  seconds  feature set        model",
+        "  rank   score  ROC AUC  av. prec.  codes hidden  features  seconds  feature set        model",
         *(
-            f"  {i:4d}  {e['score']:.4f}   {e['roc_auc']:.4f}     {e['average_precision']:.4f}  {e['n_features']:8d}"
+            f"  {i:4d}  {e['score']:.4f}   {e['roc_auc']:.4f}     {e['average_precision']:.4f}"
+            f"        {e['hidden_score']:.4f}  {e['n_features']:8d}"
             f"  {e['seconds']:7.1f}  {e['feature_set']:<17s}  {e['model']}"
             if "score" in e
             else f"  {i:4d}  failed  {e['feature_set']} with {e['model']}: {e['error']}"
@@ -452,13 +452,12 @@ def search_features(arguments: argparse.Namespace) -> int:
     directory = Path(arguments.models_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
-        table_path = Path(scratch) / "features.f64"
-        search = prepare_search(data, table_path, arguments.seed, arguments.folds, sets, synonyms)
-        log.info("%d features of %d snapshots, %.1f s", *search.table.shape, time.perf_counter() - start)
+        search = prepare_search(data, Path(scratch), arguments.seed, arguments.folds, sets, synonyms)
+        log.info("%d features of %d snapshots, %.1f s", *search.table.plain.shape, time.perf_counter() - start)
         log_path = directory / "optimization_log.json"
         with backend(arguments.backend, arguments.scheduler, search):
             entries = run_candidates(search, candidates, log_path, arguments.jobs, arguments.resume, arguments.quiet)
-            good = sorted((e for e in entries if "score" in e), key=lambda e: -e["score"])
+            good = sorted((e for e in entries if "score" in e), key=lambda e: -e[arguments.rank_by])
             if not good:
                 raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {log_path}")
             rows = np.flatnonzero(search.part != TEST)
@@ -539,6 +538,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="probabilities at which risk is called medium and high",
     )
     parser.add_argument("--sensitivity", type=float, default=0.8, help="that the decision threshold shall reach")
+    parser.add_argument(
+        "--rank-by",
+        choices=("score", "hidden_score"),
+        default="score",
+        help="which candidates are finalists: by ROC AUC + average precision on the validation part as it is, or with "
+        "codes hidden in many visits, for a model that shall travel to other hospitals",
+    )
     parser.add_argument("--finalists", type=int, default=3, help="candidates that are cross-validated")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
     parser.add_argument(

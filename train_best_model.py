@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 
 from artifacts import library_versions, write_atomic, write_json
-from candidates import ModelConfiguration, cross_validate, filled, fit_calibrated
+from candidates import FeatureTable, ModelConfiguration, cross_validate, filled, fit_calibrated
 from command_line import DONE, log, make_parser, run
 from feature_pipeline import (
     BadConfig,
@@ -66,14 +66,14 @@ def load_data(config: dict[str, Any], observations: str | None, labels: str | No
 
 def train(
     data: TrainingData,
-    table: np.ndarray,
+    table: FeatureTable,
     rows: np.ndarray,
     configuration: ModelConfiguration,
     seed: int = 0,
     jobs: int = 1,
 ) -> Trained:
-    """Fits on the snapshots `rows` of `table` (n_features, n_snapshots), calibrated on out-of-fold predictions."""
-    columns = np.arange(len(table))
+    """Fits on the snapshots `rows` of `table`, calibrated on out-of-fold predictions."""
+    columns = np.arange(len(table.plain))
     out_of_fold = cross_validate(configuration, table, columns, data, rows, seed=seed, jobs=jobs)
     return Trained(*fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed))
 
@@ -158,7 +158,7 @@ def train_best_model(arguments: argparse.Namespace) -> int:
     data = load_data(config, arguments.observations, arguments.labels)
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
-    features = data.evaluate(config["feature_names"])
+    table = FeatureTable.of(data, config["feature_names"], seed)
     facts: dict[str, Any] = {
         "Trained at": datetime.now(UTC).isoformat(timespec="seconds"),
         "Data": data.describe(),
@@ -168,13 +168,15 @@ def train_best_model(arguments: argparse.Namespace) -> int:
         facts["Set aside"] = describe_set_aside(data.observations)
     if arguments.full:
         rows = np.arange(len(data.label))
-        trained = train(data, features.T, rows, configuration, seed, arguments.jobs)
+        trained = train(data, table, rows, configuration, seed, arguments.jobs)
         shown, probability, basis = rows, trained.out_of_fold, "out-of-fold predictions on all data"
     else:
         part = split_parts(data, seed=seed)
         rows, shown = np.flatnonzero(part != TEST), np.flatnonzero(part == TEST)
-        trained = train(data, features.T, rows, configuration, seed, arguments.jobs)
-        probability = trained.model.probability(filled(features[shown], config["fill_value"]))
+        trained = train(data, table, rows, configuration, seed, arguments.jobs)
+        probability = trained.model.probability(
+            filled(table.rows(shown, np.arange(len(table.plain))), config["fill_value"])
+        )
         basis = "predictions on the test part"
     scores = figures(data.label[shown], probability, data.group[shown], data.visit[shown], seed)
     named = {"Cross-validated" if arguments.full else "Test part": scores}

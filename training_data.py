@@ -100,9 +100,18 @@ class TrainingData:
             f"visits ({positive_visits:,} positive), {len(self.label):,} snapshots ({self.label.mean():.2%} positive)"
         )
 
-    def evaluate(self, names: list[str], out: np.ndarray | None = None) -> np.ndarray:
-        """(n_snapshots, n_features) float64 with NaN where empty; a snapshot always has an observation."""
-        return FeaturePlan(names).evaluate(self.observations, self.visit, self.as_of, out)
+    def evaluate(self, names: list[str]) -> np.ndarray:
+        """(n_snapshots, n_features) float64 with NaN where empty."""
+        return FeaturePlan(names).evaluate(self.observations, self.visit, self.as_of)
+
+
+def hide_codes(observations: Observations, seed: int = 0, visits: float = 0.7, codes: float = 0.25) -> Observations:
+    """The visits as another hospital might have measured them: in a share `visits` of them each code of the visit is
+    hidden with probability `codes`, wholly. For training and validation that shall bear missing codes."""
+    generator = np.random.default_rng([seed, 1])
+    chosen = generator.random(observations.n_visits) < visits
+    hidden = generator.random(len(observations.group_code)) < codes
+    return observations.without(chosen[observations.group_visit] & hidden)
 
 
 def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from candidates import CONFIGURATION, FEATURE_SETS, judge_candidate, part_names
+from candidates import CONFIGURATION, FEATURE_SETS, FeatureTable, judge_candidate, part_names
 from command_line import DONE, log, make_parser, run
 from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, read_observations
 from metrics import bootstrap_intervals, ranking_scores
@@ -122,7 +122,7 @@ def patient_level(data: TrainingData, from_onset: np.ndarray, score: np.ndarray,
 
 
 def cross_validated_scores(
-    data: TrainingData, table: np.ndarray, columns: np.ndarray, model: str, folds: list, seed: int, jobs: int
+    data: TrainingData, table: FeatureTable, columns: np.ndarray, model: str, folds: list, seed: int, jobs: int
 ) -> np.ndarray:
     """Log-odds of every snapshot, from the fold that did not train on its patient; NaN where no fold held it out."""
     results = joblib.Parallel(n_jobs=jobs)(
@@ -179,10 +179,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
     names = [name for block in blocks for name in names_of_block[block]]
     with tempfile.TemporaryDirectory(prefix="sepsis-benchmark-", dir=arguments.scratch) as scratch:
         start = time.perf_counter()
-        table = np.memmap(Path(scratch) / "features.f64", np.float64, "w+", shape=(len(names), len(data.label)))
-        data.evaluate(names, out=table)
+        table = FeatureTable.of(data, names, arguments.seed, scratch)
         log.info(
-            "%d features of %s hourly snapshots in %.1f s",
+            "%d features of %s hourly snapshots, twice (as they are, and with codes hidden), in %.1f s",
             *(len(names), f"{len(data.label):,}", time.perf_counter() - start),
         )
         folds = list(grouped_folds(data, np.arange(len(data.label)), arguments.folds, arguments.seed))
