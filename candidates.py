@@ -54,7 +54,7 @@ class ModelConfiguration:
     params: Mapping[str, Any] = field(default_factory=dict)
     fill_value: float | None = None
     seeds: int = 1  # members fitted with different seeds, their log-odds averaged
-    hide_codes: bool = False  # also train on a copy of each visit with codes hidden (training_data.hide_codes)
+    hide_codes: bool = False  # every other member also learns from a copy of the visits with codes hidden
 
 
 _REGULARISED = {
@@ -63,7 +63,8 @@ _REGULARISED = {
     "min_data_in_leaf": 100,
     "lambda_l2": 50.0,
     "feature_fraction": 0.12,
-    "num_iterations": 400,
+    "max_bin": 63,
+    "num_iterations": 350,
 }
 # Splits at random thresholds, on a fresh sample with most of the positives and few of the others: noisier trees that
 # average better, and quicker ones.
@@ -71,9 +72,10 @@ _RANDOMISED = {
     "extra_trees": True,
     "learning_rate": 0.08,
     "num_leaves": 24,
-    "min_data_in_leaf": 50,
-    "lambda_l2": 20.0,
-    "feature_fraction": 0.2,
+    "min_data_in_leaf": 100,
+    "lambda_l2": 50.0,
+    "feature_fraction": 0.1,
+    "max_bin": 63,
     "pos_bagging_fraction": 0.6,
     "neg_bagging_fraction": 0.2,
     "bagging_freq": 10,
@@ -90,6 +92,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
             "min_data_in_leaf": 100,
             "lambda_l2": 5.0,
             "feature_fraction": 0.2,
+            "max_bin": 63,
             "num_iterations": 400,
         },
     ),
@@ -184,12 +187,9 @@ class FeatureTable:
         """(n_rows, n_columns) of some snapshots and features."""
         return self._stack([(self.hidden if hidden else self.plain, rows)], columns)
 
-    def training_rows(
-        self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray, configuration: ModelConfiguration
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(features, labels) to fit on: of `rows`, and of their copy with hidden codes where that is asked for."""
-        tables = [self.plain, self.hidden] if configuration.hide_codes else [self.plain]
-        return self._stack([(table, rows) for table in tables], columns), np.tile(label[rows], len(tables))
+    def with_copy(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """(2 * n_rows, n_columns): the snapshots `rows` as they are, then with codes hidden."""
+        return self._stack([(self.plain, rows), (self.hidden, rows)], columns)
 
     @staticmethod
     def _stack(parts: Sequence[tuple[np.ndarray, np.ndarray]], columns: np.ndarray) -> np.ndarray:
@@ -202,19 +202,37 @@ class FeatureTable:
         return out.T
 
 
-def fit_model(configuration: ModelConfiguration, features: np.ndarray, label: np.ndarray, seed: int = 0) -> ScoreModel:
-    """Fits an uncalibrated model on one core. `features` (n_rows, n_features) hold NaN where empty."""
-    features = filled(features, configuration.fill_value)
-    fit = {
-        "lightgbm": _fit_lightgbm,
-        "logistic_regression": _fit_logistic_regression,
-        "extra_trees": _fit_extra_trees,
-        "hist_gradient_boosting": _fit_hist_gradient_boosting,
-    }[configuration.kind]
+_FIT = {}  # kind of model -> function(params, features, label, seeds), one fitted member a seed
+
+
+def fits(kind: str):
+    def declare(function):
+        _FIT[kind] = function
+        return function
+
+    return declare
+
+
+def fit_model(
+    configuration: ModelConfiguration,
+    table: FeatureTable,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    label: np.ndarray,
+    seed: int = 0,
+) -> ScoreModel:
+    """Fits an uncalibrated model on the snapshots `rows`, on one core; `label` is of all snapshots."""
+    fit, fill = _FIT[configuration.kind], configuration.fill_value
     seeds = [seed + 1000 * k for k in range(configuration.seeds)]
-    return ScoreModel(fit(configuration.params, features, label, seeds))
+    plain_seeds, copy_seeds = (seeds[::2], seeds[1::2]) if configuration.hide_codes else (seeds, [])
+    members = fit(configuration.params, filled(table.rows(rows, columns), fill), label[rows], plain_seeds)
+    if copy_seeds:
+        features = filled(table.with_copy(rows, columns), fill)
+        members += fit(configuration.params, features, np.tile(label[rows], 2), copy_seeds)
+    return ScoreModel(members)
 
 
+@fits("lightgbm")
 def _fit_lightgbm(params, features, label, seeds):
     import lightgbm
 
@@ -231,6 +249,7 @@ def _fit_lightgbm(params, features, label, seeds):
     return [BoostedTrees(lightgbm.train({**settings, "seed": seed}, data)) for seed in seeds]
 
 
+@fits("logistic_regression")
 def _fit_logistic_regression(params, features, label, seeds):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -246,6 +265,7 @@ def _fit_logistic_regression(params, features, label, seeds):
     return [LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))]  # no chance in it
 
 
+@fits("extra_trees")
 def _fit_extra_trees(params, features, label, seeds):
     from sklearn.ensemble import ExtraTreesClassifier
 
@@ -253,6 +273,7 @@ def _fit_extra_trees(params, features, label, seeds):
     return [Classifier(ExtraTreesClassifier(random_state=s, n_jobs=1, **params).fit(features, label)) for s in seeds]
 
 
+@fits("hist_gradient_boosting")
 def _fit_hist_gradient_boosting(params, features, label, seeds):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -276,7 +297,7 @@ def judge_candidate(
     """
     start = time.perf_counter()
     try:
-        model = fit_model(configuration, *table.training_rows(train, columns, label, configuration), seed)
+        model = fit_model(configuration, table, train, columns, label, seed)
         log_odds, hidden = (
             model.log_odds(filled(table.rows(held_out, columns, hide), configuration.fill_value))
             for hide in (False, True)
@@ -327,7 +348,6 @@ def fit_calibrated(
     seed: int = 0,
 ) -> tuple[ScoreModel, np.ndarray]:
     """(model fitted on `rows`, calibrated on their out-of-fold log-odds; the calibrated probabilities of these)."""
-    label = data.label[rows]
-    model = fit_model(configuration, *table.training_rows(rows, columns, data.label, configuration), seed)
-    model.slope, model.intercept = fit_platt(out_of_fold, label)
+    model = fit_model(configuration, table, rows, columns, data.label, seed)
+    model.slope, model.intercept = fit_platt(out_of_fold, data.label[rows])
     return model, model.calibrate(out_of_fold)

@@ -672,6 +672,15 @@ class Snapshots:
             self._window_start[hours] = self._first_row_after(self.as_of - hours * MICROSECONDS_PER_HOUR)
         return self._window_start[hours]
 
+    def observations_within(self, hours: int | None) -> np.ndarray:
+        """(n_snapshots,) number of observations of any code in a window."""
+        return np.bincount(self.snapshot, weights=self.end - self.window_start(hours), minlength=len(self.as_of))
+
+    def types_within(self, hours: int | None) -> np.ndarray:
+        """(n_snapshots,) number of different codes in a window."""
+        observed = self.window_start(hours) < self.end
+        return np.bincount(self.snapshot[observed], minlength=len(self.as_of)).astype(np.float64)
+
     def segments(self, pairs: np.ndarray, hours: int | None) -> Segments:
         """The runs of rows of `pairs` inside a window; each must hold at least one row."""
         snapshot = self.snapshot[pairs]
@@ -1213,13 +1222,31 @@ def _hours(s: Snapshots) -> np.ndarray:
 @context("types")
 def _types(s: Snapshots) -> np.ndarray:
     """Number of different codes observed in the visit so far."""
-    return np.bincount(s.snapshot[s.begin < s.end], minlength=len(s.as_of)).astype(np.float64)
+    return s.types_within(None)
 
 
 @context("observations_6h")
 def _observations_6h(s: Snapshots) -> np.ndarray:
     """Number of observations of any code in the last 6 h."""
-    return np.bincount(s.snapshot, weights=s.end - s.window_start(6), minlength=len(s.as_of))
+    return s.observations_within(6)
+
+
+@context("observations_24h")
+def _observations_24h(s: Snapshots) -> np.ndarray:
+    """Number of observations of any code in the last 24 h."""
+    return s.observations_within(24)
+
+
+@context("types_6h")
+def _types_6h(s: Snapshots) -> np.ndarray:
+    """Number of different codes observed in the last 6 h."""
+    return s.types_within(6)
+
+
+@context("types_24h")
+def _types_24h(s: Snapshots) -> np.ndarray:
+    """Number of different codes observed in the last 24 h."""
+    return s.types_within(24)
 
 
 @context("hour_of_day")

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,6 +163,8 @@ def run_candidates(
         joblib.delayed(_candidate)(feature_set, configuration, search, train, held_out)
         for feature_set, configuration in todo
     )
+    # loky renews a worker that has grown; nothing is lost by it
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     with progress(results, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
         for entry in bar:

@@ -315,10 +315,17 @@ def clinical(p) -> dict[str, float | None]:
 
 def context(rows_of_code, as_of, start) -> dict[str, float]:
     times = [row.time for rows in rows_of_code.values() for row in rows]
+
+    def types_within(w):
+        return sum(any(row.time > as_of - timedelta(hours=w) for row in rows) for rows in rows_of_code.values())
+
     return {
         "hours": hours(as_of - start),
         "types": len(rows_of_code),
         "observations_6h": sum(time > as_of - timedelta(hours=6) for time in times),
+        "observations_24h": sum(time > as_of - timedelta(hours=24) for time in times),
+        "types_6h": types_within(6),
+        "types_24h": types_within(24),
         "hour_of_day": hours(as_of - as_of.replace(hour=0, minute=0, second=0, microsecond=0)),
     }
 

@@ -586,6 +586,9 @@ CONTEXT_BY_HAND = [
     ("context__hours", 8.0),
     ("context__types", 2.0),
     ("context__observations_6h", 3.0),
+    ("context__observations_24h", 5.0),
+    ("context__types_6h", 2.0),
+    ("context__types_24h", 2.0),
     ("context__hour_of_day", 14.0),  # the visit began at six
 ]
 

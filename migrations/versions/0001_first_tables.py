@@ -1,0 +1,83 @@
+"""The first tables. One that is there already, made by the hospital, is left as it is."""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+LEVELS = "risk_level IN ('low', 'medium', 'high')"
+
+
+def upgrade() -> None:
+    present = set(sa.inspect(op.get_bind()).get_table_names())
+    if "patient_observations" not in present:
+        op.create_table(
+            "patient_observations",
+            sa.Column("id", SERIAL, autoincrement=True, nullable=False),
+            sa.Column("visit_id", sa.String(64), nullable=False),
+            sa.Column("client", sa.String(64), nullable=False),
+            sa.Column("observation_date", WHEN, nullable=False),
+            sa.Column("observation_type_code", sa.String(64), nullable=False),
+            sa.Column("observation_value", sa.Double()),
+            sa.Column("reference_range_min", sa.Double()),
+            sa.Column("reference_range_max", sa.Double()),
+            sa.PrimaryKeyConstraint("id", name="pk_patient_observations"),
+        )
+        op.create_index("ix_patient_observations_visit", "patient_observations", ["client", "visit_id"])
+    if "visits" not in present:
+        op.create_table(
+            "visits",
+            sa.Column("client", sa.String(64), nullable=False),
+            sa.Column("visit_id", sa.String(64), nullable=False),
+            sa.Column("sepsis_score", sa.Double()),
+            sa.Column("risk_level", sa.String(16)),
+            sa.Column("scored_at", WHEN),
+            sa.PrimaryKeyConstraint("client", "visit_id", name="pk_visits"),
+            sa.CheckConstraint("sepsis_score BETWEEN 0 AND 1", name="ck_visits_score"),
+            sa.CheckConstraint(LEVELS, name="ck_visits_level"),
+        )
+        pending = sa.text("sepsis_score IS NULL")
+        op.create_index(
+            "ix_visits_pending", "visits", ["client", "visit_id"], postgresql_where=pending, sqlite_where=pending
+        )
+    if "sepsis_predictions" not in present:
+        op.create_table(
+            "sepsis_predictions",
+            sa.Column("id", SERIAL, autoincrement=True, nullable=False),
+            sa.Column("visit_id", sa.String(64), nullable=False),
+            sa.Column("client", sa.String(64), nullable=False),
+            sa.Column("sepsis_score", sa.Double(), nullable=False),
+            sa.Column("risk_level", sa.String(16), nullable=False),
+            sa.Column("model_version", sa.String(64), nullable=False),
+            sa.Column("scored_at", WHEN, nullable=False),
+            sa.Column("observations", sa.Integer(), nullable=False),
+            sa.PrimaryKeyConstraint("id", name="pk_sepsis_predictions"),
+            # a visits table that is the hospital's own may have another key
+            *(
+                [
+                    sa.ForeignKeyConstraint(
+                        ["client", "visit_id"],
+                        ["visits.client", "visits.visit_id"],
+                        name="fk_sepsis_predictions_visit",
+                    )
+                ]
+                if "visits" not in present
+                else []
+            ),
+            sa.UniqueConstraint(
+                "client", "visit_id", "model_version", "observations", name="uq_sepsis_predictions_score"
+            ),
+            sa.CheckConstraint("sepsis_score BETWEEN 0 AND 1", name="ck_sepsis_predictions_score"),
+            sa.CheckConstraint(LEVELS, name="ck_sepsis_predictions_level"),
+            sa.CheckConstraint("observations > 0", name="ck_sepsis_predictions_observations"),
+        )
+
+
+def downgrade() -> None:
+    """Nothing: the tables hold the hospital's data."""

@@ -1,0 +1,671 @@
+"""The search from the shell: what it writes, what it keeps apart, how it goes on, what it says when it cannot."""
+
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+
+import candidates
+import generate_features
+import training_data
+from candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, FeatureTable, feature_set_names, filled
+from demo_cohort import make_demo_cohort
+from feature_pipeline import CONCEPTS, FeaturePlan, load_config, parse_feature
+from training_data import TEST, SnapshotSettings, load_training_data, split_parts
+
+SETS, MODELS = ("latest", "clinical"), ("lightgbm_shallow", "logistic_regression")
+WRITTEN = ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")
+SCRIPT = Path(generate_features.__file__)
+
+
+def options(files, directory, *more, sets=SETS[:1], models=MODELS, jobs=1) -> list[str]:
+    observations, labels = files
+    return [
+        *("--observations", str(observations), "--labels", str(labels), "--models-dir", str(directory)),
+        *("--feature-sets", ",".join(sets), "--models", ",".join(models), "--jobs", str(jobs)),
+        *("--finalists", "1", "--folds", "2", *more),
+    ]
+
+
+def searched(files, directory, *more, status=0, **settings):
+    """Runs the search; gives the entries of its log."""
+    assert generate_features.main(options(files, directory, *more, **settings)) == status
+    return log_of(directory)
+
+
+def log_of(directory) -> list[dict]:
+    return json.loads((directory / "optimization_log.json").read_text())
+
+
+def summary_of(directory) -> str:
+    return (directory / "optimization_summary.txt").read_text()
+
+
+def without_times(entries) -> list[dict]:
+    """The entries in an order of their own, without what differs from run to run."""
+    kept = [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+    return sorted(kept, key=lambda entry: (entry["feature_set"], entry["model"]))
+
+
+def results(entries) -> list[dict]:
+    """What the candidates reached, whatever the data were called."""
+    return [{key: value for key, value in entry.items() if key != "fingerprint"} for entry in without_times(entries)]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The names of the model configurations that are fitted while a test runs, in order."""
+    fitted, original = [], candidates.fit_model
+
+    def fit(configuration, *rest):
+        fitted.append(configuration.name)
+        return original(configuration, *rest)
+
+    monkeypatch.setattr(candidates, "fit_model", fit)
+    return fitted
+
+
+def fails(error):
+    def fit(*_):
+        raise error
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def search(cohort_files, tmp_path_factory):
+    """The models directory after a search over four candidates."""
+    directory = tmp_path_factory.mktemp("search")
+    searched(cohort_files, directory, "--quiet", sets=SETS)
+    return directory
+
+
+# ------------------------------------------------------------------------------------------- the candidates
+
+
+def test_ten_feature_sets_and_eight_model_configurations():
+    assert len(FEATURE_SETS) == 10 and len(MODEL_CONFIGURATIONS) == len(CONFIGURATION) == 8
+    assert len({(fs, c.name) for fs in FEATURE_SETS for c in MODEL_CONFIGURATIONS}) == 80
+    kinds = {c.kind for c in MODEL_CONFIGURATIONS}
+    assert kinds == {"lightgbm", "logistic_regression", "extra_trees", "hist_gradient_boosting"}
+    native = {c.fill_value is None for c in MODEL_CONFIGURATIONS if c.kind == "lightgbm"}
+    assert native == {True, False}  # missing values left to the model, and filled
+
+
+@pytest.mark.parametrize("feature_set", FEATURE_SETS)
+def test_every_feature_of_every_set_can_be_parsed_back(feature_set):
+    names = feature_set_names(feature_set, ["HR", "Age", "NA", "odd__code", "X__min", "6h"])
+    assert names and len(set(names)) == len(names)
+    assert [str(parse_feature(name)) for name in names] == names
+    assert FeaturePlan(names).names == names
+
+
+def test_feature_sets_differ():
+    names = [frozenset(feature_set_names(feature_set, ["HR", "Temp"])) for feature_set in FEATURE_SETS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("configuration", MODEL_CONFIGURATIONS, ids=lambda c: c.name)
+def test_every_model_configuration_fits_and_repeats_itself(configuration):
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(600, 5))
+    label = (features[:, 0] + generator.normal(size=600) > 1).astype(np.int8)
+    features[generator.random(features.shape) < 0.2] = np.nan
+    one, two = (candidates.fit_model(configuration, features, label, seed=3) for _ in range(2))
+    scores = one.log_odds(filled(features, configuration.fill_value))
+    assert np.array_equal(scores, two.log_odds(filled(features, configuration.fill_value)))
+    assert np.isfinite(scores).all() and scores[label == 1].mean() > scores[label == 0].mean()
+    assert len(one.members) == configuration.seeds
+
+
+def test_logistic_regression_bears_what_training_never_saw():
+    """A column that is empty in training, and a value a thousand standard deviations away."""
+    generator = np.random.default_rng(0)
+    features = np.column_stack([generator.normal(size=200), np.full(200, np.nan)])
+    model = candidates.fit_model(CONFIGURATION["logistic_regression"], features, np.arange(200) % 2)
+    assert np.abs(model.log_odds(np.array([[1000.0, 5.0], [-1000.0, -5.0]]))).max() < 20
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+
+def test_the_search_writes_its_three_files_and_nothing_else(search):
+    assert sorted(path.name for path in search.iterdir()) == sorted(WRITTEN)
+
+
+def test_the_log_has_every_candidate_with_scores_sizes_and_seconds(search):
+    entries = log_of(search)
+    expected = set(itertools.product(SETS, MODELS))
+    assert len(entries) == len(expected) and {(e["feature_set"], e["model"]) for e in entries} == expected
+    for entry in entries:
+        assert 0 < entry["average_precision"] < entry["roc_auc"] <= 1
+        assert entry["score"] == entry["roc_auc"] + entry["average_precision"]
+        assert entry["seconds"] >= 0 and entry["n_features"] > 0 and len(entry["fingerprint"]) == 16
+
+
+def test_the_summary_ranks_by_score_and_names_the_winner(search):
+    text, entries = summary_of(search), log_of(search)
+    table = text.split("candidates by validation")[1].splitlines()[2:]
+    ranked = sorted(entries, key=lambda e: -e["score"])
+    assert [line.split()[-2:] for line in table] == [[e["feature_set"], e["model"]] for e in ranked]
+    assert [line.split()[:2] for line in table] == [[str(i), f"{e['score']:.4f}"] for i, e in enumerate(ranked, 1)]
+    config = load_config(search / "best_model_config.json")
+    assert (config["feature_set"], config["model"]["name"]) == (ranked[0]["feature_set"], ranked[0]["model"])
+    assert f"Winner: {config['feature_set']} with {config['model']['name']}" in text
+    assert f"{config['metrics']['test']['roc_auc']:.4f} (" in text
+    for heading in ("threshold  sensitivity  specificity    PPV", "used once, with 95% intervals resampled by client"):
+        assert heading in text
+
+
+def test_the_config_holds_what_a_pipeline_and_a_reader_need(search, cohort_files):
+    config = load_config(search / "best_model_config.json")
+    assert config["model_sha256"] is None  # nothing is deployed yet
+    assert config["model"] == asdict(CONFIGURATION[config["model"]["name"]])
+    assert config["snapshots"] == {**asdict(SnapshotSettings()), "retrospective": False}
+    assert config["risk_thresholds"] == {"medium": 0.4, "high": 0.7} and 0 < config["decision_threshold"] < 1
+    assert config["data"]["fingerprint"] == load_training_data(*cohort_files).fingerprint
+    assert config["data"]["grouped_by"] == "client" and config["data"]["synthetic"] is False
+    assert config["library_versions"].keys() >= {"python", "numpy", "lightgbm"} and config["seed"] == 0
+    low, high = config["metrics"]["test"]["roc_auc_95"]
+    assert low <= config["metrics"]["test"]["roc_auc"] <= high
+    text = (search / "best_model_config.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text  # JSON that any reader takes
+
+
+def test_the_config_passes_after_training(config_path):
+    config = load_config(config_path)
+    assert config["feature_names"] and config["golden"]["probability"]
+
+
+def test_quick_runs_nine_candidates(cohort_files, tmp_path, monkeypatch):
+    seen = []
+
+    def judge(search, todo, *_):
+        seen.extend((feature_set, configuration.name) for feature_set, configuration in todo)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_features, "run_candidates", judge)
+    observations, labels = map(str, cohort_files)
+    named = ["--observations", observations, "--labels", labels, "--models-dir", str(tmp_path)]
+    assert generate_features.main([*named, "--quick", "--quiet"]) == 130
+    assert len(set(seen)) == len(seen) == 9
+    seen.clear()
+    assert generate_features.main([*named, "--quiet"]) == 130
+    assert len(set(seen)) == len(seen) == 80
+
+
+@pytest.mark.slow
+def test_quick_gives_a_winner(cohort_files, tmp_path):
+    observations, labels = map(str, cohort_files)
+    named = ["--observations", observations, "--labels", labels, "--models-dir", str(tmp_path), "--jobs", "2"]
+    assert generate_features.main([*named, "--quick", "--quiet", "--finalists", "2"]) == 0
+    assert len(log_of(tmp_path)) == 9 and "score" in log_of(tmp_path)[0]
+    load_config(tmp_path / "best_model_config.json")
+
+
+# ------------------------------------------------------------------------------------------------- notices
+
+
+def test_synthetic_data_are_named_in_the_first_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_data, "make_demo_cohort", lambda: make_demo_cohort(n_patients=250, seed=7))
+    demo = options(("", ""), tmp_path, models=MODELS[:1])[4:]
+    assert generate_features.main(demo) == 0
+    shown = capsys.readouterr()
+    for text in (summary_of(tmp_path), shown.out, shown.err):
+        assert "synthetic demo cohort (no real patients)" in text.splitlines()[0]
+    assert load_config(tmp_path / "best_model_config.json")["data"]["synthetic"] is True
+
+
+def test_retrospective_figures_are_called_so_in_the_first_line(cohort, cohort_files, tmp_path, capsys):
+    labels = tmp_path / "labels.csv"
+    cohort[1].drop(columns="sepsis_onset").to_csv(labels, index=False)
+    searched((cohort_files[0], labels), tmp_path / "models", models=MODELS[:1])
+    shown = capsys.readouterr()
+    for text in (summary_of(tmp_path / "models"), shown.out, shown.err):
+        assert text.startswith("RETROSPECTIVE: ")
+    assert "Positive means: septic at all" in summary_of(tmp_path / "models")
+
+
+def test_what_was_set_aside_and_left_out_stands_in_the_summary(cohort, cohort_files, tmp_path):
+    observations, labels = cohort
+    rows = observations.astype({"observation_value": object})
+    rows.loc[rows.index[:5], "observation_value"] = "plenty"
+    rows.to_csv(tmp_path / "observations.csv", index=False)
+    labels.iloc[3:].to_csv(tmp_path / "labels.csv", index=False)
+    directory = tmp_path / "models"
+    searched((tmp_path / "observations.csv", tmp_path / "labels.csv"), directory, "--quiet", models=MODELS[:1])
+    text = summary_of(directory)
+    assert "5 rows: observation_value is not a number" in text
+    assert "Left out: 3 visits without a label." in text
+
+
+# -------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_candidate_that_fails_is_logged_and_the_search_goes_on(cohort_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "_fit_logistic_regression", fails(ValueError("no luck")))
+    entries = searched(cohort_files, tmp_path, sets=SETS, status=1)
+    failed = [e for e in entries if "error" in e]
+    assert len(entries) == 4 and [e["model"] for e in failed] == ["logistic_regression"] * 2
+    assert all(e["error"] == "ValueError: no luck" and "score" not in e and e["seconds"] >= 0 for e in failed)
+    assert "logistic_regression with clinical failed: ValueError: no luck" in capsys.readouterr().err
+    assert "failed  latest with logistic_regression: ValueError: no luck" in summary_of(tmp_path)
+    assert load_config(tmp_path / "best_model_config.json")["model"]["name"] == "lightgbm_shallow"
+
+
+def test_a_model_whose_scores_are_not_finite_has_failed(cohort_files, tmp_path, monkeypatch):
+    fit = functools.partial(candidates._fit_logistic_regression)
+
+    def broken(*arguments):
+        members = fit(*arguments)
+        members[0].intercept = float("nan")
+        return members
+
+    monkeypatch.setattr(candidates, "_fit_logistic_regression", broken)
+    entries = searched(cohort_files, tmp_path, "--quiet", status=1)
+    assert [e["error"] for e in entries if "error" in e] == ["ValueError: the model gives scores that are not finite"]
+
+
+def test_nothing_is_chosen_when_all_candidates_fail(cohort_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "_fit_lightgbm", fails(MemoryError()))
+    entries = searched(cohort_files, tmp_path, "--quiet", models=MODELS[:1], status=2)
+    assert "MemoryError" in entries[0]["error"]
+    assert "error: all 1 candidates failed; see" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["optimization_log.json"]
+
+
+# ------------------------------------------------------------------------------------ the test part stays out
+
+
+def of_the_test_part(cohort_files, *flags):
+    """(observations, labels, visits of the test part) of the cohort."""
+    data = load_training_data(*cohort_files, SnapshotSettings(after_onset="--after-onset" in flags))
+    visits = data.observations.visit_text[np.unique(data.visit[split_parts(data) == TEST])]
+    observations, labels = pd.read_parquet(cohort_files[0]), pd.read_csv(cohort_files[1], parse_dates=["sepsis_onset"])
+    return observations, labels, visits.astype(int)
+
+
+def with_other_onsets(observations, labels, visits):
+    """Septic test visits are septic from their first hour on: other labels, the same visits with and without sepsis."""
+    start = observations.groupby("visit_id")["observation_date"].min()
+    septic = labels["visit_id"].isin(visits) & (labels["sepsis"] == 1)
+    moved = labels["sepsis_onset"].where(~septic, labels["visit_id"].map(start))
+    assert septic.sum() > 5
+    return observations, labels.assign(sepsis_onset=moved)
+
+
+def with_other_values(observations, labels, visits):
+    """The values of the test visits are those of other rows of the same code."""
+    rows = observations["visit_id"].isin(visits) & observations["observation_value"].notna()
+    rows &= observations["observation_type_code"] != "Age"
+    by_code = observations[rows].groupby("observation_type_code")["observation_value"]
+    other = by_code.transform(lambda values: np.roll(values, len(values) // 2))
+    return observations.assign(observation_value=observations["observation_value"].where(~rows, other)), labels
+
+
+@pytest.mark.parametrize("change", [with_other_onsets, with_other_values])
+def test_the_test_part_has_no_say_in_any_choice(cohort_files, tmp_path, change):
+    """Altered test visits change the test figures and nothing else that was chosen, ranked or fitted."""
+    observations, labels = change(*of_the_test_part(cohort_files, "--after-onset"))
+    observations.to_parquet(tmp_path / "observations.parquet")
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    altered = tmp_path / "observations.parquet", tmp_path / "labels.csv"
+    flags = ("--after-onset", "--quiet")
+    first = searched(cohort_files, tmp_path / "first", *flags, sets=SETS)
+    second = searched(altered, tmp_path / "second", *flags, sets=SETS)
+
+    assert results(first) == results(second)
+    one, two = (load_config(tmp_path / name / "best_model_config.json") for name in ("first", "second"))
+    assert one["data"]["fingerprint"] != two["data"]["fingerprint"]
+    assert one["metrics"].pop("test")["roc_auc"] != two["metrics"].pop("test")["roc_auc"]
+    chosen = ("feature_set", "model", "feature_names", "codes", "fill_value", "metrics", "decision_threshold", "golden")
+    assert {key: one[key] for key in chosen} == {key: two[key] for key in chosen}
+
+    def below_the_test_figures(directory):
+        return re.sub(
+            r"\(\d+ s in all\)|\d+\.\d(?=  \w+ +\w+$)", "", summary_of(directory).split("Grouped cross-")[1], flags=re.M
+        )
+
+    texts = [re.sub(r"ROC AUC lost.*", "", below_the_test_figures(tmp_path / n)) for n in ("first", "second")]
+    assert texts[0] == texts[1]
+
+
+def test_candidates_are_fitted_on_training_rows_alone(cohort_files, tmp_path, monkeypatch):
+    """The number of rows that each fit sees: the training part, then folds and all of training and validation."""
+    data = load_training_data(*cohort_files)
+    part = split_parts(data)
+    sizes, original = [], candidates.fit_model
+
+    def fit(configuration, features, label, *rest):
+        sizes.append(len(label))
+        return original(configuration, features, label, *rest)
+
+    monkeypatch.setattr(candidates, "fit_model", fit)
+    searched(cohort_files, tmp_path, "--quiet", models=MODELS[:1])
+    train, fold_1, fold_2, winner = sizes
+    assert train == (part == 0).sum() and fold_1 + fold_2 == winner == (part != TEST).sum()
+
+
+# -------------------------------------------------------------------------------------------- resume, interrupt
+
+
+def test_resume_keeps_what_was_finished_and_fits_the_rest(cohort_files, tmp_path, counted, capsys):
+    before = searched(cohort_files, tmp_path, sets=SETS)
+    entries = [e for e in before if (e["feature_set"], e["model"]) != ("clinical", "logistic_regression")]
+    (tmp_path / "optimization_log.json").write_text(json.dumps(entries))
+    winner = load_config(tmp_path / "best_model_config.json")
+    counted.clear()
+    after = searched(cohort_files, tmp_path, "--resume", sets=SETS)
+    assert counted[0] == "logistic_regression"
+    assert counted[1:] == [winner["model"]["name"]] * 3  # two folds and the winner itself
+    assert after[:3] == entries  # not even their seconds
+    assert without_times(after) == without_times(before)
+    assert "resumed: 3 of 4 candidates were finished before" in capsys.readouterr().err
+    assert load_config(tmp_path / "best_model_config.json") == winner
+
+
+def test_without_resume_everything_is_done_again(cohort_files, tmp_path, counted):
+    searched(cohort_files, tmp_path, "--quiet")
+    counted.clear()
+    searched(cohort_files, tmp_path, "--quiet")
+    assert set(counted[:2]) == set(MODELS)
+
+
+def test_resume_tries_failed_candidates_again(cohort_files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_fit_logistic_regression", fails(ValueError("no luck")))
+        searched(cohort_files, tmp_path, "--quiet", status=1)
+    entries = searched(cohort_files, tmp_path, "--quiet", "--resume")
+    assert len(entries) == 2 and all("score" in e for e in entries)
+
+
+SETTINGS = (
+    ["--snapshot-every", "12"],
+    ["--horizon", "8"],
+    ["--after-onset"],
+    ["--seed", "1"],
+)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
+def test_resume_does_not_reuse_entries_of_other_settings(cohort_files, tmp_path, counted, setting):
+    searched(cohort_files, tmp_path, "--quiet")
+    counted.clear()
+    searched(cohort_files, tmp_path, "--quiet", "--resume", *setting)
+    assert set(counted[:2]) == set(MODELS)
+
+
+def test_resume_does_not_reuse_entries_of_other_data(cohort, cohort_files, tmp_path, counted):
+    before = searched(cohort_files, tmp_path, "--quiet")
+    observations = cohort[0].copy()
+    row = observations.index[observations["observation_type_code"] == "HR"][3]
+    observations.loc[row, "observation_value"] += 1
+    observations.to_parquet(tmp_path / "other.parquet")
+    counted.clear()
+    after = searched((tmp_path / "other.parquet", cohort_files[1]), tmp_path, "--quiet", "--resume")
+    assert set(counted[:2]) == set(MODELS)
+    assert not {e["fingerprint"] for e in before} & {e["fingerprint"] for e in after}
+
+
+def test_resume_does_not_reuse_entries_of_other_synonyms(cohort, cohort_files, tmp_path, counted):
+    """What a code means changes the clinical scores, though neither an observation nor a feature's name changes."""
+    observations = cohort[0].replace({"observation_type_code": {"Resp": "breaths"}})
+    observations.to_parquet(tmp_path / "observations.parquet")
+    (tmp_path / "synonyms.csv").write_text("code,concept\nbreaths,respiratory_rate\n")
+    files = tmp_path / "observations.parquet", cohort_files[1]
+    before = searched(files, tmp_path, "--quiet", sets=["clinical"])
+    counted.clear()
+    synonyms = ("--synonyms", str(tmp_path / "synonyms.csv"))
+    after = searched(files, tmp_path, "--quiet", "--resume", *synonyms, sets=["clinical"])
+    assert set(counted[:2]) == set(MODELS)
+    afresh = searched(files, tmp_path / "afresh", "--quiet", *synonyms, sets=["clinical"])
+    assert results(after) == results(afresh) != results(before)
+
+
+@pytest.mark.parametrize("content", ["", "[{", "{}", '"text"', "[1, 2]", '[{"score": 1.0}]'])
+def test_resume_from_a_log_that_is_none_starts_anew(cohort_files, tmp_path, content):
+    (tmp_path / "optimization_log.json").write_text(content)
+    assert len(searched(cohort_files, tmp_path, "--quiet", "--resume", models=MODELS[:1])) == 1
+
+
+def test_an_interrupted_search_keeps_its_log_and_says_how_to_go_on(cohort_files, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_fit_logistic_regression", fails(KeyboardInterrupt()))
+        first = searched(cohort_files, tmp_path, "--quiet", status=130)
+    assert [e["model"] for e in first] == ["lightgbm_shallow"]
+    assert capsys.readouterr().err == (
+        "interrupted; finished work is kept; run the same command with --resume to go on\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["optimization_log.json"]
+    after = searched(cohort_files, tmp_path, "--quiet", "--resume")
+    assert after[0] == first[0] and len(after) == 2
+    assert without_times(after) == without_times(searched(cohort_files, tmp_path / "whole", "--quiet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupt_from_the_keyboard(cohort_files, tmp_path, jobs):
+    """SIGINT to the script itself, as soon as the first candidate is logged."""
+    code = f"""
+import os, signal, sys
+import generate_features
+write = generate_features.write_json
+def write_and_interrupt(path, content):
+    write(path, content)
+    os.kill(os.getpid(), signal.SIGINT)
+generate_features.write_json = write_and_interrupt
+sys.exit(generate_features.main({options(cohort_files, tmp_path, sets=SETS, jobs=jobs)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("run the same command with --resume to go on")
+    assert "Traceback" not in done.stderr
+    finished = log_of(tmp_path)
+    assert 1 <= len(finished) < 4
+    after = searched(cohort_files, tmp_path, "--quiet", "--resume", sets=SETS)
+    assert after[: len(finished)] == finished and len(after) == 4
+
+
+# -------------------------------------------------------------------------------------------- many processes
+
+
+def test_two_processes_give_the_scores_of_one(search, cohort_files, tmp_path):
+    entries = searched(cohort_files, tmp_path, "--quiet", sets=SETS, jobs=2)
+    assert without_times(entries) == without_times(log_of(search))
+    one, two = (load_config(directory / "best_model_config.json") for directory in (search, tmp_path))
+    assert one == two
+
+
+def test_other_processes_get_the_table_as_it_is(cohort_files, tmp_path):
+    """joblib hands large arrays over as memory maps; each value must stay in its place."""
+    data = load_training_data(*cohort_files)
+    names = feature_set_names("summary_trend", data.observations.codes)
+    table = FeatureTable.of(data, names, folder=tmp_path)
+    assert np.array_equal(table.plain.T, data.evaluate(names), equal_nan=True)
+    rows, columns = np.arange(len(data.label))[::7], np.arange(len(names))[::-3]
+    for hand_over in (table, FeatureTable(np.array(table.plain), np.array(table.hidden))):  # a file; in memory
+        there = joblib.Parallel(n_jobs=2, max_nbytes="10K")(
+            joblib.delayed(FeatureTable.rows)(hand_over, rows, columns, hidden) for hidden in (False, True)
+        )
+        for hidden, values in zip((False, True), there, strict=True):
+            assert np.array_equal(values, table.rows(rows, columns, hidden), equal_nan=True)
+    assert np.array_equal(table.rows(rows, columns), data.evaluate(names)[np.ix_(rows, columns)], equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that the cluster leaves to its processes' end
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+def test_a_dask_cluster_of_two_processes_gives_the_scores_of_one(search, cohort_files, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        flags = ("--backend", "dask", "--scheduler", cluster.scheduler_address)
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *options(cohort_files, tmp_path, *flags, sets=SETS)],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        with distributed.Client(cluster) as client:
+            workers = client.run(lambda: "candidates" in sys.modules)
+    assert done.returncode == 0, done.stderr
+    assert list(workers.values()) == [True, True]  # both had work
+    assert without_times(log_of(tmp_path)) == without_times(log_of(search))
+    one, two = (load_config(directory / "best_model_config.json") for directory in (search, tmp_path))
+    assert one == two
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, arguments) -> str:
+    """The one line on stderr of a search that could not start."""
+    assert generate_features.main([*arguments, "--quiet"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def files_with(cohort, folder, observations=lambda table: table, labels=lambda table: table):
+    """The cohort as CSV files, changed."""
+    observations(cohort[0]).to_csv(folder / "observations.csv", index=False)
+    labels(cohort[1]).to_csv(folder / "labels.csv", index=False)
+    return folder / "observations.csv", folder / "labels.csv"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observations": lambda t: t.drop(columns="observation_value")}, "missing column 'observation_value'; found"),
+        ({"observations": lambda t: t.drop(columns=["client", "visit_id"])}, "missing column 'visit_id', 'client'"),
+        ({"observations": lambda t: t.head(0)}, "no usable observation in 0 rows"),
+        ({"observations": lambda t: t.assign(observation_value="much")}, "observation_value is not a number"),
+        ({"labels": lambda t: t.drop(columns="sepsis")}, "missing column 'sepsis'; found"),
+        ({"labels": lambda t: t.drop(columns="client")}, "missing column 'client'; found"),
+        ({"labels": lambda t: t.head(0)}, "both kinds are needed"),
+        ({"labels": lambda t: t[t["sepsis"] == 0]}, "0 of them positive: both kinds are needed"),
+        ({"labels": lambda t: t.assign(sepsis=1).drop(columns="sepsis_onset")}, "both kinds are needed"),
+        ({"labels": lambda t: t.assign(client="nobody")}, "'labels without observations': 279"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(cohort, tmp_path, capsys, changes, message):
+    files = files_with(cohort, tmp_path, **changes)
+    assert message in refused(capsys, options(files, tmp_path / "models"))
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "exist"),
+        ("none.parquet", None, "exist"),
+        ("empty.csv", b"", "empty"),
+        ("half.parquet", b"PAR1", "cannot be read"),
+        ("table.xlsx", b"PK", "unknown kind of file"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_files_that_are_absent_empty_or_broken(cohort_files, tmp_path, capsys, name, content, message, which):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    files = list(cohort_files)
+    files[which] = tmp_path / name
+    line = refused(capsys, options(files, tmp_path / "models"))
+    assert name in line and message in line
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+
+
+def test_labels_alone_are_refused(cohort_files, tmp_path, capsys):
+    assert "go together" in refused(capsys, options(cohort_files, tmp_path)[2:])
+
+
+def test_too_few_visits_for_three_parts(cohort, tmp_path, capsys):
+    few = files_with(
+        cohort, tmp_path, labels=lambda t: pd.concat([t[t["sepsis"] == 0].head(20), t[t["sepsis"] == 1].head(2)])
+    )
+    assert "part lacks septic or other visits" in refused(capsys, options(few, tmp_path / "models"))
+
+
+def test_a_refused_search_leaves_an_earlier_one_as_it_was(search, cohort, tmp_path, capsys):
+    directory = tmp_path / "models"
+    directory.mkdir()
+    for name in WRITTEN:
+        (directory / name).write_bytes((search / name).read_bytes())
+    files = files_with(cohort, tmp_path, labels=lambda t: t.drop(columns="sepsis"))
+    refused(capsys, options(files, directory))
+    assert all((directory / name).read_bytes() == (search / name).read_bytes() for name in WRITTEN)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--snapshot-every", "0"],
+        ["--snapshot-every", "-1"],
+        ["--snapshot-every", "nan"],
+        ["--horizon", "-3"],
+        ["--horizon", "nan"],
+        ["--folds", "1"],
+        ["--finalists", "0"],
+        ["--jobs", "0"],
+        ["--seed", "-1"],
+        ["--sensitivity", "2"],
+        ["--sensitivity", "0"],
+        ["--risk-thresholds", "0.9,0.1"],
+        ["--risk-thresholds", "0.5"],
+        ["--feature-sets", "latest,none"],
+        ["--models", ""],
+        ["--backend", "spark"],
+        ["--snapshot-ever", "oops"],
+    ],
+    ids=" ".join,
+)
+def test_settings_out_of_range_are_refused_by_name(cohort_files, tmp_path, capsys, arguments):
+    """As argparse does, or as one line; but before any work, and naming the option."""
+    try:
+        status = generate_features.main(options(cohort_files, tmp_path / "models", *arguments, "--quiet"))
+    except SystemExit as stopped:
+        status = stopped.code
+    shown = capsys.readouterr().err.splitlines()
+    assert status == 2 and arguments[0] in shown[-1]
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("code,meaning\nX,heart_rate\n", "expected the columns code,concept"),
+        ("code,concept\nHR,fortune\n", "'fortune'"),
+    ],
+)
+def test_bad_synonyms(cohort_files, tmp_path, capsys, content, message):
+    (tmp_path / "synonyms.csv").write_text(content)
+    line = refused(capsys, options(cohort_files, tmp_path / "models", "--synonyms", str(tmp_path / "synonyms.csv")))
+    assert message in line
+
+
+def test_synonyms_of_codes_that_look_missing(cohort_files, tmp_path):
+    """NA is a code, and so is null."""
+    (tmp_path / "synonyms.csv").write_text("code,concept\nNA,sodium\nnull,heart_rate\n")
+    searched(cohort_files, tmp_path, "--quiet", "--synonyms", str(tmp_path / "synonyms.csv"), models=MODELS[:1])
+    assert load_config(tmp_path / "best_model_config.json")["synonyms"] == {"NA": "sodium", "null": "heart_rate"}
+    assert {"sodium", "heart_rate"} <= {concept.name for concept in CONCEPTS}
+
+
+def test_no_observed_value_and_no_client_in_the_log_or_the_files(search, cohort):
+    """Files that are shown around hold neither a client nor a visit."""
+    text = "".join((search / name).read_text() for name in WRITTEN)
+    observations = cohort[0]
+    assert not any(client in text for client in observations["client"].unique())
+    assert not any(f'"{visit}"' in text for visit in observations["visit_id"].unique())
