@@ -168,6 +168,7 @@ class FeatureTable:
 
     plain: np.ndarray
     hidden: np.ndarray
+    copied: np.ndarray  # (n_snapshots,) whose copy with codes hidden is learned from: all septic, a third of the others
 
     @classmethod
     def of(cls, data: TrainingData, names: Sequence[str], seed: int = 0, folder: str | Path | None = None):
@@ -181,15 +182,18 @@ class FeatureTable:
                 table = np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float64, shape)
             FeaturePlan(names).evaluate(observations, data.visit, data.as_of, out=table)
             tables.append(table)
-        return cls(*tables)
+        septic = np.isin(data.group, data.group[data.label == 1])
+        return cls(*tables, copied=septic | (data.group % 3 == 0))
 
     def rows(self, rows: np.ndarray, columns: np.ndarray, hidden: bool = False) -> np.ndarray:
         """(n_rows, n_columns) of some snapshots and features."""
         return self._stack([(self.hidden if hidden else self.plain, rows)], columns)
 
-    def with_copy(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """(2 * n_rows, n_columns): the snapshots `rows` as they are, then with codes hidden."""
-        return self._stack([(self.plain, rows), (self.hidden, rows)], columns)
+    def with_copy(self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features, labels) of the snapshots `rows` as they are, then of those `copied`, with codes hidden."""
+        again = rows[self.copied[rows]]
+        features = self._stack([(self.plain, rows), (self.hidden, again)], columns)
+        return features, np.concatenate([label[rows], label[again]])
 
     @staticmethod
     def _stack(parts: Sequence[tuple[np.ndarray, np.ndarray]], columns: np.ndarray) -> np.ndarray:
@@ -227,8 +231,8 @@ def fit_model(
     plain_seeds, copy_seeds = (seeds[::2], seeds[1::2]) if configuration.hide_codes else (seeds, [])
     members = fit(configuration.params, filled(table.rows(rows, columns), fill), label[rows], plain_seeds)
     if copy_seeds:
-        features = filled(table.with_copy(rows, columns), fill)
-        members += fit(configuration.params, features, np.tile(label[rows], 2), copy_seeds)
+        features, labels = table.with_copy(rows, columns, label)
+        members += fit(configuration.params, filled(features, fill), labels, copy_seeds)
     return ScoreModel(members)
 
 

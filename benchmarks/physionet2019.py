@@ -2,8 +2,8 @@
 
 Five-fold cross-validation grouped by patient; each prediction sees only what was known at that hour. Reports hourly
 ROC AUC and average precision, patient-level ROC AUC and average precision, and the challenge's normalized utility
-(Reyna et al., Crit Care Med 2020;48:210-217, doi 10.1097/CCM.0000000000004145). The threshold of each fold is the one
-that is best on the out-of-fold predictions of the other folds.
+(Reyna et al., Crit Care Med 2020;48:210-217, doi 10.1097/CCM.0000000000004145). The threshold of each fold is chosen on
+patients of another fold, by a model that saw neither of the two.
 
 Observations and labels are those of import_physionet2019.py: labels with sepsis_onset, first_hour and last_hour.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,44 +122,83 @@ def patient_level(data: TrainingData, from_onset: np.ndarray, score: np.ndarray,
     return ranking_scores(septic[use].astype(int), np.array(highest))
 
 
-def cross_validated_scores(
-    data: TrainingData, table: FeatureTable, columns: np.ndarray, model: str, folds: list, seed: int, jobs: int
+def fitted_scores(
+    data: TrainingData, table: FeatureTable, columns: np.ndarray, model: str, splits: list, seed: int, jobs: int
 ) -> np.ndarray:
-    """Log-odds of every snapshot, from the fold that did not train on its patient; NaN where no fold held it out."""
+    """Log-odds of the held-out snapshots of each (training rows, held-out rows); NaN elsewhere."""
     results = joblib.Parallel(n_jobs=jobs)(
         joblib.delayed(judge_candidate)(CONFIGURATION[model], table, columns, data.label, fit, held_out, seed)
-        for fit, held_out in folds
+        for fit, held_out in splits
     )
     score = np.full(len(data.label), np.nan)
-    for (_, held_out), result in zip(folds, results, strict=True):
+    for (_, held_out), result in zip(splits, results, strict=True):
         if "error" in result:
             raise RuntimeError(result["error"])
         score[held_out] = result["log_odds"]
     return score
 
 
-def report(data: TrainingData, from_onset: np.ndarray, score: np.ndarray, folds: list) -> dict[str, Any]:
-    """All figures of cross-validated scores; utility with thresholds that the fold itself had no part in."""
+def inner_splits(folds: list) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each fold: its training rows without the next fold's patients, and these patients' rows."""
+    following = [folds[(k + 1) % len(folds)][1] for k in range(len(folds))]
+    return [(np.setdiff1d(fit, rest), rest) for (fit, _), rest in zip(folds, following, strict=True)]
+
+
+def report(
+    data: TrainingData, from_onset: np.ndarray, score: np.ndarray, folds: list, inner: np.ndarray | None = None
+) -> dict[str, Any]:
+    """All figures of cross-validated scores.
+
+    The threshold of a fold is the best one on the next fold's patients, by the `inner` scores: of a model that saw
+    neither of the two folds. Without `inner` it is the best one on the cross-validated scores of all other folds.
+    """
     scored = ~np.isnan(score)
     called = np.zeros(len(score), dtype=bool)
-    for _, held_out in folds:
-        others = scored.copy()
-        others[held_out] = False
-        chosen_on = others if others.any() else scored
-        called[held_out] = score[held_out] >= best_threshold(from_onset[chosen_on], score[chosen_on])
-    hourly = ranking_scores(data.label[scored], score[scored])
+    for k, (_, held_out) in enumerate(folds):
+        if inner is None:
+            others = scored.copy()
+            others[held_out] = False
+            chosen_on, basis = np.flatnonzero(others), score
+        else:
+            chosen_on, basis = folds[(k + 1) % len(folds)][1], inner
+        called[held_out] = score[held_out] >= best_threshold(from_onset[chosen_on], basis[chosen_on])
     subset = TrainingData(
         **{**vars(data), **{k: getattr(data, k)[scored] for k in ("visit", "as_of", "label", "group")}}
     )
     return {
         "normalized_utility": normalized_utility(from_onset[scored], called[scored]),
-        "hourly": hourly,
+        "hourly": ranking_scores(data.label[scored], score[scored]),
         "hourly_95": bootstrap_intervals(data.label[scored], score[scored], data.group[scored], 200),
         "patient": patient_level(subset, from_onset[scored], score[scored]),
+        "by_hours": by_hours(subset, from_onset[scored], score[scored], called[scored]),
         "called": float(called[scored].mean()),
         "n_snapshots": int(scored.sum()),
         "n_patients": len(np.unique(data.visit[scored])),
     }
+
+
+def by_hours(
+    data: TrainingData, from_onset: np.ndarray, score: np.ndarray, called: np.ndarray
+) -> list[dict[str, float]]:
+    """The figures by hours since the visit's first observation: where the utility is earned."""
+    hours = (data.as_of - data.observations.first_time[data.visit]) / MICROSECONDS_PER_HOUR
+    call, silent = utilities(from_onset)
+    scale = (np.maximum(call, silent) - silent).sum()
+    rows = []
+    for low, high in ((0, 6), (6, 12), (12, 24), (24, 48), (48, 96), (96, np.inf)):
+        band = (hours >= low) & (hours < high)
+        if band.any() and 0 < data.label[band].sum() < band.sum():
+            rows.append(
+                {
+                    "from_hour": low,
+                    "n": int(band.sum()),
+                    "positive_rate": float(data.label[band].mean()),
+                    "roc_auc": ranking_scores(data.label[band], score[band])["roc_auc"],
+                    "utility_earned": float(((call - silent)[band & called]).sum() / scale),
+                    "utility_attainable": float((np.maximum(call, silent) - silent)[band].sum() / scale),
+                }
+            )
+    return rows
 
 
 def line(name: str, figures: dict[str, Any], seconds: float) -> str:
@@ -185,21 +225,33 @@ def benchmark(arguments: argparse.Namespace) -> int:
             *(len(names), f"{len(data.label):,}", time.perf_counter() - start),
         )
         folds = list(grouped_folds(data, np.arange(len(data.label)), arguments.folds, arguments.seed))
-        folds = folds[: arguments.only_folds]
         results: dict[str, Any] = {}
 
-        def measure(name: str, columns: np.ndarray) -> None:
+        def measure(name: str, columns: np.ndarray, only: int | None = None, nested: bool = False) -> None:
             start = time.perf_counter()
-            score = cross_validated_scores(data, table, columns, arguments.model, folds, arguments.seed, arguments.jobs)
-            results[name] = report(data, from_onset, score, folds)
+            some = folds[:only]
+            fit = partial(
+                fitted_scores, data, table, columns, arguments.model, seed=arguments.seed, jobs=arguments.jobs
+            )
+            score = fit(splits=some)
+            inner = fit(splits=inner_splits(folds)) if nested else None
+            results[name] = report(data, from_onset, score, some, inner)
             print(line(name, results[name], time.perf_counter() - start), flush=True)
 
-        measure(f"{arguments.feature_set} with {arguments.model}", np.arange(len(names)))
-        if arguments.ablate:
+        whole = np.arange(len(names))
+        if not arguments.only_ablation:
+            measure(f"{arguments.feature_set} with {arguments.model}", whole, nested=True)
+            print(
+                pd.DataFrame(results[f"{arguments.feature_set} with {arguments.model}"]["by_hours"]).to_string(
+                    index=False
+                )
+            )
+        if arguments.ablation_folds:
+            measure(f"all blocks, {arguments.ablation_folds} folds", whole, arguments.ablation_folds)
             for block in blocks:
                 without = np.flatnonzero([name not in set(names_of_block[block]) for name in names])
                 if len(without):
-                    measure(f"without {block}", without)
+                    measure(f"without {block}", without, arguments.ablation_folds)
         print(f"whole benchmark: {time.perf_counter() - began:.0f} s")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
@@ -221,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="lightgbm_ensemble",
     )
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
-    parser.add_argument("--only-folds", type=int, help="measure just the first of them")
-    parser.add_argument("--ablate", action="store_true", help="also leave out each block in turn")
+    parser.add_argument("--ablation-folds", type=int, default=0, help="also leave out each block, on so many folds")
+    parser.add_argument("--only-ablation", action="store_true", help="without the main figures")
     parser.add_argument("--scratch", help="folder for the feature table, a few GB")
     parser.add_argument("--json", help="also write the figures to this file")
     return run(benchmark, parser, argv)
