@@ -32,7 +32,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -78,6 +78,7 @@ FEATURE_CELLS = 10_000_000  # of the feature matrix held at once: 80 MB
 LARGE_BYTES = 64_000_000  # of text; such a file is spread over the processes by itself
 WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the work
 SETTLE_SECONDS = 10.0
+CONNECT_SECONDS = 20  # to the Dask scheduler
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -101,7 +102,7 @@ class Chunks:
         self.file, self.name, self.size, self.chunk_rows = file, name, size, chunk_rows
         self.position = 0
 
-    def __iter__(self) -> Iterator[tuple[pd.DataFrame, int]]:
+    def __iter__(self) -> Generator[tuple[pd.DataFrame, int]]:
         kind = kind_of(self.name)
         if self.size == 0:
             raise BadObservations(f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}")
@@ -255,6 +256,12 @@ class Parts:
         self.blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_parts)]
         self.rows = 0
 
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
     def add(self, table: pd.DataFrame) -> None:
         """Appends the next rows of the file."""
         n_parts = len(self.blocks)
@@ -306,25 +313,25 @@ def score_chunks(
     advance: Callable[[int], Any] = lambda position: None,
 ) -> Scores:
     """A file's scores: straight when one chunk holds it all, else part by part."""
-    reader = iter(chunks)
-    first, malformed = next(reader)
-    first_position = chunks.position
-    advance(first_position)
-    second = next(reader, None)
-    if second is None:
-        scores = score(first, np.arange(len(first)))
-    else:
-        # twice as many parts as chunks: parts are of uneven size, and should be smaller than a chunk
-        n_parts = 2 * -(-chunks.size // max(first_position, 1))
-        parts = Parts(spill_dir, n_parts)
-        parts.add(first)
-        del first
-        while second is not None:
-            parts.add(second[0])
-            malformed += second[1]
-            advance(chunks.position)
-            second = next(reader, None)
-        scores = Scores.merged(list(score_parts(parts)))
+    with contextlib.closing(iter(chunks)) as reader:
+        first, malformed = next(reader)
+        first_position = chunks.position
+        advance(first_position)
+        second = next(reader, None)
+        if second is None:
+            scores = score(first, np.arange(len(first)))
+        else:
+            # twice as many parts as chunks: parts are of uneven size, and should be smaller than a chunk
+            n_parts = 2 * -(-chunks.size // max(first_position, 1))
+            with Parts(spill_dir, n_parts) as parts:
+                parts.add(first)
+                del first
+                while second is not None:
+                    parts.add(second[0])
+                    malformed += second[1]
+                    advance(chunks.position)
+                    second = next(reader, None)
+                scores = Scores.merged(list(score_parts(parts)))
     if malformed:
         scores.set_aside["malformed"] += malformed
     if not scores.usable_visits:
@@ -361,6 +368,13 @@ class Deployment:
     def key(self) -> str:
         return hashlib.sha256(self.config).hexdigest()  # the config names the model's SHA-256
 
+    def save(self, folder: str) -> tuple[Path, Path]:
+        """The paths of config and model, written to `folder`."""
+        config, model = Path(folder, "config.json"), Path(folder, "model.pkl")
+        config.write_bytes(self.config)
+        model.write_bytes(self.model)
+        return config, model
+
 
 _pipelines: dict[str, ProductionPipeline] = {}  # of this process, by deployment
 
@@ -369,10 +383,7 @@ def install(deployment: Deployment) -> None:
     """Loads the deployment's pipeline in this process, once."""
     if deployment.key not in _pipelines:
         with tempfile.TemporaryDirectory() as folder:
-            config, model = Path(folder, "config.json"), Path(folder, "model.pkl")
-            config.write_bytes(deployment.config)
-            model.write_bytes(deployment.model)
-            _pipelines[deployment.key] = ProductionPipeline(config, model)
+            _pipelines[deployment.key] = ProductionPipeline(*deployment.save(folder))
 
 
 def score_blocks(key: str, blocks: list[bytes]) -> Scores:
@@ -424,13 +435,13 @@ class Here:
         pass
 
 
-def _start_worker(deployment: Deployment) -> None:
+def _start_worker(config: Path, model: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
     # a worker of a killed parent would wait for work forever
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    install(deployment)
+    install(Deployment(config.read_bytes(), model.read_bytes()))
 
 
 class Processes(Here):
@@ -439,12 +450,15 @@ class Processes(Here):
     lost = (BrokenProcessPool,)
 
     def __init__(self, deployment: Deployment, jobs: int):
-        self.deployment, self.slots = deployment, jobs
+        self.slots = jobs
+        # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first
+        self.folder = tempfile.TemporaryDirectory()
+        self.paths = deployment.save(self.folder.name)
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=(self.deployment,))
+        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=self.paths)
 
     def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
         try:
@@ -455,6 +469,7 @@ class Processes(Here):
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.folder.cleanup()
 
 
 class Dask(Here):
@@ -470,7 +485,7 @@ class Dask(Here):
         from distributed.scheduler import KilledWorker
 
         self.lost = (KilledWorker, FutureCancelledError)
-        self.client = Client(scheduler, timeout=20, set_as_default=False)
+        self.client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         files = [Path(__file__).with_name(f"{module}.py") for module in self.modules]
         expected = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -501,7 +516,9 @@ class Dask(Here):
         self.slots = max(1, sum(self.client.nthreads().values()))
 
     def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
-        return self.client.submit(function, *arguments, pure=False)
+        with warnings.catch_warnings():  # that a file is large; kept with its task, it outlives a lost worker
+            warnings.filterwarnings("ignore", "Sending large graph")
+            return self.client.submit(function, *arguments, pure=False)
 
     def close(self) -> None:
         self.client.close()

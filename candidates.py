@@ -117,12 +117,13 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
         "hist_gradient_boosting",
         "hist_gradient_boosting",
         {
-            "learning_rate": 0.06,
-            "max_iter": 150,
+            "learning_rate": 0.08,
+            "max_iter": 100,
             "max_leaf_nodes": 15,
             "min_samples_leaf": 100,
             "l2_regularization": 20.0,
-            "max_features": 0.2,
+            "max_features": 0.1,
+            "max_bins": 63,
         },
     ),
 )

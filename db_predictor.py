@@ -589,7 +589,7 @@ class DatabasePredictor:
         columns = tables.predictions
         key = columns["client"], columns["visit_id"]
         query = sa.select(*key, sa.func.max(columns["observations"])).where(_among(columns, keys)).group_by(*key)
-        return {(row[0], row[1]): row[2] for row in connection.execute(query)}
+        return {(client, visit): count for client, visit, count in connection.execute(query).all()}
 
     def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]]) -> None:
         """Predictions and visits, three statements whatever their number."""

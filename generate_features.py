@@ -245,7 +245,7 @@ def loss_without_codes(
 ) -> dict[str, float]:
     """How much ROC AUC the model loses where a hospital does not measure a code at all, on test visits.
 
-    Only codes that at least half the visits have; the features are computed anew without the code.
+    The features are computed anew without the code.
     """
     data, columns = search.data, search.columns(feature_set)
     test = np.flatnonzero(search.part == TEST)
@@ -261,10 +261,7 @@ def loss_without_codes(
         return ranking_scores(data.label[rows], score)["roc_auc"]
 
     whole = auc(data.observations)
-    prevalence = code_prevalence(data.observations, np.unique(data.visit))
-    asked = set(plan.codes)
-    codes = [code for code, share in prevalence.items() if share >= 0.5 and code in asked]
-    return {code: round(whole - auc(data.observations.without_code(code)), 4) for code in codes}
+    return {code: round(whole - auc(data.observations.without_code(code)), 4) for code in plan.codes}
 
 
 def golden_example(names: list[str], synonyms: dict[str, str], fill_value: float | None) -> dict[str, Any]:

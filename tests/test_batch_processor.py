@@ -1,0 +1,644 @@
+"""The hourly job over files: same bits as `predict`, nothing lost or doubled, whatever happens."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+import batch_processor
+from batch_processor import BatchProcessor, Chunks, Manifest, main, only_run, watch
+from feature_pipeline import COLUMNS, BadObservations
+
+ROOT = Path(batch_processor.__file__).parent
+COLUMNS_OUT = ["visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version"]
+
+
+@pytest.fixture(scope="session")
+def rows(cohort):
+    """About 4,000 observations of whole visits, texts as in a file."""
+    observations = cohort[0]
+    visits = observations["visit_id"].unique()[:24]
+    some = observations[observations["visit_id"].isin(visits)].reset_index(drop=True)
+    return some.assign(visit_id=some["visit_id"].astype(str), client=some["client"].astype(str))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with data/incoming."""
+    (tmp_path / "data/incoming").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def processor(config_path, model_path):
+    return BatchProcessor(config_path, model_path, settle_seconds=0)
+
+
+def put(frame: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        frame.to_csv(path, index=False)
+    return path
+
+
+def predictions(path: Path) -> pd.DataFrame:
+    """A predictions file with every bit of its scores."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pandas()
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    score = [float(cell) if cell else np.nan for cell in table["sepsis_probability"]]
+    return table.assign(sepsis_probability=score)
+
+
+def assert_same_scores(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    assert found["visit_id"].tolist() == expected["visit_id"].astype(str).tolist()
+    assert found["client"].tolist() == expected["client"].astype(str).tolist()
+    np.testing.assert_array_equal(found["sepsis_probability"], expected["sepsis_probability"])
+
+
+def predict(pipeline, source) -> pd.DataFrame:
+    """What the notebook's call gives, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipeline.predict(source)
+
+
+def without_time(path: Path) -> bytes:
+    return predictions(path).drop(columns="processed_at").to_csv(index=False).encode()
+
+
+def options(config_path, model_path) -> list[str]:
+    return ["--config", str(config_path), "--model", str(model_path), "--settle-seconds", "0", "--jobs", "1"]
+
+
+# --------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("name", ["ward.csv", "ward.csv.gz", "ward.parquet", "WARD.CSV"])
+@pytest.mark.parametrize("chunk_rows", [100_000, 700])
+def test_scores_are_those_of_predict_to_the_last_bit(place, rows, pipeline, config_path, model_path, name, chunk_rows):
+    scattered = rows.sample(frac=1, random_state=3)
+    put(scattered, place / "incoming" / name)
+    processor = BatchProcessor(config_path, model_path, settle_seconds=0, chunk_rows=chunk_rows)
+    result = processor.process_directory("data/incoming", "data/predictions")
+    assert result.ok and [file.file for file in result.scored] == [name]
+    found = predictions(place / "predictions" / f"predictions_{name}")
+    expected = predict(pipeline, scattered)
+    assert list(found.columns) == COLUMNS_OUT
+    assert_same_scores(found, expected)
+    assert found["risk_level"].tolist() == pipeline.risk_level(expected["sepsis_probability"]).tolist()
+    assert set(found["model_version"]) == {pipeline.model_version}
+    moment = pd.to_datetime(found["processed_at"], format="ISO8601", utc=True)
+    assert moment.nunique() == 1 and abs(moment[0] - pd.Timestamp.now("UTC")) < pd.Timedelta(minutes=5)
+    assert found["processed_at"][0].endswith("+00:00")
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
+    place, pipeline, config_path, model_path, chunk_rows, suffix
+):
+    cells = [
+        ("007", "a", "2024-01-01T00:00", "HR", "80", "60", "100"),
+        ("7", "a", "2024-01-01T01:00", "HR", "90", "", ""),
+        ("", "a", "2024-01-01T01:00", "HR", "90", "", ""),
+        ("8", "b", "2024-01-01T01:00", "HR", "high", "", ""),
+        ("007", "a", "2024-01-01T02:00", "NA", "<140", "135", "145"),
+        ("007", "a", "2024-01-01T00:00", "HR", "80", "60", "100"),
+        ("9", "b", "not a date", "HR", "70", "", ""),
+        ("7", " a ", "2024-01-01T03:00", "Temp", "370", "", ""),
+        ("9", "b", "2024-01-01T05:00+02:00", "Temp", "100.4", "97", "99"),
+        ("7", "b", "2024-01-01T05:00", "SBP", "1e2", "", ""),
+    ]
+    frame = pd.DataFrame(cells, columns=COLUMNS)
+    path = put(frame, place / "incoming" / f"dirt.{suffix}")
+    result = BatchProcessor(config_path, model_path, settle_seconds=0, chunk_rows=chunk_rows).process_directory()
+    whole = pipeline.reproducer.read(path)
+    assert_same_scores(predictions(place / "predictions" / f"predictions_dirt.{suffix}"), predict(pipeline, whole))
+    assert result.scored[0].set_aside == dict(sorted(whole.set_aside.items()))
+    assert result.scored[0].observations == len(cells)
+    assert result.scored[0].risk_levels["unknown"] == 1  # visit 8 of client b has nothing usable
+
+
+def test_lines_with_too_many_fields_are_counted_in_every_chunk(place, rows, processor):
+    lines = rows.head(20).to_csv(index=False).splitlines()
+    lines[3:3] = lines[15:15] = ["1,a,2024-01-01,HR,80,,,surplus"]
+    (place / "incoming/long.csv").write_text("\n".join(lines))
+    processor.chunk_rows = 5
+    assert processor.process_directory().scored[0].set_aside["malformed"] == 2
+
+
+def test_a_file_far_longer_than_a_chunk_has_many_parts(place, rows, config_path, model_path, monkeypatch):
+    put(rows, place / "incoming/long.parquet")
+    made = []
+    original = batch_processor.Parts.__init__
+
+    def spy(self, directory, n_parts):
+        made.append(n_parts)
+        original(self, directory, n_parts)
+
+    monkeypatch.setattr(batch_processor.Parts, "__init__", spy)
+    processor = BatchProcessor(config_path, model_path, settle_seconds=0, chunk_rows=len(rows) // 10)
+    assert processor.process_directory().ok
+    assert made[0] >= 20
+    assert not list((place / "predictions").glob("tmp*"))  # the parts leave nothing behind
+
+
+# ---------------------------------------------------------------------------------- what is done, what is not
+
+
+def test_a_finished_file_is_scored_again_only_when_it_or_the_model_changed(
+    place, rows, processor, config_path, model_path, tmp_path
+):
+    path = put(rows, place / "incoming/ward.csv")
+    assert len(processor.process_directory().scored) == 1
+    output = place / "predictions/predictions_ward.csv"
+    first = output.stat().st_mtime_ns
+    again = processor.process_directory()
+    assert again.unchanged == ["ward.csv"] and not again.scored and output.stat().st_mtime_ns == first
+
+    put(rows.head(500), path)
+    assert len(processor.process_directory().scored) == 1
+    output.unlink()
+    assert len(processor.process_directory().scored) == 1
+    assert output.exists()
+
+    config = json.loads(config_path.read_text())
+    config["risk_thresholds"] = {"medium": 0.3, "high": 0.6}
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps(config))
+    assert len(BatchProcessor(other, model_path, settle_seconds=0).process_directory().scored) == 1
+
+
+def test_a_file_that_is_still_written_is_left_for_the_next_run(place, rows, config_path, model_path):
+    path = put(rows, place / "incoming/ward.csv")
+    moment = [path.stat().st_mtime + 9.0]
+    processor = BatchProcessor(config_path, model_path, clock=lambda: moment[0])
+    result = processor.process_directory()
+    assert result.still_written == ["ward.csv"] and result.ok and not list((place / "predictions").glob("pred*"))
+    assert "1 still being written" in str(result)
+    moment[0] += 2
+    assert len(processor.process_directory().scored) == 1
+
+
+@pytest.mark.parametrize("addition", ["1,a,2024-01-01T00:00,HR,80,,\n", '"'])
+def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run(place, rows, processor, monkeypatch, addition):
+    path = put(rows.head(300), place / "incoming/ward.csv")
+    original = batch_processor.score_file
+
+    def slow(*arguments):
+        try:
+            if addition == '"':
+                raise BadObservations("half a file")
+            return original(*arguments)
+        finally:
+            with open(path, "a") as file:
+                file.write(addition)
+
+    monkeypatch.setattr(batch_processor, "score_file", slow)
+    result = processor.process_directory()
+    assert result.still_written == ["ward.csv"] and not result.failed and path.exists()
+
+
+def test_what_is_no_file_of_ours_is_left_alone(place, rows, processor):
+    for name in ("notes.txt", ".hidden.csv", "ward.csv.part"):
+        (place / "incoming" / name).write_text("x")
+    (place / "incoming/folder.csv").mkdir()
+    os.mkfifo(place / "incoming/pipe.csv")
+    result = processor.process_directory()
+    assert result.ok and not result.scored
+    assert not (place / "failed").exists()
+
+
+def test_leftovers_of_a_killed_run_are_removed(place, processor):
+    (place / "predictions").mkdir()
+    (place / "predictions/.predictions_ward.csv.x1y2").write_text("half")
+    processor.process_directory()
+    assert not list((place / "predictions").glob(".predictions_*"))
+
+
+def test_a_torn_manifest_costs_one_file_only(place, rows, processor):
+    for name in ("a.csv", "b.csv"):
+        put(rows.head(200), place / "incoming" / name)
+    processor.process_directory()
+    manifest = place / "predictions" / batch_processor.MANIFEST
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-20])
+    result = processor.process_directory()
+    assert result.unchanged == ["a.csv"] and [file.file for file in result.scored] == ["b.csv"]
+    assert set(Manifest(manifest).entries) == {"a.csv", "b.csv"}
+    assert processor.process_directory().unchanged == ["a.csv", "b.csv"]
+
+
+def test_the_manifest_forgets_files_that_are_gone(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    manifest = Manifest(path)
+    for number in range(300):
+        manifest.add({"file": f"{number % 3}.csv", "number": number})
+    manifest.keep({"0.csv", "2.csv"})
+    assert len(path.read_text().splitlines()) == 2
+    assert Manifest(path).entries["2.csv"]["number"] == 299
+
+
+def test_two_runs_never_overlap(place, rows, config_path, model_path, capsys):
+    put(rows.head(100), place / "incoming/ward.csv")
+    (place / "predictions").mkdir()
+    with only_run(place / "predictions") as alone:
+        assert alone
+        assert main(options(config_path, model_path)) == 0
+        assert "another run is at work" in capsys.readouterr().out
+    assert main(options(config_path, model_path)) == 0
+    assert "1 files scored" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _damaged(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 40]) + data[middle + 40 :]
+
+
+BAD_FILES = {
+    "empty.csv": lambda rows: b"",
+    "empty.parquet": lambda rows: b"",
+    "blank.csv": lambda rows: b"\n\n\n",
+    "header.csv": lambda rows: ",".join(COLUMNS).encode(),
+    "headerless.csv": lambda rows: rows.to_csv(index=False, header=False).encode(),
+    "columns.csv": lambda rows: rows.rename(columns={"client": "patient"}).to_csv(index=False).encode(),
+    "semicolon.csv": lambda rows: rows.to_csv(index=False, sep=";").encode(),
+    "twice.csv": lambda rows: rows.assign(x=1).rename(columns={"x": "client"}).to_csv(index=False).encode(),
+    "nothing.csv": lambda rows: rows.assign(observation_value="?").to_csv(index=False).encode(),
+    "half.csv.gz": lambda rows: _half(gzip.compress(rows.to_csv(index=False).encode())),
+    "damaged.csv.gz": lambda rows: _damaged(gzip.compress(rows.to_csv(index=False).encode())),
+    "plain.csv.gz": lambda rows: rows.to_csv(index=False).encode(),
+    "half.parquet": lambda rows: _half(rows.to_parquet()),
+    "noise.parquet": lambda rows: b"PAR1" + bytes(range(256)),
+    "columns.parquet": lambda rows: rows.drop(columns="observation_date").to_parquet(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_moved_with_its_reason_and_stops_no_other(place, rows, config_path, model_path, capsys, name):
+    put(rows.head(400), place / "incoming/good.csv")
+    content = BAD_FILES[name](rows)
+    (place / "incoming" / name).write_bytes(content)
+    assert main(options(config_path, model_path)) == 1
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "1 files scored" in out and "1 failed" in out
+    told = [line for line in err.splitlines() if name in line]
+    assert len(told) == 1 and told[0].startswith("failed: ") and "Traceback" not in err
+    assert (place / "failed" / name).read_bytes() == content
+    assert not (place / "incoming" / name).exists()
+    reason = (place / "failed" / f"{name}.reason.txt").read_text()
+    assert name in reason and reason.count("\n") == 2
+    for secret in (rows["client"][0], rows["visit_id"][0]):
+        assert secret not in reason + err + out
+    assert (place / "predictions/predictions_good.csv").exists()
+    assert main(options(config_path, model_path)) == 0  # told once, not every hour
+
+
+def test_bad_files_of_one_name_are_all_kept(place, processor):
+    for content in ("a", "b", "c"):
+        (place / "incoming/ward.csv.gz").write_text(content)
+        assert list(processor.process_directory().failed) == ["ward.csv.gz"]
+    assert [(place / "failed" / f"ward{n}.csv.gz").read_text() for n in ("", ".2", ".3")] == ["a", "b", "c"]
+
+
+def test_a_failed_directory_that_cannot_be_made_loses_nothing(place, processor):
+    (place / "incoming/bad.csv").write_text("x")
+    (place / "failed").write_text("a file is in the way")
+    result = processor.process_directory()
+    assert not result.ok and list(result.kept) == ["bad.csv"] and (place / "incoming/bad.csv").exists()
+
+
+@pytest.mark.parametrize("what", ["input", "output", "config"])
+def test_what_stops_the_start_is_one_line_and_status_2(place, config_path, model_path, capsys, what):
+    (place / "file").write_text("")
+    extra = {
+        "input": ["--input-dir", "nowhere"],
+        "output": ["--output-dir", "data/file/predictions"],
+        "config": ["--config", "nowhere.json"],
+    }[what]
+    assert main(options(config_path, model_path) + extra) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_directory_without_permission(place, config_path, model_path, capsys):
+    (place / "predictions").mkdir(mode=0o555)
+    assert main(options(config_path, model_path)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def _in_process(arguments: list[str], cwd: Path, limit: int | None = None) -> subprocess.CompletedProcess:
+    def quota():
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, str(ROOT / "batch_processor.py"), *arguments],
+        cwd=cwd,
+        preexec_fn=quota,  # no threads run yet
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_quota_keeps_the_file_for_the_next_run(place, rows, config_path, model_path):
+    put(rows, place / "incoming/ward.csv")
+    arguments = options(config_path, model_path)
+    full = _in_process(arguments, place.parent, limit=500)
+    assert full.returncode == 1 and "not scored, kept for the next run" in full.stderr
+    assert full.stderr.count("\n") == 1
+    assert (place / "incoming/ward.csv").exists() and not list((place / "predictions").glob("*predictions_*"))
+    assert main(arguments) == 0
+    assert len(predictions(place / "predictions/predictions_ward.csv")) == rows["visit_id"].nunique()
+
+
+def test_a_full_disk_keeps_the_file_for_the_next_run(place, rows, config_path, model_path, capsys):
+    output = place / "predictions"
+    output.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(output)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        (output / "filler").write_bytes(bytes(56 * 1024))
+        many = pd.concat([rows.assign(visit_id=rows["visit_id"] + f"-{i}") for i in range(9)])
+        put(many, place / "incoming/ward.csv")
+        assert main(options(config_path, model_path)) == 1
+        assert "No space left on device" in capsys.readouterr().err
+        assert main([*options(config_path, model_path), "--chunk-rows", "5000"]) == 1  # no room for the parts either
+        (output / "filler").unlink()
+        assert main(options(config_path, model_path)) == 0
+        assert len(predictions(output / "predictions_ward.csv")) == many["visit_id"].nunique()
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+
+
+# -------------------------------------------------------------------------------------- several processes
+
+
+def test_processes_and_parts_give_the_same_files(place, rows, pipeline, config_path, model_path, monkeypatch):
+    monkeypatch.setattr(batch_processor, "WORTH_A_POOL", 0)
+    monkeypatch.setattr(batch_processor, "LARGE_BYTES", 100_000)
+    put(rows, place / "incoming/large.csv")  # cut here, its parts are scored in the pool
+    for number in range(3):
+        put(rows.iloc[number::3], place / f"incoming/small{number}.csv.gz")
+    (place / "incoming/bad.csv").write_text("x")
+    processor = BatchProcessor(config_path, model_path, settle_seconds=0, jobs=2, chunk_rows=900)
+    result = processor.process_directory()
+    assert len(result.scored) == 4 and list(result.failed) == ["bad.csv"]
+    assert_same_scores(predictions(place / "predictions/predictions_large.csv"), predict(pipeline, rows))
+    for number in range(3):
+        found = predictions(place / f"predictions/predictions_small{number}.csv.gz")
+        assert_same_scores(found, predict(pipeline, rows.iloc[number::3]))
+
+
+def test_a_worker_that_dies_costs_no_file(place, rows, config_path, model_path, monkeypatch):
+    monkeypatch.setattr(batch_processor, "WORTH_A_POOL", 0)
+    for number in range(6):
+        put(rows, place / f"incoming/{number}.csv")
+    processor = BatchProcessor(config_path, model_path, settle_seconds=0, jobs=2)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(processor.process_directory()))
+    thread.start()
+    killed = False
+    while thread.is_alive():
+        workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(_command(p))]
+        if workers and not killed:
+            workers[0].kill()
+            killed = True
+        time.sleep(0.02)
+    thread.join()
+    assert killed and results[0].ok and len(results[0].scored) == 6
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_files(place, rows, pipeline, config_path, model_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+    monkeypatch.setattr(batch_processor, "LARGE_BYTES", 100_000)
+    put(rows.sample(frac=1, random_state=1), place / "incoming/large.csv")
+    put(rows, place / "incoming/small.parquet")
+    put(rows.head(900), place / "incoming/small.csv.gz")
+    (place / "incoming/half.csv.gz").write_bytes(_half(gzip.compress(rows.to_csv(index=False).encode())))
+    # workers in another folder, without this project on their path: it is sent to them
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=2, dashboard_address=None, host="127.0.0.1", local_directory=str(place)
+    ) as cluster:
+        arguments = ["--backend", "dask", "--scheduler", cluster.scheduler_address, "--chunk-rows", "1000"]
+        assert main([*options(config_path, model_path), *arguments]) == 1
+        address = cluster.scheduler_address
+    found = place / "predictions"
+    expected = predict(pipeline, place / "incoming/large.csv")
+    assert_same_scores(predictions(found / "predictions_large.csv"), expected)
+    assert_same_scores(predictions(found / "predictions_small.parquet"), predict(pipeline, rows))
+    assert_same_scores(predictions(found / "predictions_small.csv.gz"), predict(pipeline, rows.head(900)))
+    assert (place / "failed/half.csv.gz").exists()
+    monkeypatch.setattr(batch_processor, "CONNECT_SECONDS", 1)
+    put(rows, place / "incoming/more.csv")
+    assert main([*options(config_path, model_path), "--backend", "dask", "--scheduler", address]) == 2
+    assert (place / "incoming/more.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------ killed anywhere
+
+
+def _make_inputs(folder: Path, rows: pd.DataFrame) -> None:
+    folder.mkdir(parents=True)
+    for number in range(6):
+        put(rows.iloc[number::6], folder / f"ward{number}.csv")
+    put(rows.sample(frac=1, random_state=5), folder / "long.csv")
+    put(rows, folder / "all.csv.gz")
+    put(rows, folder / "all.parquet")
+    (folder / "bad.csv").write_text("x\n")
+    (folder / "half.csv.gz").write_bytes(_half(gzip.compress(rows.to_csv(index=False).encode())))
+
+
+@pytest.mark.slow
+def test_fifty_kills_change_no_byte(tmp_path, rows, config_path, model_path, monkeypatch):
+    """Real processes, killed with -9 at random moments of their work until each round is finished."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fork = multiprocessing.get_context("forkserver")  # a child starts in a tenth of a second, work is what is killed
+    fork.set_forkserver_preload(["pandas", "lightgbm", "pyarrow.parquet", "tqdm", "joblib", "batch_processor"])
+
+    def start(folder: Path, extra: list[str]) -> multiprocessing.Process:
+        directories = [f"--{name}-dir={folder / name}" for name in ("input", "output", "failed")]
+        arguments = [*options(config_path, model_path), "--quiet", "--chunk-rows", "1000", *directories, *extra]
+        process = fork.Process(target=_quiet_main, args=(arguments,))
+        process.start()
+        return process
+
+    undisturbed = tmp_path / "undisturbed"
+    _make_inputs(undisturbed / "input", rows)
+    process = start(undisturbed, [])
+    process.join(60)
+    assert process.exitcode == 1  # two bad files
+    expected = {p.name: without_time(p) for p in (undisturbed / "output").glob("predictions_*")}
+    assert len(expected) == 9
+    _make_inputs(tmp_path / "clock/input", rows)
+    started = time.monotonic()
+    start(tmp_path / "clock", []).join(60)
+    usual = time.monotonic() - started
+
+    rng = random.Random(11)
+    kills = rounds = hits = 0
+    while kills < 50:
+        rounds += 1
+        folder = tmp_path / f"round{rounds}"
+        _make_inputs(folder / "input", rows)
+        while True:
+            process = start(folder, [])
+            process.join(usual * rng.uniform(0.2, 1.0))
+            if process.exitcode is None and kills < 50:
+                process.kill()
+                process.join()
+                kills += 1
+                finished = len(list((folder / "output").glob("predictions_*")))
+                hits += 0 < finished < len(expected)
+                assert {p.name: without_time(p) for p in (folder / "output").glob("predictions_*")}.items() <= (
+                    expected.items()
+                )
+                continue
+            process.join(60)
+            assert process.exitcode in (0, 1)
+            break
+        assert {p.name: without_time(p) for p in (folder / "output").glob("predictions_*")} == expected
+        assert {p.name for p in (folder / "output").iterdir()} == {*expected, batch_processor.MANIFEST, ".lock"}
+        bad = {"bad.csv", "half.csv.gz"}
+        assert {p.name for p in (folder / "failed").iterdir()} == bad | {f"{name}.reason.txt" for name in bad}
+        assert set(Manifest(folder / "output" / batch_processor.MANIFEST).entries) == {
+            name.removeprefix("predictions_") for name in expected
+        }
+    assert hits >= 10, "the kills must come in the middle of the work"
+
+
+def _quiet_main(arguments: list[str]) -> None:
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    sys.exit(main(arguments))
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_run_end_by_themselves(place, rows, config_path, model_path):
+    many = pd.concat([rows.assign(visit_id=rows["visit_id"] + f"-{i}") for i in range(45)])
+    for number in range(3):
+        put(many, place / f"incoming/{number}.csv")
+    arguments = [*options(config_path, model_path), "--jobs", "2"]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "batch_processor.py"), *arguments], cwd=place.parent, stderr=subprocess.DEVNULL
+    )
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not workers and time.monotonic() < deadline and run.poll() is None:
+        workers = [p for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(_command(p))]
+        time.sleep(0.05)
+    time.sleep(1)
+    run.kill()
+    run.wait()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert main(options(config_path, model_path)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def test_the_crontab_line_works_as_it_stands(tmp_path, rows, models_dir, capsys):
+    home = tmp_path / "sepsis-risk"
+    (home / "data/incoming").mkdir(parents=True)
+    for module in ROOT.glob("*.py"):
+        (home / module.name).symlink_to(module)
+    (home / "models").symlink_to(models_dir)
+    (home / ".venv").symlink_to(sys.prefix)
+    path = put(rows, home / "data/incoming/ward.csv")
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("5 * * * *"))
+    command = line.strip().split(" ", 5)[5]
+    assert "%" not in command  # cron takes it for a line's end
+    run = subprocess.run(
+        ["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, cwd="/", capture_output=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    assert (home / "data/batch.log").read_text() == ""  # nothing to tell, no mail
+    assert len(predictions(home / "data/predictions/predictions_ward.csv")) == rows["visit_id"].nunique()
+
+
+def test_a_lost_code_is_told(place, rows, processor, caplog, monkeypatch):
+    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    put(rows[rows["observation_type_code"] != "HR"], place / "incoming/ward.csv")
+    processor.process_directory()
+    assert "ward.csv: nearly every visit had these codes in training, none has them here: 'HR'" in caplog.text
+
+
+def test_watch_takes_new_files_and_a_new_model(place, rows, config_path, model_path, tmp_path):
+    config = tmp_path / "config.json"
+    shutil.copy(config_path, config)
+    processor = BatchProcessor(config, model_path, settle_seconds=0)
+    stop = threading.Event()
+    seen = []
+
+    def once():
+        result = processor.process_directory()
+        seen.append([file.file for file in result.scored])
+        if len(seen) == 1:
+            put(rows, place / "incoming/a.csv")
+        elif len(seen) == 2:
+            config.write_text("{")  # a deployment under way
+            threading.Timer(0.3, lambda: config.write_text(config_path.read_text() + "\n")).start()
+        elif len(seen) == 3:
+            stop.set()
+        return result
+
+    watch(processor, 0.05, once, stop)
+    assert seen == [[], ["a.csv"], ["a.csv"]]
+
+
+def test_options_that_make_no_sense(config_path, model_path, place, capsys):
+    for extra in (["--backend", "dask"], ["--scheduler", "tcp://127.0.0.1:1"], ["--chunk-rows", "0"]):
+        assert main(options(config_path, model_path) + extra) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_chunks_report_how_far_they_are(tmp_path, rows):
+    path = put(pd.concat([rows] * 20), tmp_path / "long.csv")
+    with open(path, "rb") as file:
+        chunks = Chunks(file, path.name, path.stat().st_size, 10_000)
+        positions = [chunks.position for _ in chunks]
+    assert positions == sorted(positions) and positions[-1] == path.stat().st_size and positions[0] < positions[-1]
