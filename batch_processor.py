@@ -482,6 +482,7 @@ class Dask(Here):
     def __init__(self, deployment: Deployment, scheduler: str):
         from distributed import Client, WorkerPlugin
         from distributed.client import FutureCancelledError
+        from distributed.diagnostics.plugin import UploadFile
         from distributed.scheduler import KilledWorker
 
         self.lost = (KilledWorker, FutureCancelledError)
@@ -511,7 +512,7 @@ class Dask(Here):
         deployment_there = deployment
         if any(self.client.run(lacks_modules).values()):
             for path in files:
-                self.client.upload_file(str(path))
+                self.client.register_plugin(UploadFile(str(path)))  # not client.upload_file: only workers need it
         self.client.register_plugin(LoadModel())
         self.slots = max(1, sum(self.client.nthreads().values()))
 

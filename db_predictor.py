@@ -27,6 +27,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,16 @@ _WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
 
 
-def schema(mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING, linked: bool = True) -> sa.MetaData:
-    """The three tables as this project makes them, under the names of `mapping`; `linked` adds the foreign key."""
+def schema(
+    mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING, foreign_visits: sa.Table | None = None
+) -> sa.MetaData:
+    """The three tables as this project makes them, under the names of `mapping`.
+
+    Beside a visits table that the hospital made, keys have its types, and there is no foreign key to it.
+    """
+    types = {"client": sa.String(64), "visit_id": sa.String(64)}
+    if foreign_visits is not None:
+        types = {name: foreign_visits.c[mapping["visits"]["columns"][name]].type for name in types}
     metadata = sa.MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -123,8 +132,8 @@ def schema(mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING, linked: b
         table,
         metadata,
         sa.Column("id", _SERIAL, primary_key=True, autoincrement=True),
-        sa.Column(c["visit_id"], sa.String(64), nullable=False),
-        sa.Column(c["client"], sa.String(64), nullable=False),
+        sa.Column(c["visit_id"], types["visit_id"], nullable=False),
+        sa.Column(c["client"], types["client"], nullable=False),
         sa.Column(c["observation_date"], _WHEN, nullable=False),
         sa.Column(c["observation_type_code"], sa.String(64), nullable=False),
         sa.Column(c["observation_value"], sa.Double()),
@@ -160,14 +169,14 @@ def schema(mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING, linked: b
         table,
         metadata,
         sa.Column("id", _SERIAL, primary_key=True, autoincrement=True),
-        sa.Column(c["visit_id"], sa.String(64), nullable=False),
-        sa.Column(c["client"], sa.String(64), nullable=False),
+        sa.Column(c["visit_id"], types["visit_id"], nullable=False),
+        sa.Column(c["client"], types["client"], nullable=False),
         sa.Column(c["sepsis_score"], sa.Double(), nullable=False),
         sa.Column(c["risk_level"], sa.String(16), nullable=False),
         sa.Column(c["model_version"], sa.String(64), nullable=False),
         sa.Column(c["scored_at"], _WHEN, nullable=False),
         sa.Column(c["observations"], sa.Integer(), nullable=False),
-        *([sa.ForeignKeyConstraint(key, visit_key)] if linked else []),
+        *([sa.ForeignKeyConstraint(key, visit_key)] if foreign_visits is None else []),
         sa.UniqueConstraint(*key, c["model_version"], c["observations"]),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
         sa.CheckConstraint(sa.column(c["risk_level"]).in_(["low", "medium", "high"]), name="level"),
@@ -225,8 +234,10 @@ class Tables:
     def _columns(connection: sa.Connection, table: str, columns: Mapping[str, str]) -> dict[str, sa.Column[Any]]:
         space, _, name = table.rpartition(".")
         try:
-            # without its links: they may lead to the hospital's whole schema
-            found = sa.Table(name, sa.MetaData(), autoload_with=connection, schema=space or None, resolve_fks=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", sa.exc.SAWarning)  # of types and constraints that are not ours
+                # without its links: they may lead to the hospital's whole schema
+                found = sa.Table(name, sa.MetaData(), autoload_with=connection, schema=space or None, resolve_fks=False)
         except sa.exc.NoSuchTableError:
             raise DatabaseError(
                 f"the database has no table {table!r}; --init-db makes the tables, --tables maps other names"
@@ -244,13 +255,18 @@ def make_tables(engine: sa.Engine, mapping: Mapping[str, Mapping[str, Any]] = DE
     """Makes the tables that are missing, or brings older ones up to date.
 
     The project's own tables go through the migrations of Alembic; for mapped names the missing tables are made as they
-    are today, without a foreign key to the hospital's table.
+    are today.
     """
     if engine.dialect.name == "sqlite" and engine.url.database:
         Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
     with in_words(engine.url), engine.begin() as connection:
         if mapping != DEFAULT_MAPPING:
-            metadata = schema(mapping, linked=False)
+            visits = schema(mapping).tables[mapping["visits"]["table"]]
+            if sa.inspect(connection).has_table(visits.name, visits.schema):
+                visits = sa.Table(visits.name, sa.MetaData(), autoload_with=connection, schema=visits.schema)
+                metadata = schema(mapping, visits)
+            else:
+                metadata = schema(mapping)
             for table in metadata.sorted_tables:
                 if not sa.inspect(connection).has_table(table.name, table.schema):
                     table.create(connection)
@@ -461,7 +477,8 @@ class DatabasePredictor:
         tables = self.tables
         try:
             with in_words(self.engine.url, BatchUndone):
-                while self._pass(tables, result, rescore, dry_run, advance):
+                unusable: set[Key] = set()
+                while self._pass(tables, result, unusable, rescore, dry_run, advance):
                     pass  # for visits that others claimed and gave up meanwhile
                 result.without_observations = self._count_without_observations(tables)
         except BatchUndone as error:
@@ -486,18 +503,25 @@ class DatabasePredictor:
             return connection.execute(query.where(visits["sepsis_score"].is_(None), alone)).scalar_one()
 
     def _pass(
-        self, tables: Tables, result: RunResult, rescore: bool, dry_run: bool, advance: Callable[[int], Any]
+        self,
+        tables: Tables,
+        result: RunResult,
+        unusable: set[Key],
+        rescore: bool,
+        dry_run: bool,
+        advance: Callable[[int], Any],
     ) -> bool:
         """Goes once through all visits in the order of their keys; says whether another pass may find more."""
         after: Claim | None = None
-        before, result.unusable = result.scored, 0
+        before = result.scored
         while True:
             with self.engine.begin() as connection:
                 claims = self._claim(connection, tables, after, rescore, lock=not dry_run)
                 if not claims:
                     break
                 after = claims[-1]
-                scored = self._score(connection, tables, claims, result)
+                claims = [claim for claim in claims if claim[:2] not in unusable]
+                scored = self._score(connection, tables, claims, result, unusable)
                 if scored and not dry_run:
                     self._write(connection, tables, scored)
             # counted only when it is committed
@@ -508,6 +532,7 @@ class DatabasePredictor:
             rescored = {(claim.client, claim.visit_id) for claim in claims if claim.scored}
             result.rescored += sum((row["client"], row["visit_id"]) in rescored for row in scored)
             advance(len(claims))
+        result.unusable = len(unusable)
         return result.scored > before and not dry_run and not rescore
 
     def _claim(
@@ -533,9 +558,11 @@ class DatabasePredictor:
         return [Claim(*row) for row in connection.execute(query.limit(self.batch_size))]
 
     def _score(
-        self, connection: sa.Connection, tables: Tables, claims: list[Claim], result: RunResult
+        self, connection: sa.Connection, tables: Tables, claims: list[Claim], result: RunResult, unusable: set[Key]
     ) -> list[dict[str, Any]]:
-        """Rows of the predictions table for the claimed visits that can be scored."""
+        """Rows of the predictions table for the claimed visits that can be scored; adds the others to `unusable`."""
+        if not claims:
+            return []
         keys = [(claim.client, claim.visit_id) for claim in claims]
         place = {(as_text(client), as_text(visit)): i for i, (client, visit) in enumerate(keys)}
         table = self._read(connection, tables, keys)
@@ -555,7 +582,7 @@ class DatabasePredictor:
             scores = self.pipeline.score(observations, visit, moments)
             probability[list(map(place.__getitem__, observations.keys()))] = scores
         usable = ~np.isnan(probability)
-        result.unusable += int((~usable).sum())
+        unusable.update(keys[i] for i in np.flatnonzero(~usable))
         again = [i for i, claim in enumerate(claims) if claim.scored and usable[i]]
         if again:  # another predictor may have done it between our search and our lock
             seen = self._seen(connection, tables, [keys[i] for i in again])
@@ -581,7 +608,7 @@ class DatabasePredictor:
         query = sa.select(*(sa.type_coerce(column, sa.types.NullType()) for column in columns.values()))
         rows = connection.execute(query.where(_among(columns, keys))).all()
         return pd.DataFrame(
-            dict(zip(columns, zip(*rows, strict=True), strict=True)) if rows else {c: [] for c in columns}
+            dict(zip(columns, zip(*rows, strict=True), strict=True)) if rows else {c: () for c in columns}
         )
 
     def _seen(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, int]:
@@ -589,7 +616,7 @@ class DatabasePredictor:
         columns = tables.predictions
         key = columns["client"], columns["visit_id"]
         query = sa.select(*key, sa.func.max(columns["observations"])).where(_among(columns, keys)).group_by(*key)
-        return {(client, visit): count for client, visit, count in connection.execute(query).all()}
+        return {(client, visit): count for client, visit, count in connection.execute(query)}
 
     def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]]) -> None:
         """Predictions and visits, three statements whatever their number."""

@@ -454,14 +454,22 @@ def test_dask_gives_the_same_files(place, rows, pipeline, config_path, model_pat
     put(rows, place / "incoming/small.parquet")
     put(rows.head(900), place / "incoming/small.csv.gz")
     (place / "incoming/half.csv.gz").write_bytes(_half(gzip.compress(rows.to_csv(index=False).encode())))
-    # workers in another folder, without this project on their path: it is sent to them
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=2, dashboard_address=None, host="127.0.0.1", local_directory=str(place)
-    ) as cluster:
-        arguments = ["--backend", "dask", "--scheduler", cluster.scheduler_address, "--chunk-rows", "1000"]
-        assert main([*options(config_path, model_path), *arguments]) == 1
+    with distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster:
         address = cluster.scheduler_address
+        # workers of another folder, without this project on their path: it is sent to them
+        command = [sys.executable, "-P", "-m", "dask", "worker", address, "--nworkers", "2", "--nthreads", "2"]
+        command += ["--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(place)]
+        workers = subprocess.Popen(
+            command, cwd=place, env={"PATH": os.environ["PATH"]}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            with distributed.Client(address, set_as_default=False) as client:
+                client.wait_for_workers(2, timeout=60)
+            arguments = ["--backend", "dask", "--scheduler", address, "--chunk-rows", "1000"]
+            assert main([*options(config_path, model_path), *arguments]) == 1
+        finally:
+            workers.terminate()
+            workers.wait(30)
     found = place / "predictions"
     expected = predict(pipeline, place / "incoming/large.csv")
     assert_same_scores(predictions(found / "predictions_large.csv"), expected)

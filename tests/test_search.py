@@ -423,17 +423,20 @@ def test_resume_does_not_reuse_entries_of_other_data(cohort, cohort_files, tmp_p
 
 def test_resume_does_not_reuse_entries_of_other_synonyms(cohort, cohort_files, tmp_path, counted):
     """What a code means changes the clinical scores, though neither an observation nor a feature's name changes."""
-    observations = cohort[0].replace({"observation_type_code": {"Resp": "breaths"}})
+    observations = cohort[0].replace({"observation_type_code": {"SBP": "p1", "DBP": "p2"}})
     observations.to_parquet(tmp_path / "observations.parquet")
-    (tmp_path / "synonyms.csv").write_text("code,concept\nbreaths,respiratory_rate\n")
     files = tmp_path / "observations.parquet", cohort_files[1]
-    before = searched(files, tmp_path, "--quiet", sets=["clinical"])
+
+    def meaning(p1, p2):
+        (tmp_path / "synonyms.csv").write_text(f"code,concept\np1,{p1}\np2,{p2}\n")
+        return "--quiet", "--synonyms", str(tmp_path / "synonyms.csv")
+
+    before = searched(files, tmp_path, *meaning("diastolic_bp", "systolic_bp"), sets=["clinical"])  # mixed up at first
     counted.clear()
-    synonyms = ("--synonyms", str(tmp_path / "synonyms.csv"))
-    after = searched(files, tmp_path, "--quiet", "--resume", *synonyms, sets=["clinical"])
+    right = meaning("systolic_bp", "diastolic_bp")
+    after = searched(files, tmp_path, *right, "--resume", sets=["clinical"])
     assert set(counted[:2]) == set(MODELS)
-    afresh = searched(files, tmp_path / "afresh", "--quiet", *synonyms, sets=["clinical"])
-    assert results(after) == results(afresh) != results(before)
+    assert results(after) == results(searched(files, tmp_path / "afresh", *right, sets=["clinical"])) != results(before)
 
 
 @pytest.mark.parametrize("content", ["", "[{", "{}", '"text"', "[1, 2]", '[{"score": 1.0}]'])

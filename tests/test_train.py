@@ -1,5 +1,6 @@
 """Retraining, archiving, deploying, and the check of what is deployed."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -146,6 +147,7 @@ def test_full_leaves_the_search_as_it_was(searched, directory, capsys):
     assert capsys.readouterr().out.strip() == (directory / "production_model_info.txt").read_text().strip()
 
 
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")  # one visit, with twelve codes at most
 def test_config_names_the_models_digest_and_its_golden_probability(models_dir):
     config = load_config(models_dir / "best_model_config.json")
     assert config["model_sha256"] == hashlib.sha256((models_dir / "best_model.pkl").read_bytes()).hexdigest()
@@ -294,9 +296,20 @@ def test_the_searchs_data_give_no_warning(directory, capsys):
 # ----------------------------------------------------------------------------------------- interrupted writes
 
 
+@pytest.fixture(scope="module")
+def second_version(models_dir, tmp_path_factory):
+    """What a second training would deploy: everything that `deploy` is given but the directory."""
+    directory = shutil.copytree(models_dir, tmp_path_factory.mktemp("second") / "models")
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_best_model, "deploy", lambda directory, *rest: given.extend(rest))
+        trained(directory, "--full", "--seed", "11")
+    return given
+
+
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "interrupt"])
 @pytest.mark.parametrize("at", range(2 * len(DEPLOYED)))
-def test_a_write_that_fails_never_mixes_two_versions(deployment, some, monkeypatch, at, error):
+def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_version, monkeypatch, at, error):
     """Each write in turn fails: the old version stays in place, or a pipeline refuses to start."""
     expected = scores_of(deployment, some)
     left, original = [at], train_best_model.write_atomic
@@ -308,16 +321,32 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, monkeypat
         original(path, content)
 
     monkeypatch.setattr(train_best_model, "write_atomic", write)
-    trained(deployment, "--full", "--seed", "11", status=2 if isinstance(error, OSError) else 130)
+    with pytest.raises(type(error)):
+        train_best_model.deploy(deployment, *copy.deepcopy(second_version))
     assert not [path for path in deployment.rglob(".*") if path.is_file()]  # no temporary files
     try:
         assert np.array_equal(scores_of(deployment, some), expected)
     except BadModel as refused:
         assert at > len(DEPLOYED), "the archive comes first and touches nothing"
         assert "SHA-256 differs" in str(refused)
-    monkeypatch.undo()
-    trained(deployment, "--full", "--seed", "11")  # done again, it is whole
+    left[0] = 99
+    train_best_model.deploy(deployment, *copy.deepcopy(second_version))  # done again, it is whole
     assert not np.array_equal(scores_of(deployment, some), expected)
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError("no space left"), 2), (KeyboardInterrupt(), 130)])
+def test_a_write_that_fails_is_one_line(deployment, some, monkeypatch, capsys, error, status):
+    before = files_of(deployment)
+
+    def write(path, content):
+        raise error
+
+    monkeypatch.setattr(train_best_model, "write_atomic", write)
+    trained(deployment, "--full", "--seed", "11", status=status)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert files_of(deployment) == before
+    # an archived version is whole or not there
+    assert all(set(files_of(version)) == set(DEPLOYED) for version in (deployment / "archive").iterdir())
 
 
 # -------------------------------------------------------------------------------------- run_tests.py pipeline

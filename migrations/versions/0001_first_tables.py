@@ -15,13 +15,17 @@ LEVELS = "risk_level IN ('low', 'medium', 'high')"
 
 
 def upgrade() -> None:
-    present = set(sa.inspect(op.get_bind()).get_table_names())
+    database = sa.inspect(op.get_bind())
+    present = set(database.get_table_names())
+    types = {"client": sa.String(64), "visit_id": sa.String(64)}
+    if "visits" in present:  # keys of the hospital's own types
+        types |= {column["name"]: column["type"] for column in database.get_columns("visits")}
     if "patient_observations" not in present:
         op.create_table(
             "patient_observations",
             sa.Column("id", SERIAL, autoincrement=True, nullable=False),
-            sa.Column("visit_id", sa.String(64), nullable=False),
-            sa.Column("client", sa.String(64), nullable=False),
+            sa.Column("visit_id", types["visit_id"], nullable=False),
+            sa.Column("client", types["client"], nullable=False),
             sa.Column("observation_date", WHEN, nullable=False),
             sa.Column("observation_type_code", sa.String(64), nullable=False),
             sa.Column("observation_value", sa.Double()),
@@ -50,8 +54,8 @@ def upgrade() -> None:
         op.create_table(
             "sepsis_predictions",
             sa.Column("id", SERIAL, autoincrement=True, nullable=False),
-            sa.Column("visit_id", sa.String(64), nullable=False),
-            sa.Column("client", sa.String(64), nullable=False),
+            sa.Column("visit_id", types["visit_id"], nullable=False),
+            sa.Column("client", types["client"], nullable=False),
             sa.Column("sepsis_score", sa.Double(), nullable=False),
             sa.Column("risk_level", sa.String(16), nullable=False),
             sa.Column("model_version", sa.String(64), nullable=False),

