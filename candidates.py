@@ -11,6 +11,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from feature_pipeline import (
     DEFAULT_WINDOWS,
@@ -227,6 +228,11 @@ def fit_model(
     seed: int = 0,
 ) -> ScoreModel:
     """Fits an uncalibrated model on the snapshots `rows`, on one core; `label` is of all snapshots."""
+    with threadpool_limits(1):  # scikit-learn's histogram boosting would take every core
+        return _fit_members(configuration, table, rows, columns, label, seed)
+
+
+def _fit_members(configuration, table, rows, columns, label, seed) -> ScoreModel:
     fit, fill = _FIT[configuration.kind], configuration.fill_value
     seeds = [seed + 1000 * k for k in range(configuration.seeds)]
     plain_seeds, copy_seeds = (seeds[::2], seeds[1::2]) if configuration.hide_codes else (seeds, [])

@@ -24,7 +24,23 @@ log = logging.getLogger("sepsis")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, keeps the example's lines."""
+    """Shows defaults (where there is one), keeps the example's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A reader of option values that takes numbers from `low` to `high`."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
 
 
 def make_parser(description: str, example: str, *options: str) -> argparse.ArgumentParser:
@@ -38,8 +54,8 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
         "models-dir": {"default": "models", "help": "where config, model and reports lie"},
         "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
         "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
-        "seed": {"type": int, "default": 0, "help": "seed of splits, models and resampling"},
-        "jobs": {"type": int, "default": available_cores(), "help": "processes at once"},
+        "seed": {"type": number(int, 0), "default": 0, "help": "seed of splits, models and resampling"},
+        "jobs": {"type": number(int, 1), "default": available_cores(), "help": "processes at once"},
     }
     for name in options:
         parser.add_argument(f"--{name}", **{"help": " ", **shared[name]})

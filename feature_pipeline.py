@@ -1474,6 +1474,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
         and 0 < levels["medium"] < levels["high"] < 1
     ):
         raise BadConfig(f"{where}: 'risk_thresholds' must hold 0 < medium < high < 1")
+    if not {"observations", "features", "probability"} <= set(config["golden"]):
+        raise BadConfig(f"{where}: 'golden' lacks its observations, features or probability; search and train again")
     if not config["feature_names"]:
         raise BadConfig(f"{where}: 'feature_names' is empty")
     return config

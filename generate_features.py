@@ -36,7 +36,7 @@ from candidates import (
     fit_calibrated,
     judge_candidate,
 )
-from command_line import DONE, SOME_FAILED, log, make_parser, progress, read_synonyms, run
+from command_line import DONE, SOME_FAILED, log, make_parser, number, progress, read_synonyms, run
 from feature_pipeline import (
     DEFAULT_WINDOWS,
     SCHEMA_VERSION,
@@ -97,7 +97,8 @@ class Search:
     def fingerprint(self, feature_set: str, configuration: ModelConfiguration) -> str:
         """Two candidates with the same fingerprint give the same result."""
         columns = [self.names[i] for i in self.columns(feature_set)]
-        text = json.dumps([self.data.fingerprint, columns, asdict(configuration), self.seed], default=str)
+        made_of = [self.data.fingerprint, columns, asdict(configuration), self.seed, self.synonyms, library_versions()]
+        text = json.dumps(made_of, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -112,8 +113,8 @@ def prepare_search(
     """Splits the data and computes every feature of every set once, into files in `folder` that processes share."""
     synonyms = synonyms or {}
     part = split_parts(data, seed=seed)
-    for number, name in enumerate(PARTS):
-        rows = part == number
+    for k, name in enumerate(PARTS):
+        rows = part == k
         if not 0 < data.label[rows].sum() < rows.sum():
             raise BadConfig(f"the {name} part lacks septic or other visits: too few visits to search on")
     prevalence = code_prevalence(data.observations, np.unique(data.visit[part == TRAIN]))
@@ -201,8 +202,10 @@ def _finished(log_path: Path, search: Search, candidates) -> list[dict[str, Any]
     wanted = {(fs, c.name): search.fingerprint(fs, c) for fs, c in candidates}
     return [
         entry
-        for entry in entries
-        if "score" in entry and wanted.get((entry["feature_set"], entry["model"])) == entry.get("fingerprint")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+        and "score" in entry
+        and wanted.get((entry.get("feature_set"), entry.get("model")), "") == entry.get("fingerprint")
     ]
 
 
@@ -525,9 +528,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("observations", "labels", "models-dir", "seed", "jobs"),
     )
     parser.add_argument(
-        "--snapshot-every", type=float, default=6.0, metavar="HOURS", help="between snapshots of a visit"
+        "--snapshot-every", type=number(float, 0.01), default=6.0, metavar="HOURS", help="between snapshots of a visit"
     )
-    parser.add_argument("--horizon", type=float, default=6.0, metavar="HOURS", help="positive this long before onset")
+    parser.add_argument(
+        "--horizon", type=number(float, 0), default=6.0, metavar="HOURS", help="positive this long before onset"
+    )
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
     parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
     parser.add_argument(
@@ -537,7 +542,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MEDIUM,HIGH",
         help="probabilities at which risk is called medium and high",
     )
-    parser.add_argument("--sensitivity", type=float, default=0.8, help="that the decision threshold shall reach")
+    parser.add_argument(
+        "--sensitivity", type=number(float, 0.01, 1), default=0.8, help="that the decision threshold shall reach"
+    )
     parser.add_argument(
         "--rank-by",
         choices=("score", "hidden_score"),
@@ -545,8 +552,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which candidates are finalists: by ROC AUC + average precision on the validation part as it is, or with "
         "codes hidden in many visits, for a model that shall travel to other hospitals",
     )
-    parser.add_argument("--finalists", type=int, default=3, help="candidates that are cross-validated")
-    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation")
+    parser.add_argument("--finalists", type=number(int, 1), default=3, help="candidates that are cross-validated")
+    parser.add_argument("--folds", type=number(int, 2), default=5, help="of the cross-validation")
     parser.add_argument(
         "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
     )

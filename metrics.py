@@ -63,20 +63,29 @@ def fit_platt(log_odds: np.ndarray, label: np.ndarray) -> tuple[float, float]:
     """
     positives = label.sum()
     target = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (len(label) - positives + 2))
-    design = np.column_stack([log_odds, np.ones(len(label))])
-    weights = np.array([1.0, 0.0])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(design @ weights, -40, 40)))
-        gradient = design.T @ (p - target)
+    rate = target.mean()
+    scale = np.abs(log_odds).max() or 1.0
+    design = np.column_stack([log_odds / scale, np.ones(len(label))])
+    weights = np.array([0.0, np.log(rate / (1 - rate))])
+
+    def loss(weights: np.ndarray) -> float:
+        z = design @ weights
+        return float(np.sum(np.logaddexp(0, z) - target * z))
+
+    current = loss(weights)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(design @ weights, -500, 500)))
         hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        weights = weights - np.clip(step, -5, 5)
+        step = np.linalg.solve(hessian, design.T @ (p - target))
+        while (new := loss(weights - step)) > current and np.abs(step).max() > 1e-12:
+            step = step / 2  # plain Newton may jump past the minimum and never come back
+        weights, current = weights - step, min(new, current)
         if np.abs(step).max() < 1e-10:
             break
-    if not (weights[0] > 0 and np.isfinite(weights).all()):
-        rate = label.mean()
+    slope = weights[0] / scale
+    if not (slope > 0 and np.isfinite(weights).all()):
         return 1.0, float(np.log(rate / (1 - rate)) - log_odds.mean())
-    return float(weights[0]), float(weights[1])
+    return float(slope), float(weights[1])
 
 
 def calibration_table(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> pd.DataFrame:
@@ -149,7 +158,8 @@ def operating_point(label: np.ndarray, probability: np.ndarray, visit: np.ndarra
 def threshold_for_sensitivity(label: np.ndarray, probability: np.ndarray, sensitivity: float) -> float:
     """The highest threshold at which at least `sensitivity` of the positive snapshots are called."""
     positive = np.sort(probability[label == 1])[::-1]
-    return float(positive[max(int(np.ceil(sensitivity * len(positive))), 1) - 1])
+    called = int(np.ceil(sensitivity * len(positive) - 1e-9))  # 0.55 of 100 is 55, not 55.00000000000001
+    return float(positive[max(called, 1) - 1])
 
 
 SENSITIVITIES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +53,22 @@ def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
         raise BadConfig(f"config: 'model' is not a model configuration ({error}); search again") from error
 
 
+def settings_of(config: dict[str, Any]) -> SnapshotSettings:
+    """The snapshot settings that a config names."""
+    try:
+        return SnapshotSettings(**{k: v for k, v in config["snapshots"].items() if k != "retrospective"})
+    except (KeyError, AttributeError, TypeError) as error:
+        raise BadConfig(f"config: 'snapshots' is missing or unknown ({error}); search again") from error
+
+
 def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
     """The data that the config was made with, or those named instead."""
-    source = config["data"]
+    source = config.get("data")
+    if not (isinstance(source, dict) and {"observations", "labels", "synthetic", "fingerprint"} <= set(source)):
+        raise BadConfig("config: 'data' does not name the data of the search; search again")
     if observations is None and labels is None and not source["synthetic"]:
         observations, labels = source["observations"], source["labels"]
-    snapshots = {k: v for k, v in config["snapshots"].items() if k != "retrospective"}
-    data = load_training_data(observations, labels, SnapshotSettings(**snapshots), config["synonyms"])
+    data = load_training_data(observations, labels, settings_of(config), config["synonyms"])
     if data.fingerprint != source["fingerprint"]:
         log.warning("warning: these are not the data of the search; the config's test figure is of other data")
     return data
@@ -83,20 +93,16 @@ def train(
 
 def new_version(archive: Path) -> str:
     """A version name YYYYMMDD_HHMMSS (UTC) that the archive does not have yet."""
-    while True:
-        version = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
-        try:
-            (archive / version).mkdir(parents=True)
-            return version
-        except FileExistsError:
-            time.sleep(0.2)
+    while (archive / (version := datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))).exists():
+        time.sleep(0.2)
+    return version
 
 
 def deploy(directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str) -> None:
     """Writes the files of a version to its archive folder, then to `directory`; the config comes last.
 
-    The config names the model file's SHA-256, so that a pipeline loaded in between refuses to start and never mixes two
-    versions.
+    The archive folder gets its name when it is whole. The config names the model file's SHA-256, so that a pipeline
+    loaded in between refuses to start and never mixes two versions.
     """
     buffer = io.BytesIO()
     joblib.dump(model, buffer, compress=3)
@@ -111,9 +117,19 @@ def deploy(directory: Path, config: dict[str, Any], model: ScoreModel, info: str
         "training_report.html": report,
         "best_model_config.json": json.dumps(config, indent=1, allow_nan=False) + "\n",
     }
-    for folder in (directory / "archive" / version, directory):
+    archive = directory / "archive"
+    archive.mkdir(parents=True, exist_ok=True)
+    if not (archive / version).exists():  # else an earlier try got this far
+        _archive(archive, version, files)
+    for name, text in files.items():
+        write_atomic(directory / name, text)
+
+
+def _archive(archive: Path, version: str, files: dict[str, bytes | str]) -> None:
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
         for name, text in files.items():
-            write_atomic(folder / name, text)
+            write_atomic(Path(unfinished) / "version" / name, text)
+        Path(unfinished, "version").replace(archive / version)
 
 
 def golden_probability(config: dict[str, Any], model: ScoreModel) -> list[float]:
@@ -171,7 +187,7 @@ def train_best_model(arguments: argparse.Namespace) -> int:
         trained = train(data, table, rows, configuration, seed, arguments.jobs)
         shown, probability, basis = rows, trained.out_of_fold, "out-of-fold predictions on all data"
     else:
-        part = split_parts(data, seed=seed)
+        part = split_parts(data, seed=config["seed"])  # the search's own parts, whatever the model's seed
         rows, shown = np.flatnonzero(part != TEST), np.flatnonzero(part == TEST)
         trained = train(data, table, rows, configuration, seed, arguments.jobs)
         probability = trained.model.probability(
@@ -199,6 +215,7 @@ def train_best_model(arguments: argparse.Namespace) -> int:
         )
         config["library_versions"] = library_versions()
         config["trained_at"] = facts["Trained at"]
+        config["trained_on"] = {"fingerprint": data.fingerprint, "description": data.describe()}
         info = info_text(config, facts, data.notices(), version)
         trained.model.metadata.update({"model_version": version, "trained_at": facts["Trained at"]})
         deploy(directory, config, trained.model, info, report, version)

@@ -7,8 +7,9 @@ Without them a visit gives one snapshot at its end, and the figures are retrospe
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -105,6 +106,26 @@ class TrainingData:
         return FeaturePlan(names).evaluate(self.observations, self.visit, self.as_of)
 
 
+def in_order_of_names(observations: Observations) -> Observations:
+    """The same visits, sorted by client and visit_id."""
+    keys = observations.keys()
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    groups = np.argsort(rank[observations.group_visit], kind="stable")
+    length = np.diff(observations.group_start)[groups]
+    start = np.cumsum(length) - length
+    rows = np.arange(len(observations.value)) + np.repeat(observations.group_start[groups] - start, length)
+    return replace(
+        observations,
+        **{name: getattr(observations, name)[order] for name in ("visit_id", "client", "visit_text", "client_text")},
+        group_visit=rank[observations.group_visit[groups]],
+        group_code=observations.group_code[groups],
+        group_start=np.append(start, len(rows)),
+        **{name: getattr(observations, name)[rows] for name in ("time", "value", "low", "high")},
+    )
+
+
 def hide_codes(observations: Observations, seed: int = 0, visits: float = 0.7, codes: float = 0.25) -> Observations:
     """The visits as another hospital might have measured them: in a share `visits` of them each code of the visit is
     hidden with probability `codes`, wholly. For training and validation that shall bear missing codes."""
@@ -115,9 +136,9 @@ def hide_codes(observations: Observations, seed: int = 0, visits: float = 0.7, c
 
 
 def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
-    """Labels as a frame ``visit_id, client, sepsis`` (texts, and 0 or 1) and, where given, ``sepsis_onset``.
+    """Labels as a frame ``visit_id, client, sepsis, sepsis_onset``: texts, 0 or 1 (-1 where neither), microseconds.
 
-    Reads .csv, .csv.gz and .parquet. Raises `BadObservations` when a column is missing or a label is neither 0 nor 1.
+    Reads .csv, .csv.gz and .parquet. Raises `BadObservations` when a column is missing or the file cannot be read.
     """
     where = "labels" if isinstance(source, pd.DataFrame) else f"labels {str(source)!r}"
     if isinstance(source, pd.DataFrame):
@@ -130,15 +151,16 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
                 table = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         except FileNotFoundError:
             raise BadObservations(f"{where} do not exist") from None
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise BadObservations(f"{where} cannot be read: {' '.join(str(error).split())[:200]}") from error
     missing = [name for name in LABEL_COLUMNS if name not in table.columns]
     if missing:
+        # the other names are not shown: in a file without a header they are a patient's data
         raise BadObservations(
-            f"{where}: missing column {listed(missing)}; found {listed(table.columns, 12)}; "
+            f"{where}: missing column {listed(missing)} among {table.shape[1]}; "
             "expected visit_id, client, sepsis and optionally sepsis_onset"
         )
-    known = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
+    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
     sepsis = table["sepsis"].map(lambda cell: known.get(as_text(cell).casefold(), -1)).to_numpy()
     out = pd.DataFrame(
         {"visit_id": table["visit_id"].map(as_text), "client": table["client"].map(as_text), "sepsis": sepsis}
@@ -171,7 +193,11 @@ def load_training_data(
 def make_training_data(
     observations: Observations, labels: pd.DataFrame, settings: SnapshotSettings, synthetic: bool = False
 ) -> TrainingData:
-    """Joins observations with `labels` (as `read_labels` gives them) and makes the snapshots."""
+    """Joins observations with `labels` (as `read_labels` gives them) and makes the snapshots.
+
+    The result does not depend on the order of rows: visits are put in the order of client and visit_id.
+    """
+    observations = in_order_of_names(observations)
     place = {key: i for i, key in enumerate(observations.keys())}
     keys = list(zip(labels["client"], labels["visit_id"], strict=True))
     remarks: dict[str, int] = {}

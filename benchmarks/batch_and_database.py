@@ -136,12 +136,10 @@ def told(what: str, n_rows: int, n_visits: int, seconds: float, peak: float | No
 
 def database(arguments: argparse.Namespace, folder: Path, models: Path) -> None:
     files = models / "best_model_config.json", models / "best_model.pkl"
-    frame = next(copies(10**9))
+    frame = pd.concat(copies(250 * arguments.visits))
+    frame = frame.groupby(["client", "visit_id"], sort=False).head(arguments.observations_per_visit)
     visits = frame[["client", "visit_id"]].drop_duplicates().head(arguments.visits)
-    if len(visits) < arguments.visits:
-        frame = pd.concat([part for part in copies(200 * arguments.visits)])
-        visits = frame[["client", "visit_id"]].drop_duplicates().head(arguments.visits)
-    frame = frame.merge(visits).sample(frac=1, random_state=1)
+    frame = frame.merge(visits).sort_values("observation_date")  # as they came in
     server, url = None, arguments.db_url
     if not url:
         warnings.simplefilter("ignore")
@@ -254,6 +252,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--scatter", action="store_true", help="rows of a visit lie anywhere among 850,000")
     parser.add_argument("--visits", type=int, default=5_000)
+    parser.add_argument("--observations-per-visit", type=int, default=40, help="the first so many; about 190 in all")
     parser.add_argument("--guide-visits", type=int, default=300, help="so many visits are enough for the guide's rate")
     parser.add_argument("--db-url", help="an empty database; a private PostgreSQL where not given")
     arguments = parser.parse_args()

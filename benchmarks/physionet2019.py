@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from candidates import CONFIGURATION, FEATURE_SETS, FeatureTable, judge_candidate, part_names
 from command_line import DONE, log, make_parser, run
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, read_observations
+from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadObservations, listed, read_observations, to_micros
+from import_physionet2019 import ADMISSION
 from metrics import bootstrap_intervals, ranking_scores
-from training_data import SnapshotSettings, TrainingData, grouped_folds, read_labels
+from training_data import SnapshotSettings, TrainingData, grouped_folds, in_order_of_names, read_labels
 
 EARLIEST, OPTIMAL, LATEST = -12, -6, 3  # hours from onset
 FALSE_ALARM, MISS = -0.05, -2.0
@@ -72,19 +73,23 @@ def best_threshold(hours_from_onset: np.ndarray, score: np.ndarray) -> float:
 def hourly_data(observations: str, labels: str) -> tuple[TrainingData, np.ndarray]:
     """(a snapshot for every scored hour, hours from onset or NaN). Positive: onset at most 6 h away, or past."""
     table = pd.read_parquet(labels) if labels.endswith(".parquet") else pd.read_csv(labels, dtype={"client": str})
-    known = read_observations(observations)
-    place = {key: i for i, key in enumerate(known.keys())}
     texts = read_labels(table)
-    visit_of_row = np.array([place[key] for key in zip(texts["client"], texts["visit_id"], strict=True)])
+    if missing := [name for name in ("first_hour", "last_hour") if name not in table.columns]:
+        raise BadObservations(f"labels: missing column {listed(missing)}; import_physionet2019.py writes them")
+    known = in_order_of_names(read_observations(observations))
+    place = {key: i for i, key in enumerate(known.keys())}
+    visit_of_row = np.array([place.get(key, -1) for key in zip(texts["client"], texts["visit_id"], strict=True)])
+    if (visit_of_row < 0).any():
+        raise BadObservations(
+            f"{(visit_of_row < 0).sum()} labels have no observations; the benchmark scores every hour"
+        )
     order = np.argsort(visit_of_row)
     first, last = (table[name].to_numpy()[order] for name in ("first_hour", "last_hour"))
     onset_of_row, visit_of_row = texts["sepsis_onset"].to_numpy()[order], visit_of_row[order]
     number = last - first + 1
     row = np.repeat(np.arange(len(table)), number)
     hour = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number) + first[row]
-    # hour 0 of a patient's record: any visit's first observation stands at its first hour
-    start = known.first_time[visit_of_row] - first * MICROSECONDS_PER_HOUR
-    as_of = start[row] + hour * MICROSECONDS_PER_HOUR
+    as_of = to_micros(ADMISSION) + hour * MICROSECONDS_PER_HOUR
     onset = onset_of_row[row]
     from_onset = np.where(onset == NO_TIME, np.nan, (as_of - onset) / MICROSECONDS_PER_HOUR)
     with np.errstate(invalid="ignore"):
@@ -211,6 +216,8 @@ def line(name: str, figures: dict[str, Any], seconds: float) -> str:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
+    if not (arguments.observations and arguments.labels):
+        raise BadObservations("name --observations and --labels, as import_physionet2019.py writes them")
     data, from_onset = hourly_data(arguments.observations, arguments.labels)
     log.info("%s; read in %.1f s", data.describe(), time.perf_counter() - began)
     blocks = FEATURE_SETS[arguments.feature_set]

@@ -474,15 +474,18 @@ def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, m
 # -------------------------------------------------------------------------------- lost, killed, and in parallel
 
 
-def test_a_lost_connection_in_mid_batch_loses_nothing(postgres, rows, config_path, model_path, capsys, pipeline):
-    """The server ends the session between insert and update of the third batch."""
+@pytest.mark.parametrize(("event", "at"), [("before", "UPDATE visits"), ("after", "SELECT visits")])
+def test_a_lost_connection_in_mid_batch_loses_nothing(
+    postgres, rows, config_path, model_path, capsys, pipeline, event, at
+):
+    """The server ends the session between insert and update of the third batch, or before its observations are read."""
     engine = connect(postgres)
     make_tables(engine)
     load(engine, rows)
     updates = []
 
     def cut(connection, cursor, statement, *_):
-        if statement.startswith("UPDATE visits"):
+        if statement.startswith(at):
             updates.append(1)
             if len(updates) == 3:
                 pid = connection.connection.dbapi_connection.info.backend_pid
@@ -493,7 +496,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(postgres, rows, config_pat
 
     def watched(url):
         made = original(url)
-        sa.event.listen(made, "before_cursor_execute", cut)
+        sa.event.listen(made, f"{event}_cursor_execute", cut)
         return made
 
     arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "7"]
