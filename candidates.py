@@ -54,8 +54,9 @@ class ModelConfiguration:
     kind: str  # lightgbm, logistic_regression, extra_trees, hist_gradient_boosting
     params: Mapping[str, Any] = field(default_factory=dict)
     fill_value: float | None = None
-    seeds: int = 1  # members fitted with different seeds, their log-odds averaged
-    hide_codes: bool = False  # every other member also learns from a copy of the visits with codes hidden
+    # Further parameters of each member; the members' log-odds are averaged. With "hide_codes" a member also learns from
+    # a copy of the visits with codes hidden.
+    members: Sequence[Mapping[str, Any]] = ({},)
 
 
 _REGULARISED = {
@@ -71,7 +72,7 @@ _REGULARISED = {
 # average better, and quicker ones.
 _RANDOMISED = {
     "extra_trees": True,
-    "learning_rate": 0.08,
+    "learning_rate": 0.1,
     "num_leaves": 24,
     "min_data_in_leaf": 100,
     "lambda_l2": 50.0,
@@ -80,27 +81,29 @@ _RANDOMISED = {
     "pos_bagging_fraction": 0.6,
     "neg_bagging_fraction": 0.2,
     "bagging_freq": 10,
-    "num_iterations": 250,
+    "num_iterations": 200,
 }
+# Trees of three levels, many of them: each adds little, and little is learned by heart.
+_SHALLOW = {
+    **_RANDOMISED,
+    "extra_trees": False,
+    "learning_rate": 0.07,
+    "num_leaves": 8,
+    "max_depth": 3,
+    "lambda_l2": 20.0,
+    "num_iterations": 420,
+}
+_SHALLOW_RANDOMISED = {**_SHALLOW, "extra_trees": True, "learning_rate": 0.12, "num_iterations": 500}
 MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
-    ModelConfiguration(
-        "lightgbm_shallow",
-        "lightgbm",
-        {
-            "learning_rate": 0.05,
-            "num_leaves": 8,
-            "max_depth": 3,
-            "min_data_in_leaf": 100,
-            "lambda_l2": 5.0,
-            "feature_fraction": 0.2,
-            "max_bin": 63,
-            "num_iterations": 400,
-        },
-    ),
+    ModelConfiguration("lightgbm_shallow", "lightgbm", _SHALLOW),
     ModelConfiguration("lightgbm_regularised", "lightgbm", _REGULARISED),
     ModelConfiguration("lightgbm_regularised_filled", "lightgbm", _REGULARISED, fill_value=0.0),
     ModelConfiguration("lightgbm_randomised", "lightgbm", _RANDOMISED),
-    ModelConfiguration("lightgbm_ensemble", "lightgbm", _RANDOMISED, seeds=4, hide_codes=True),
+    ModelConfiguration(
+        "lightgbm_ensemble",
+        "lightgbm",
+        members=(_SHALLOW, {**_SHALLOW_RANDOMISED, "hide_codes": True}, _RANDOMISED),
+    ),
     ModelConfiguration("logistic_regression", "logistic_regression", {"C": 0.002, "max_iter": 200}, fill_value=0.0),
     ModelConfiguration(
         "extra_trees",
@@ -208,7 +211,7 @@ class FeatureTable:
         return out.T
 
 
-_FIT = {}  # kind of model -> function(params, features, label, seeds), one fitted member a seed
+_FIT = {}  # kind of model -> function(params, features, label, seed) that gives one fitted member
 
 
 def fits(kind: str):
@@ -233,18 +236,20 @@ def fit_model(
 
 
 def _fit_members(configuration, table, rows, columns, label, seed) -> ScoreModel:
-    fit, fill = _FIT[configuration.kind], configuration.fill_value
-    seeds = [seed + 1000 * k for k in range(configuration.seeds)]
-    plain_seeds, copy_seeds = (seeds[::2], seeds[1::2]) if configuration.hide_codes else (seeds, [])
-    members = fit(configuration.params, filled(table.rows(rows, columns), fill), label[rows], plain_seeds)
-    if copy_seeds:
-        features, labels = table.with_copy(rows, columns, label)
-        members += fit(configuration.params, filled(features, fill), labels, copy_seeds)
+    members = []
+    for k, member in enumerate(configuration.members):
+        params = {**configuration.params, **member}
+        if params.pop("hide_codes", False):
+            features, labels = table.with_copy(rows, columns, label)
+        else:
+            features, labels = table.rows(rows, columns), label[rows]
+        features = filled(features, configuration.fill_value)
+        members.append(_FIT[configuration.kind](params, features, labels, seed + 1000 * k))
     return ScoreModel(members)
 
 
 @fits("lightgbm")
-def _fit_lightgbm(params, features, label, seeds):
+def _fit_lightgbm(params, features, label, seed):
     import lightgbm
 
     settings = {
@@ -254,14 +259,14 @@ def _fit_lightgbm(params, features, label, seeds):
         "deterministic": True,
         "force_col_wise": True,
         "min_sum_hessian_in_leaf": 1.0,  # no leaf may grow surer than its few positives allow
+        "seed": seed,
         **params,
     }
-    data = lightgbm.Dataset(features, label, params={"verbosity": -1, "num_threads": 1})
-    return [BoostedTrees(lightgbm.train({**settings, "seed": seed}, data)) for seed in seeds]
+    return BoostedTrees(lightgbm.train(settings, lightgbm.Dataset(features, label)))
 
 
 @fits("logistic_regression")
-def _fit_logistic_regression(params, features, label, seeds):
+def _fit_logistic_regression(params, features, label, seed):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -270,26 +275,26 @@ def _fit_logistic_regression(params, features, label, seeds):
     scale[scale < 1e-12] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
-        model = LogisticRegression(random_state=seeds[0], **params).fit(
+        model = LogisticRegression(random_state=seed, **params).fit(
             LinearModel.standardise(features, mean, scale), label
         )
-    return [LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))]  # no chance in it
+    return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
 
 
 @fits("extra_trees")
-def _fit_extra_trees(params, features, label, seeds):
+def _fit_extra_trees(params, features, label, seed):
     from sklearn.ensemble import ExtraTreesClassifier
 
     # one thread sums the trees in one order
-    return [Classifier(ExtraTreesClassifier(random_state=s, n_jobs=1, **params).fit(features, label)) for s in seeds]
+    return Classifier(ExtraTreesClassifier(random_state=seed, n_jobs=1, **params).fit(features, label))
 
 
 @fits("hist_gradient_boosting")
-def _fit_hist_gradient_boosting(params, features, label, seeds):
+def _fit_hist_gradient_boosting(params, features, label, seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    models = (HistGradientBoostingClassifier(random_state=s, early_stopping=False, **params) for s in seeds)
-    return [Classifier(model.fit(features, label)) for model in models]
+    model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params)
+    return Classifier(model.fit(features, label))
 
 
 def judge_candidate(

@@ -40,7 +40,7 @@ from urllib.parse import quote, quote_plus
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
-from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects import mysql, postgresql
 
 from command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, progress, run
 from feature_pipeline import (
@@ -400,11 +400,12 @@ Key = tuple[Any, Any]  # (client, visit_id) as the database gives them
 
 
 class Claim(NamedTuple):
-    """A visit to score, and whether it has a score already."""
+    """A visit to score, whether it has a score already, and whether this model ever gave it one."""
 
     client: Any
     visit_id: Any
     scored: bool
+    known: bool
 
 
 class DatabasePredictor:
@@ -523,7 +524,7 @@ class DatabasePredictor:
                 claims = [claim for claim in claims if claim[:2] not in unusable]
                 scored = self._score(connection, tables, claims, result, unusable)
                 if scored and not dry_run:
-                    self._write(connection, tables, scored)
+                    self._write(connection, tables, scored, {claim[:2] for claim in claims if claim.known})
             # counted only when it is committed
             result.batches += 1
             result.scored += len(scored)
@@ -550,7 +551,9 @@ class DatabasePredictor:
             grown = sa.and_(visits["sepsis_score"].is_not(None), count > sa.func.coalesce(last.scalar_subquery(), 0))
             pending = sa.or_(pending, grown)
         key = visits["client"], visits["visit_id"]
-        query = sa.select(*key, visits["sepsis_score"].is_not(None)).where(pending).order_by(*key)
+        of_version = tables.predictions["model_version"] == self.pipeline.model_version
+        known = sa.exists().where(_same_visit(tables.predictions, visits), of_version)
+        query = sa.select(*key, visits["sepsis_score"].is_not(None), known).where(pending).order_by(*key)
         if after is not None:
             query = query.where(sa.tuple_(*key) > (after.client, after.visit_id))
         if lock:  # SQLite ignores it: there BEGIN IMMEDIATE has locked all
@@ -607,33 +610,38 @@ class DatabasePredictor:
         columns = tables.observations
         query = sa.select(*(sa.type_coerce(column, sa.types.NullType()) for column in columns.values()))
         # the driver's own rows: SQLAlchemy's, and a tuple a column, took longer than all the rest
-        rows = connection.execute(query.where(_among(columns, keys))).cursor.fetchall()
+        rows = connection.execute(query.where(_among(connection, columns, keys))).cursor.fetchall()
         return pd.DataFrame(rows, columns=list(columns))
 
     def _seen(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, int]:
         """The number of observations behind the last score of each of these visits."""
         columns = tables.predictions
         key = columns["client"], columns["visit_id"]
-        query = sa.select(*key, sa.func.max(columns["observations"])).where(_among(columns, keys)).group_by(*key)
+        query = (
+            sa.select(*key, sa.func.max(columns["observations"]))
+            .where(_among(connection, columns, keys))
+            .group_by(*key)
+        )
         return {(client, visit): count for client, visit, count in connection.execute(query)}
 
-    def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]]) -> None:
-        """Predictions and visits, three statements whatever their number."""
+    def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]], known: set[Key]) -> None:
+        """Predictions and visits, two or three statements whatever their number."""
         columns, visits = tables.predictions, tables.visits
         predictions = columns["client"].table
         of_version = columns["model_version"] == self.pipeline.model_version
-        exactly = sa.and_(
-            of_version,
-            _among(columns, [(r["client"], r["visit_id"], r["observations"]) for r in scored], "observations"),
-        )
-        # a visit that was made pending again by hand has its prediction already
-        connection.execute(sa.delete(predictions).where(exactly))
-        rows = [{columns[name].name: value for name, value in row.items()} for row in scored]
-        for start in range(0, len(rows), 2000):  # databases limit the parameters of a statement
-            connection.execute(sa.insert(predictions).values(rows[start : start + 2000]))
+        keys = [(row["client"], row["visit_id"], row["observations"]) for row in scored]
+        # a visit that was made pending again by hand has this very prediction already
+        old = [key for key in keys if key[:2] in known]
+        if old:
+            same = _among(connection, columns, old, "observations")
+            connection.execute(sa.delete(predictions).where(of_version, same))
+        insert = sa.insert(predictions)
+        if connection.dialect.insert_executemany_returning:  # then SQLAlchemy makes one statement of many rows
+            insert = insert.returning(columns["client"])
+        connection.execute(insert, [{columns[name].key: value for name, value in row.items()} for row in scored])
         changed = connection.execute(
             sa.update(visits["client"].table)
-            .where(_same_visit(columns, visits), exactly)
+            .where(_same_visit(columns, visits), of_version, _among(connection, columns, keys, "observations"))
             .values(
                 {
                     visits["sepsis_score"]: columns["sepsis_score"],
@@ -666,10 +674,15 @@ def _same_visit(a: Mapping[str, sa.Column[Any]], b: Mapping[str, sa.Column[Any]]
 
 
 def _among(
-    columns: Mapping[str, sa.Column[Any]], keys: Sequence[tuple[Any, ...]], *more: str
+    connection: sa.Connection, columns: Mapping[str, sa.Column[Any]], keys: Sequence[tuple[Any, ...]], *more: str
 ) -> sa.ColumnElement[bool]:
     """(client, visit_id, `more`...) is one of `keys`."""
-    return sa.tuple_(*(columns[name] for name in ("client", "visit_id", *more))).in_(keys)
+    own = [columns[name] for name in ("client", "visit_id", *more)]
+    if connection.dialect.name == "postgresql":  # a parameter a column: thousands of them are slow to handle
+        parts = zip(own, zip(*keys, strict=True), strict=True)
+        lists = [sa.func.unnest(sa.literal(list(part), postgresql.ARRAY(column.type))) for column, part in parts]
+        return sa.tuple_(*own).in_(sa.select(*lists))
+    return sa.tuple_(*own).in_(keys)
 
 
 def _skips_locked(connection: sa.Connection) -> bool:
