@@ -177,7 +177,7 @@ def test_the_summary_ranks_by_score_and_names_the_winner(search):
 def test_the_config_holds_what_a_pipeline_and_a_reader_need(search, cohort_files):
     config = load_config(search / "best_model_config.json")
     assert config["model_sha256"] is None  # nothing is deployed yet
-    assert config["model"] == asdict(CONFIGURATION[config["model"]["name"]])
+    assert config["model"] == json.loads(json.dumps(asdict(CONFIGURATION[config["model"]["name"]])))
     assert config["snapshots"] == {**asdict(SnapshotSettings()), "retrospective": False}
     assert config["risk_thresholds"] == {"medium": 0.4, "high": 0.7} and 0 < config["decision_threshold"] < 1
     assert config["data"]["fingerprint"] == load_training_data(*cohort_files).fingerprint
@@ -274,9 +274,9 @@ def test_a_model_whose_scores_are_not_finite_has_failed(cohort_files, tmp_path, 
     fit = candidates._FIT["logistic_regression"]
 
     def broken(*arguments):
-        members = fit(*arguments)
-        members[0].intercept = float("nan")
-        return members
+        member = fit(*arguments)
+        member.intercept = float("nan")
+        return member
 
     monkeypatch.setitem(candidates._FIT, "logistic_regression", broken)
     entries = searched(cohort_files, tmp_path, "--quiet", status=1)
