@@ -73,7 +73,7 @@ OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "pro
 MANIFEST, LOCK = "manifest.jsonl", ".lock"
 CRONTAB = '5 * * * * cd "$HOME/sepsis-risk" && .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1'
 
-CHUNK_ROWS = 500_000  # held at once by a process: about 0.3 GB
+CHUNK_ROWS = 400_000  # held at once by a process: about 0.25 GB
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once: 80 MB
 LARGE_BYTES = 64_000_000  # of text; such a file is spread over the processes by itself
 WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the work

@@ -245,6 +245,7 @@ def _fit_members(configuration, table, rows, columns, label, seed) -> ScoreModel
             features, labels = table.rows(rows, columns), label[rows]
         features = filled(features, configuration.fill_value)
         members.append(_FIT[configuration.kind](params, features, labels, seed + 1000 * k))
+        del features  # gigabytes: gone before the next member's are made
     return ScoreModel(members)
 
 
