@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--inner-thresholds",
         action="store_true",
-        help="choose each threshold by the scores of a model that saw neither the fold nor the patients it is chosen on "
+        help="choose each threshold by a model that saw neither the fold nor the patients it is chosen on "
         "(twice the time); else on the cross-validated scores of the other folds",
     )
     parser.add_argument("--ablation-folds", type=int, default=0, help="also leave out each block, on so many folds")
