@@ -160,8 +160,19 @@ def run_candidates(
     if done:
         log.info("resumed: %d of %d candidates were finished before", len(done), len(candidates))
     train, held_out = (np.flatnonzero(search.part == number) for number in (TRAIN, VALIDATION))
+    fingerprints = {(fs, c.name): search.fingerprint(fs, c) for fs, c in todo}
+    # a task carries what it needs and no more: other processes get the observations neither sent nor kept
     tasks = (
-        joblib.delayed(_candidate)(feature_set, configuration, search, train, held_out)
+        joblib.delayed(_candidate)(
+            feature_set,
+            configuration,
+            search.table,
+            search.columns(feature_set),
+            search.data.label,
+            train,
+            held_out,
+            search.seed,
+        )
         for feature_set, configuration in todo
     )
     # loky renews a worker that has grown; nothing is lost by it
@@ -169,7 +180,7 @@ def run_candidates(
     results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     with progress(results, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
         for entry in bar:
-            entry["fingerprint"] = search.fingerprint(entry["feature_set"], CONFIGURATION[entry["model"]])
+            entry["fingerprint"] = fingerprints[entry["feature_set"], entry["model"]]
             entries.append(entry)
             write_json(log_path, entries)
             if "error" in entry:
@@ -186,9 +197,8 @@ def run_candidates(
     return entries
 
 
-def _candidate(feature_set, configuration, search: Search, train, held_out) -> dict[str, Any]:
-    columns = search.columns(feature_set)
-    result = judge_candidate(configuration, search.table, columns, search.data.label, train, held_out, search.seed)
+def _candidate(feature_set, configuration, table, columns, label, train, held_out, seed) -> dict[str, Any]:
+    result = judge_candidate(configuration, table, columns, label, train, held_out, seed)
     result.pop("log_odds", None)
     return {"feature_set": feature_set, "model": configuration.name, "n_features": len(columns), **result}
 
@@ -437,7 +447,7 @@ def backend(name: str, scheduler: str | None, search: Search) -> Iterator[None]:
         return
     from distributed import Client
 
-    with Client(scheduler), joblib.parallel_config(backend="dask", scatter=[search]):
+    with Client(scheduler), joblib.parallel_config(backend="dask", scatter=[search.table]):
         yield
 
 
