@@ -66,7 +66,7 @@ _REGULARISED = {
     "lambda_l2": 50.0,
     "feature_fraction": 0.12,
     "max_bin": 63,
-    "num_iterations": 350,
+    "num_iterations": 300,
 }
 # Splits at random thresholds, on a fresh sample with most of the positives and few of the others: noisier trees that
 # average better, and quicker ones.
@@ -109,7 +109,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
         "extra_trees",
         "extra_trees",
         {
-            "n_estimators": 120,
+            "n_estimators": 80,
             "min_samples_leaf": 10,
             "max_features": "sqrt",
             "bootstrap": True,
@@ -121,8 +121,8 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
         "hist_gradient_boosting",
         "hist_gradient_boosting",
         {
-            "learning_rate": 0.08,
-            "max_iter": 100,
+            "learning_rate": 0.1,
+            "max_iter": 60,
             "max_leaf_nodes": 15,
             "min_samples_leaf": 100,
             "l2_regularization": 20.0,
