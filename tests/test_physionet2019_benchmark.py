@@ -305,11 +305,11 @@ def hospital(tmp_path_factory):
 def test_the_benchmark_runs_and_prints_figures(hospital, tmp_path, capsys):
     observations, labels = hospital
     arguments = ["--observations", observations, "--labels", labels, "--feature-set", "latest", "--jobs", "1"]
-    arguments += ["--model-configuration", "lightgbm_shallow", "--json", str(tmp_path / "figures.json"), "--quiet"]
+    arguments += ["--model-configuration", "logistic_regression", "--json", str(tmp_path / "figures.json"), "--quiet"]
     assert physionet2019.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "latest with lightgbm_shallow" in out and "whole benchmark" in out
-    figures = json.loads((tmp_path / "figures.json").read_text())["latest with lightgbm_shallow"]
+    assert "latest with logistic_regression" in out and "whole benchmark" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())["latest with logistic_regression"]
     assert f"utility {figures['normalized_utility']:.4f}" in out
     assert f"hourly ROC AUC {figures['hourly']['roc_auc']:.4f}" in out
     assert figures["n_patients"] == 48 and figures["hourly"]["roc_auc"] > 0.8
