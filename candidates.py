@@ -41,7 +41,7 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "patterns": ("last", "recency", "summary", "trend", "deviation", "windows:mean,count", "clinical", "context"),
     "full": (
         *("last", "summary", "trend", "recency", "reference", "variability", "deviation"),
-        *("windows", "clinical", "context"),
+        *("windows:mean,count", "clinical", "context"),
     ),
 }
 
@@ -60,13 +60,13 @@ class ModelConfiguration:
 
 
 _REGULARISED = {
-    "learning_rate": 0.03,
+    "learning_rate": 0.04,
     "num_leaves": 24,
     "min_data_in_leaf": 100,
     "lambda_l2": 50.0,
     "feature_fraction": 0.12,
     "max_bin": 63,
-    "num_iterations": 300,
+    "num_iterations": 250,
 }
 # Splits at random thresholds, on a fresh sample with most of the positives and few of the others: noisier trees that
 # average better, and quicker ones.
@@ -109,7 +109,7 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
         "extra_trees",
         "extra_trees",
         {
-            "n_estimators": 80,
+            "n_estimators": 60,
             "min_samples_leaf": 10,
             "max_features": "sqrt",
             "bootstrap": True,
@@ -121,8 +121,8 @@ MODEL_CONFIGURATIONS: tuple[ModelConfiguration, ...] = (
         "hist_gradient_boosting",
         "hist_gradient_boosting",
         {
-            "learning_rate": 0.1,
-            "max_iter": 60,
+            "learning_rate": 0.12,
+            "max_iter": 45,
             "max_leaf_nodes": 15,
             "min_samples_leaf": 100,
             "l2_regularization": 20.0,
