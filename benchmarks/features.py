@@ -20,10 +20,16 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from candidates import feature_set_names
 from command_line import DONE, make_parser, run
 from demo_cohort import make_demo_cohort
-from feature_pipeline import FeaturePlan, ProductionPipeline, read_observations, resolve_snapshots
+from feature_pipeline import (
+    BLOCKS,
+    FeaturePlan,
+    ProductionPipeline,
+    block_features,
+    read_observations,
+    resolve_snapshots,
+)
 
 STATISTICS = ("last", "min", "max", "mean", "std", "count", "change", "delta", "range", "age")
 
@@ -84,7 +90,7 @@ def whole_visits(frame: pd.DataFrame, n_plain: int) -> None:
     start = time.perf_counter()
     observations = read_observations(frame)
     read = time.perf_counter() - start
-    names = feature_set_names("full", observations.codes)
+    names = [name for block in BLOCKS for name in block_features(block, observations.codes)]
     visit, moments, _ = resolve_snapshots(observations)
     start = time.perf_counter()
     plan = FeaturePlan(names)
