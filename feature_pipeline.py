@@ -1722,6 +1722,11 @@ class ProductionPipeline:
         except OSError as error:
             raise BadModel(f"{where} cannot be read ({error.strerror}); run train_best_model.py --full") from None
         if hashlib.sha256(content).hexdigest() != expected:
+            # While another version is switched in, the model file may be a step ahead of the config that was read;
+            # the archive then has the one that belongs to the config.
+            archived = path.parent / "archive" / self.model_version / path.name
+            content = archived.read_bytes() if archived.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != expected:
             raise BadModel(
                 f"{where} is not the one that the config was made with (its SHA-256 differs); "
                 "deploy config and model together, or run train_best_model.py --full"
@@ -1773,12 +1778,23 @@ class ProductionPipeline:
 
     def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
         """(n_snapshots,) probabilities, NaN where a snapshot has no observation."""
-        probability = np.full(len(visit), np.nan)
+        return self.evaluate(observations, visit, as_of)[0]
+
+    def evaluate(
+        self, observations: Observations, visit: np.ndarray, as_of: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities (n_snapshots,) and the filled features that gave them (n_snapshots, n_features).
+
+        Both are NaN where a snapshot has no observation.
+        """
+        features = self.reproducer.matrix(observations, visit, as_of)
         usable = _usable(observations, visit, as_of)
+        if usable.all():
+            return self.model.probability(features), features
+        probability = np.full(len(visit), np.nan)
         if usable.any():
-            features = self.reproducer.matrix(observations, visit[usable], as_of[usable])
-            probability[usable] = self.model.probability(features)
-        return probability
+            probability[usable] = self.model.probability(features[usable])
+        return probability, features
 
     def risk_level(self, probabilities: Any) -> Any:
         """'low', 'medium' or 'high' by the config's thresholds, 'unknown' for an empty probability.
