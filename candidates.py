@@ -306,53 +306,60 @@ def judge_candidate(
     train: np.ndarray,
     held_out: np.ndarray,
     seed: int = 0,
+    hide: bool = True,
 ) -> dict[str, Any]:
     """Fits on the rows `train`, scores the rows `held_out`. A failure is a result too: ``{"error": ...}``.
 
-    Gives ``roc_auc, average_precision, score``, the ``hidden_score`` on the held-out visits with codes hidden,
-    ``seconds`` and the held-out ``log_odds``.
+    Gives ``roc_auc, average_precision, score``, with `hide` the ``hidden_score`` on the held-out visits with codes
+    hidden, ``seconds`` and the held-out ``log_odds``.
     """
     start = time.perf_counter()
     try:
         model = fit_model(configuration, table, train, columns, label, seed)
-        log_odds, hidden = (
-            model.log_odds(filled(table.rows(held_out, columns, hide), configuration.fill_value))
-            for hide in (False, True)
-        )
+
+        def score(hidden: bool) -> np.ndarray:
+            return model.log_odds(filled(table.rows(held_out, columns, hidden), configuration.fill_value))
+
+        log_odds = score(hidden=False)
         if not np.isfinite(log_odds).all():
             raise ValueError("the model gives scores that are not finite")
         scores = ranking_scores(label[held_out], log_odds)
-        scores["hidden_score"] = ranking_scores(label[held_out], hidden)["score"]
+        if hide:
+            scores["hidden_score"] = ranking_scores(label[held_out], score(hidden=True))["score"]
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "seconds": round(time.perf_counter() - start, 2)}
     return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
 
 
 def cross_validate(
-    configuration: ModelConfiguration,
+    contenders: Sequence[tuple[ModelConfiguration, np.ndarray]],
     table: FeatureTable,
-    columns: np.ndarray,
     data: TrainingData,
     rows: np.ndarray,
     n_folds: int = 5,
     seed: int = 0,
     jobs: int = 1,
-) -> np.ndarray:
-    """Out-of-fold log-odds of the snapshots `rows`; groups (clients) are never on both sides.
+) -> list[np.ndarray]:
+    """For each contender (a configuration with its columns) the out-of-fold log-odds of the snapshots `rows`.
 
-    Raises `FeaturePipelineError` when a fold fails.
+    Groups (clients) are never on both sides. All folds of all contenders share the processes. Raises
+    `FeaturePipelineError` when a fold fails.
     """
     folds = list(grouped_folds(data, rows, n_folds, seed))
     results = joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(judge_candidate)(configuration, table, columns, data.label, train, held_out, seed)
+        joblib.delayed(judge_candidate)(configuration, table, columns, data.label, train, held_out, seed, hide=False)
+        for configuration, columns in contenders
         for train, held_out in folds
     )
-    out = np.full(len(data.label), np.nan)
-    for (_, held_out), result in zip(folds, results, strict=True):
-        if "error" in result:
-            raise FeaturePipelineError(f"{configuration.name} failed in cross-validation: {result['error']}")
-        out[held_out] = result["log_odds"]
-    return out[rows]
+    scores = []
+    for k, (configuration, _) in enumerate(contenders):
+        out = np.full(len(data.label), np.nan)
+        for (_, held_out), result in zip(folds, results[k * len(folds) :], strict=False):
+            if "error" in result:
+                raise FeaturePipelineError(f"{configuration.name} failed in cross-validation: {result['error']}")
+            out[held_out] = result["log_odds"]
+        scores.append(out[rows])
+    return scores
 
 
 def fit_calibrated(

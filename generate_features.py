@@ -474,22 +474,16 @@ def search_features(arguments: argparse.Namespace) -> int:
             if not good:
                 raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {log_path}")
             rows = np.flatnonzero(search.part != TEST)
-            finalists = []
-            for entry in good[: arguments.finalists]:
-                fs, model = entry["feature_set"], entry["model"]
-                out_of_fold = cross_validate(
-                    CONFIGURATION[model],
-                    search.table,
-                    search.columns(fs),
-                    data,
-                    rows,
-                    search.folds,
-                    search.seed,
-                    arguments.jobs,
-                )
-                score = ranking_scores(data.label[rows], out_of_fold)["score"]
-                log.info("cross-validated: %.4f  %s with %s", score, fs, model)
-                finalists.append((score, fs, model, out_of_fold))
+            best = good[: arguments.finalists]
+            contenders = [(CONFIGURATION[entry["model"]], search.columns(entry["feature_set"])) for entry in best]
+            log.info("cross-validating the best %d", len(best))
+            scores = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, arguments.jobs)
+        finalists = []
+        for entry, out_of_fold in zip(best, scores, strict=True):
+            fs, model = entry["feature_set"], entry["model"]
+            score = ranking_scores(data.label[rows], out_of_fold)["score"]
+            log.info("cross-validated: %.4f  %s with %s", score, fs, model)
+            finalists.append((score, fs, model, out_of_fold))
         finalists.sort(key=lambda f: -f[0])
         _, feature_set, model, out_of_fold = finalists[0]
         configuration = CONFIGURATION[model]

@@ -84,7 +84,7 @@ def train(
 ) -> Trained:
     """Fits on the snapshots `rows` of `table`, calibrated on out-of-fold predictions."""
     columns = np.arange(len(table.plain))
-    out_of_fold = cross_validate(configuration, table, columns, data, rows, seed=seed, jobs=jobs)
+    [out_of_fold] = cross_validate([(configuration, columns)], table, data, rows, seed=seed, jobs=jobs)
     return Trained(*fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed))
 
 

@@ -46,8 +46,8 @@ def new_patients(cohort):
 
 @pytest.fixture
 def deployment(models_dir, tmp_path):
-    """A copy of the models directory that a test may spoil."""
-    return shutil.copytree(models_dir, tmp_path / "models")
+    """A copy of the models directory, without its archive, that a test may spoil."""
+    return shutil.copytree(models_dir, tmp_path / "models", ignore=shutil.ignore_patterns("archive"))
 
 
 def records_of(frame):
@@ -333,8 +333,16 @@ def test_tampered_model_is_refused_before_it_is_unpickled(deployment, config_pat
 
     joblib.dump(Trap(), deployment / "best_model.pkl")
     with pytest.raises(BadModel, match="SHA-256 differs"):
-        ProductionPipeline(config_path, deployment / "best_model.pkl")
+        ProductionPipeline(deployment / "best_model_config.json", deployment / "best_model.pkl")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_while_a_version_is_switched_in_the_config_finds_its_own_model(deployment, models_dir, tmp_path):
+    version = json.loads((deployment / "best_model_config.json").read_text())["model_version"]
+    shutil.copytree(models_dir / "archive" / version, tmp_path / "archive" / version)
+    shutil.copy(deployment / "best_model_config.json", tmp_path)
+    (tmp_path / "best_model.pkl").write_bytes(b"the next version's model")
+    assert ProductionPipeline(tmp_path / "best_model_config.json", tmp_path / "best_model.pkl").model_version == version
 
 
 def test_missing_model(deployment, config_path):
