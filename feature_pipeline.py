@@ -167,6 +167,8 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("admission_delay", "h", -np.inf, np.inf, ("HospAdmTime",), static=True),
 )
 CONCEPT = {concept.name: concept for concept in CONCEPTS}
+_CONCEPT_PLACE = {concept.name: i for i, concept in enumerate(CONCEPTS)}
+_STATIC = np.array([concept.static for concept in CONCEPTS] + [False])  # the last for a code without a concept, -1
 
 
 def _synonym_key(code: str) -> str:
@@ -244,6 +246,17 @@ class Observations:
     @property
     def n_visits(self) -> int:
         return len(self.visit_id)
+
+    @cached_property
+    def concept_of_code(self) -> np.ndarray:
+        """(n_codes,) place of each code's concept in `CONCEPTS`, -1 for none."""
+        return np.array([_CONCEPT_PLACE[c.name] if c else -1 for c in self.concepts], dtype=np.int64)
+
+    @cached_property
+    def concepts_have_several_codes(self) -> bool:
+        """Do two codes stand for one concept?"""
+        known = [c.name for c in self.concepts if c]
+        return len(set(known)) < len(known)
 
     @cached_property
     def visit_group_start(self) -> np.ndarray:
@@ -1003,6 +1016,7 @@ class Concepts:
 
     def __init__(self, snapshots: Snapshots):
         self._snapshots = snapshots
+        self._concept = snapshots.observations.concept_of_code[snapshots.code]  # of each pair, -1 for none
         self._known: dict[tuple, np.ndarray] = {}
 
     def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
@@ -1010,28 +1024,23 @@ class Concepts:
             self._known[key] = compute()
         return self._known[key]
 
-    def _runs(self, name: str, hours: int | None) -> list[tuple[np.ndarray, Segments]]:
-        """(snapshots, segments) for each code of the concept that has values in the window, in order of codes."""
-        shots, runs = self._snapshots, []
-        for code, concept in enumerate(shots.observations.concepts):
-            if concept is not None and concept.name == name:
-                pairs = np.flatnonzero(shots.code == code)
-                pairs = pairs[shots.window_start(hours)[pairs] < shots.end[pairs]]
-                if len(pairs):
-                    runs.append((shots.snapshot[pairs], shots.segments(pairs, hours)))
-        return runs
-
     def latest(self, name: str) -> np.ndarray:
         """The latest value of the last 24 h (of a static concept: of the visit); of several at one time the largest."""
-        return self.once(("latest", name), lambda: self._latest(name))
+        return self._latest[_CONCEPT_PLACE[name]]
 
-    def _latest(self, name: str) -> np.ndarray:
-        out = np.full(len(self._snapshots.as_of), np.nan)
-        age = np.full(len(out), np.inf)
-        for snapshot, run in self._runs(name, None if CONCEPT[name].static else 24):
-            run_age = run.hours_before(run.end - 1)
-            newer = (run_age < age[snapshot]) | ((run_age == age[snapshot]) & (run.last > out[snapshot]))
-            out[snapshot[newer]], age[snapshot[newer]] = run.last[newer], run_age[newer]
+    @cached_property
+    def _latest(self) -> np.ndarray:
+        """(n_concepts, n_snapshots)"""
+        shots = self._snapshots
+        start = np.where(_STATIC[self._concept], shots.begin, shots.window_start(24))
+        pairs = np.flatnonzero((self._concept >= 0) & (start < shots.end))
+        row = shots.end[pairs] - 1
+        value = shots.observations.value[row]
+        if shots.observations.concepts_have_several_codes:  # assignment below: the last of several wins
+            order = np.lexsort((value, shots.observations.time[row]))
+            pairs, value = pairs[order], value[order]
+        out = np.full((len(CONCEPTS), len(shots.as_of)), np.nan)
+        out[self._concept[pairs], shots.snapshot[pairs]] = value
         return out
 
     def lowest(self, name: str) -> np.ndarray:
@@ -1043,9 +1052,12 @@ class Concepts:
         return self.once(("highest", name), lambda: self._extreme(name, np.fmax, "maximum"))
 
     def _extreme(self, name: str, of_two: np.ufunc, attribute: str) -> np.ndarray:
-        out = np.full(len(self._snapshots.as_of), np.nan)
-        for snapshot, run in self._runs(name, 24):
-            out[snapshot] = of_two(out[snapshot], getattr(run, attribute))
+        shots = self._snapshots
+        out = np.full(len(shots.as_of), np.nan)
+        pairs = np.flatnonzero(self._concept == _CONCEPT_PLACE[name])
+        pairs = pairs[shots.window_start(24)[pairs] < shots.end[pairs]]
+        if len(pairs):
+            of_two.at(out, shots.snapshot[pairs], getattr(shots.segments(pairs, 24), attribute))
         return out
 
 
@@ -1089,8 +1101,15 @@ def clinical_score(name: str, *parts: str):
 
 
 def _points(value: np.ndarray, edges: Sequence[float], points: Sequence[float], side: str = "left") -> np.ndarray:
-    """Points by band; with side "left" an edge belongs to the band below it, with "right" to the one above."""
-    return np.where(np.isnan(value), np.nan, np.asarray(points, float)[np.searchsorted(edges, value, side=side)])
+    """Points by band, NaN for NaN; with side "left" an edge belongs to the band below it, with "right" above."""
+    edges, points = _bands(tuple(edges), tuple(points))
+    return points[np.searchsorted(edges, value, side=side)]
+
+
+@lru_cache(maxsize=128)
+def _bands(edges: tuple[float, ...], points: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """With a last band for NaN, which sorts after infinity."""
+    return np.array([*edges, np.inf]), np.array([*points, np.nan])
 
 
 def _either(a: np.ndarray, b: np.ndarray) -> np.ndarray:
