@@ -344,16 +344,6 @@ def _described(set_aside: Counter[str]) -> str:
     return "; ".join(f"{n:,} rows: {SET_ASIDE_REASONS[reason]}" for reason, n in sorted(set_aside.items()))
 
 
-def absent_codes(pipeline: ProductionPipeline, scores: Scores) -> list[str]:
-    """Codes that nearly every visit had in training and none of so many visits has here."""
-    expected = pipeline.config.get("code_prevalence") or {}
-    return [
-        code
-        for code, share in expected.items()
-        if code not in scores.codes and (1 - share) ** scores.usable_visits < 0.01
-    ]
-
-
 # ------------------------------------------------------------------------------- where scores are computed
 
 
@@ -843,7 +833,7 @@ class _Run:
             return
         self.result.scored.append(result)
         log.info("%s: %s", path.name, self._told(result))
-        absent = absent_codes(self.processor.pipeline, scores)
+        absent = self.processor.pipeline.absent_codes(scores.codes, scores.usable_visits)
         if absent:
             log.warning(
                 "%s: nearly every visit had these codes in training, none has them here: %s", path.name, listed(absent)

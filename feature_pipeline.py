@@ -49,9 +49,15 @@ class BadObservations(FeaturePipelineError):
 
     code = "bad_observations"
 
-    def __init__(self, message: str, set_aside: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        message: str,
+        set_aside: Mapping[str, int] | None = None,
+        set_aside_rows: Mapping[str, list[int]] | None = None,
+    ):
         super().__init__(message)
-        self.set_aside = dict(set_aside or {})
+        self.set_aside = dict(set_aside or {})  # rows by reason
+        self.set_aside_rows = dict(set_aside_rows or {})  # the first few of them, counted from 0
 
 
 class BadConfig(FeaturePipelineError):
@@ -555,7 +561,9 @@ def _validate(
             usable &= ~hit
     if not usable.any():
         counted = "; ".join(f"{n} x {SET_ASIDE_REASONS[reason]}" for reason, n in set_aside.items())
-        raise BadObservations(f"{where}: no usable observation in {n_rows} rows ({counted or 'empty'})", set_aside)
+        raise BadObservations(
+            f"{where}: no usable observation in {n_rows} rows ({counted or 'empty'})", set_aside, set_aside_rows
+        )
 
     # visits in order of first appearance, also those of which no row is usable
     named = (visit_index >= 0) & (client_index >= 0)
@@ -1808,7 +1816,8 @@ class ProductionPipeline:
         `as_of` one row a snapshot, with `as_of` as third column. Raises `BadObservations`.
         """
         observations = self.reproducer.read_and_warn(df)
-        self._warn_of_missing_codes(observations)
+        if remark := self.missing_codes_remark(observations):
+            warnings.warn(MissingCodesWarning(remark), stacklevel=2)
         visit, moments, several = resolve_snapshots(observations, as_of)
         columns = _index_columns(observations, visit, moments, several)
         probability = self.score(observations, visit, moments)
@@ -1839,6 +1848,27 @@ class ProductionPipeline:
         if usable.any():
             probability[usable] = self.model.probability(features[usable])
         return probability, features
+
+    def own_code(self, code: str) -> str:
+        """The model's code for a foreign one: the code itself where the model knows it, else the model's most frequent
+        code of the same concept (LOINC 8867-4 may be this hospital's HR), else `code`.
+
+        For interfaces that name quantities by a standard; a table's codes are taken as they stand.
+        """
+        return self._own_codes.get(code) or self._code_of_concept.get(self._concept_name(code), code)
+
+    @cached_property
+    def _own_codes(self) -> dict[str, str]:
+        return {code: code for code in self.reproducer.plan.codes}
+
+    @cached_property
+    def _code_of_concept(self) -> dict[str | None, str]:
+        rarest_first = sorted(self._own_codes, key=lambda code: self._expected_codes.get(code, 0.0))
+        return {name: code for code in rarest_first if (name := self._concept_name(code))}
+
+    def _concept_name(self, code: str) -> str | None:
+        concept = concept_of(code, self.config["synonyms"])
+        return concept.name if concept else None
 
     def risk_level(self, probabilities: Any) -> Any:
         """'low', 'medium' or 'high' by the config's thresholds, 'unknown' for an empty probability.
@@ -1873,23 +1903,25 @@ class ProductionPipeline:
         columns["contribution"] = contributions[row, best.ravel()]
         return pd.DataFrame(columns)
 
-    def _warn_of_missing_codes(self, observations: Observations) -> None:
-        present = {observations.codes[i] for i in set(observations.group_code.tolist())}
-        n_visits = int((observations.first_time != NO_TIME).sum())
-        absent = [
+    def absent_codes(self, present: Iterable[str], n_visits: int) -> list[str]:
+        """Codes that so many visits would hardly all lack, by their share of the training visits, and that are not
+        among those `present`."""
+        present = set(present)
+        return [
             code
             for code, share in self._expected_codes.items()
             if code not in present and (1 - share) ** n_visits < 0.01
         ]
-        if absent:
-            loss = self.config.get("loss_without_code") or {}
-            told = [f"{code} (ROC AUC {-loss[code]:+.3f} without it)" if code in loss else code for code in absent]
-            warnings.warn(
-                MissingCodesWarning(
-                    f"nearly every visit had these codes in training, none has them here: {listed(told)}"
-                ),
-                stacklevel=3,
-            )
+
+    def missing_codes_remark(self, observations: Observations) -> str | None:
+        """What the model misses: `absent_codes` with the ROC AUC that each cost when it was measured; None for none."""
+        present = {observations.codes[i] for i in set(observations.group_code.tolist())}
+        absent = self.absent_codes(present, int((observations.first_time != NO_TIME).sum()))
+        if not absent:
+            return None
+        loss = self.config.get("loss_without_code") or {}
+        told = [f"{code} (ROC AUC {-loss[code]:+.3f} without it)" if code in loss else code for code in absent]
+        return f"nearly every visit had these codes in training, none has them here: {listed(told)}"
 
 
 @lru_cache(maxsize=4)

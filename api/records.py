@@ -1,0 +1,49 @@
+"""Who asked what: JSON lines for the access log and the audit log, without values and without names of patients."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from api import metrics
+from command_line import log
+
+
+class Lines:
+    """Appends JSON objects to a file, each by one system call, so that processes never mix theirs.
+
+    The file is opened for each line: a log that was rotated away is begun anew. ``-`` is stderr, empty is none.
+    """
+
+    def __init__(self, path: str, name: str):
+        self.path, self.name = path, name
+
+    def write(self, **entry: Any) -> None:
+        if not self.path:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "log": self.name, **entry}, separators=(",", ":")) + "\n"
+        if self.path == "-":
+            sys.stderr.write(line)
+            return
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            metrics.LOG_ERRORS.labels(self.name).inc()
+            log.error("error: the %s log cannot be written: %s", self.name, error.strerror)
+
+    def _append(self, line: bytes) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try:
+            file = os.open(self.path, flags, 0o600)
+        except FileNotFoundError:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            file = os.open(self.path, flags, 0o600)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
