@@ -1,4 +1,4 @@
-"""The Flask application: routes for JSON, the page and the service's own state; errors; what happens around requests."""
+"""The Flask application: its routes for JSON, the pages and the service's own state; errors; logs."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def observations_of(call: Any, pipeline: ProductionPipeline) -> fhir.Found:
 
 def cards(scored: Scored) -> list[dict[str, Any]]:
     """A card for each visit with a score, the highest risk first."""
-    horizon = scored.pipeline.config["snapshots"].get("horizon_hours")
-    within = f" within {horizon:g} h" if horizon and not scored.pipeline.config["snapshots"].get("retrospective") else ""
+    horizon = scored.horizon_hours
+    within = f" within {horizon:g} h" if horizon is not None else ""
     reasons, _ = scored.reasons(REASONS)
     out = []
     for prediction, own in zip(scored.predictions(), reasons, strict=True):

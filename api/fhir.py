@@ -183,7 +183,6 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
 
     Probabilities are fractions from 0 to 1, and the `whenRange` is the hours from the last observation.
     """
-    hours = scored.pipeline.config["snapshots"].get("horizon_hours")
     entries = []
     for key, prediction in zip(scored.observations.keys(), scored.predictions(), strict=True):
         outcome: dict[str, Any] = {"outcome": {"coding": [SEPSIS], "text": "Sepsis"}}
@@ -192,7 +191,7 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
             level = prediction["risk_level"]
             system = "http://terminology.hl7.org/CodeSystem/risk-probability"
             outcome["qualitativeRisk"] = {"coding": [{"system": system, "code": RISK_CODES[level]}], "text": level}
-        if hours is not None and not scored.pipeline.config["snapshots"].get("retrospective"):
+        if (hours := scored.horizon_hours) is not None:
             bound = {"unit": "h", "system": "http://unitsofmeasure.org", "code": "h"}
             outcome["whenRange"] = {"low": {"value": 0, **bound}, "high": {"value": hours, **bound}}
         resource = {

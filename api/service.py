@@ -43,6 +43,7 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # threads that compute at once only take the interpreter from one another
         self._pipeline: ProductionPipeline | None = None
         self._prediction_log: PredictionLog | None = None
         self._problem, self._tried = "not loaded yet", None
@@ -71,9 +72,13 @@ class Service:
         log.info("model %s is loaded", pipeline.model_version)
 
     def score(self, source: Sequence[Any]) -> Scored:
-        """Reads and scores observations. Raises `BadObservations`, `NoModel`, `TooMuch`."""
-        start = time.perf_counter()
+        """Reads, scores and logs observations. Raises `BadObservations`, `NoModel`, `TooMuch`."""
         pipeline = self.pipeline()
+        with self._turn:
+            return self._score(pipeline, source)
+
+    def _score(self, pipeline: ProductionPipeline, source: Sequence[Any]) -> Scored:
+        start = time.perf_counter()
         if len(source) > self.settings.max_rows:
             raise TooMuch(f"{len(source):,} observations; a request may hold {self.settings.max_rows:,}")
         try:
@@ -121,6 +126,12 @@ class Scored:
     levels: list[str]
     most_snapshots: int
 
+    @property
+    def horizon_hours(self) -> float | None:
+        """How far the probability looks ahead; None for a model of whole stays."""
+        snapshots = self.pipeline.config["snapshots"]
+        return None if snapshots.get("retrospective") else snapshots.get("horizon_hours")
+
     def predictions(self) -> list[dict[str, Any]]:
         """``visit_id, client, sepsis_probability`` (None where nothing was usable), ``risk_level``, ``as_of``."""
         o = self.observations
@@ -165,7 +176,7 @@ class Scored:
         """Each visit's score at up to `points` of its own times, the last among them. Raises `TooMuch`."""
         o, points = self.observations, min(points, MOST_POINTS)
         if o.n_visits * points > self.most_snapshots:
-            raise TooMuch(f"{o.n_visits:,} visits at {points} moments; a request may ask {self.most_snapshots:,} in all")
+            raise TooMuch(f"{o.n_visits:,} visits at {points} moments; a request may ask {self.most_snapshots:,} scores")
         visits, moments = [], []
         for visit in np.flatnonzero(~np.isnan(self.probability)):
             first, last = o.group_start[o.visit_group_start[visit]], o.group_start[o.visit_group_start[visit + 1]]

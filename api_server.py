@@ -1,0 +1,79 @@
+"""Scores visits over HTTP: JSON, FHIR R4, CDS Hooks, and a page for the browser.
+
+For development: ``python api_server.py``. For production: ``gunicorn -w 4 -b 0.0.0.0:5000 api_server:app``, which reads
+gunicorn.conf.py. Settings come from the environment (SEPSIS_CONFIG, SEPSIS_MODEL, SEPSIS_API_KEYS, ...; see
+api/settings.py) or from the options below. Without a key the service answers programs on its own machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from api.security import new_key
+from api.settings import Settings
+from command_line import DONE, log, make_parser, number, run
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when it is first asked for: importing this module starts and loads nothing."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from api.app import create_app
+
+    if not log.handlers:  # under gunicorn nobody has set up the log yet
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        log.setLevel(logging.INFO)
+    globals()["app"] = create_app()
+    return globals()["app"]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    if arguments.new_key:
+        key, line = new_key(arguments.new_key)
+        log.info("the key, for the client (it is shown once): %s\nthe line for the file of SEPSIS_API_KEYS:", key)
+        print(line)
+        return DONE
+    from api.app import create_app
+
+    settings = Settings.from_environment()
+    given = {
+        "config": arguments.config,
+        "model": arguments.model,
+        "api_keys": arguments.api_keys,
+        "monitor_url": arguments.monitor,
+        "audit_log": arguments.audit_log,
+    }
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    app = create_app(replace(settings, insecure=settings.insecure or arguments.insecure))
+    app.service.pipeline()  # a bad model is told here, not at the first request
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    log.info("http://%s:%d (for development; use gunicorn for production)", host, arguments.port)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    app.run(host=arguments.host, port=arguments.port, threaded=True)
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "python api_server.py --port 5000", "config", "model")
+    parser.set_defaults(config=None, model=None)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="to listen on")
+    parser.add_argument("--api-keys", metavar="FILE", help="keys as --new-key prints them; or SEPSIS_API_KEYS")
+    parser.add_argument("--new-key", metavar="NAME", help="make an API key for a client and end")
+    parser.add_argument(
+        "--insecure", action="store_true", help="answer everybody, without keys; or SEPSIS_INSECURE=1"
+    )
+    parser.add_argument("--audit-log", metavar="FILE", help="who asked about whom; data/audit.jsonl, - is stderr")
+    parser.add_argument(
+        "--monitor", metavar="URL", help="database of the prediction log, off for none; or SEPSIS_MONITOR_URL"
+    )
+    return run(serve, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Defaults of `gunicorn api_server:app`; options of the command line come before them.
+
+TLS: --certfile and --keyfile. Behind a proxy that ends TLS, leave `bind` on loopback and set API keys: a proxy on this
+machine does not make its clients local.
+"""
+
+import os
+import shutil
+import socket
+import struct
+import tempfile
+
+bind = "127.0.0.1:5000"
+workers = min(os.cpu_count() or 1, 8)
+# Threads wait for slow clients; scoring itself keeps one core busy a worker.
+worker_class = "gthread"
+threads = 16
+timeout = 60  # a worker that shows no life is replaced
+graceful_timeout = 30  # to answer what was accepted, at a stop or a reload
+keepalive = 5
+max_requests = 50_000  # workers are renewed now and then, not all at once
+max_requests_jitter = 5_000
+preload_app = False  # the model is loaded in each worker: LightGBM's threads do not survive a fork
+accesslog = None  # the service writes its own, without identifiers
+control_socket_disable = True
+limit_request_line = 2_000
+limit_request_fields = 50
+
+STALLED_SECONDS = 10  # a client that sends nothing for so long in mid-request is cut off
+
+# Counters of all workers are shared through files. SIGHUP reads this file again: the folder stays.
+_own_folder = "PROMETHEUS_MULTIPROC_DIR" not in os.environ
+if _own_folder:
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="sepsis-metrics-")
+
+
+def on_starting(server):
+    folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if name.endswith(".db"):
+            os.unlink(os.path.join(folder, name))
+
+
+def when_ready(server):
+    # connections inherit it from the socket they are accepted on
+    for listener in server.LISTENERS:
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED_SECONDS, 0))
+
+
+def post_worker_init(worker):
+    """Loads the model before the first request; without one the worker still answers /health and says 503."""
+    from api.service import NoModel
+
+    try:
+        worker.wsgi.service.pipeline()
+    except NoModel:
+        pass
+
+
+def child_exit(server, worker):
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(worker.pid)
+
+
+def on_exit(server):
+    if _own_folder:
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
