@@ -16,7 +16,7 @@ from typing import Any
 
 from api.security import new_key
 from api.settings import Settings
-from command_line import DONE, log, make_parser, number, run
+from command_line import COULD_NOT_START, DONE, log, make_parser, number, run
 
 
 def __getattr__(name: str) -> Any:
@@ -39,6 +39,7 @@ def serve(arguments: argparse.Namespace) -> int:
         print(line)
         return DONE
     from api.app import create_app
+    from api.service import NoModel
 
     settings = Settings.from_environment()
     given = {
@@ -50,7 +51,10 @@ def serve(arguments: argparse.Namespace) -> int:
     }
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     app = create_app(replace(settings, insecure=settings.insecure or arguments.insecure))
-    app.service.pipeline()  # a bad model is told here, not at the first request
+    try:
+        app.service.pipeline()  # a bad model is told here, not at the first request
+    except NoModel:
+        return COULD_NOT_START
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     log.info("http://%s:%d (for development; use gunicorn for production)", host, arguments.port)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -65,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="to listen on")
     parser.add_argument("--api-keys", metavar="FILE", help="keys as --new-key prints them; or SEPSIS_API_KEYS")
     parser.add_argument("--new-key", metavar="NAME", help="make an API key for a client and end")
-    parser.add_argument(
-        "--insecure", action="store_true", help="answer everybody, without keys; or SEPSIS_INSECURE=1"
-    )
+    parser.add_argument("--insecure", action="store_true", help="answer everybody, without keys; or SEPSIS_INSECURE=1")
     parser.add_argument("--audit-log", metavar="FILE", help="who asked about whom; data/audit.jsonl, - is stderr")
     parser.add_argument(
         "--monitor", metavar="URL", help="database of the prediction log, off for none; or SEPSIS_MONITOR_URL"

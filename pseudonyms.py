@@ -30,7 +30,8 @@ class Pseudonyms:
 
     def digest(self, *texts: str) -> bytes:
         """(32 bytes) of texts that together name one thing; ("a", "bc") and ("ab", "c") differ."""
-        message = b"".join(len(part).to_bytes(4, "big") + part for part in (text.encode() for text in texts))
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
         return hmac.digest(self._key, message, hashlib.sha256)
 
     def visit(self, client: str, visit_id: str) -> str:

@@ -22,7 +22,7 @@ def read_json(request: Request, settings: Settings, types: tuple[str, ...] = JSO
     if request.content_encoding:
         raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
     try:
-        return json.loads(_body(request, settings), parse_constant=_refuse)
+        return json.loads(_body(request, settings).decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     except json.JSONDecodeError as error:

@@ -176,7 +176,9 @@ class Scored:
         """Each visit's score at up to `points` of its own times, the last among them. Raises `TooMuch`."""
         o, points = self.observations, min(points, MOST_POINTS)
         if o.n_visits * points > self.most_snapshots:
-            raise TooMuch(f"{o.n_visits:,} visits at {points} moments; a request may ask {self.most_snapshots:,} scores")
+            raise TooMuch(
+                f"{o.n_visits:,} visits at {points} moments; a request may ask {self.most_snapshots:,} scores"
+            )
         visits, moments = [], []
         for visit in np.flatnonzero(~np.isnan(self.probability)):
             first, last = o.group_start[o.visit_group_start[visit]], o.group_start[o.visit_group_start[visit + 1]]

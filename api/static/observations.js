@@ -1,0 +1,59 @@
+// Pasted text to observations: JSON, or CSV with quotes; comma, semicolon or tab between fields.
+export function parseObservations(text) {
+  const start = text.trimStart();
+  if (start.startsWith("[") || start.startsWith("{")) {
+    const value = JSON.parse(text);
+    if (!Array.isArray(value)) throw new Error("the JSON is not a list of observations");
+    return value;
+  }
+  const rows = parseCsv(text);
+  if (rows.length < 2) throw new Error("no observations: a header and at least one line are needed");
+  const header = rows[0].map((name) => name.trim());
+  if (!header.includes("visit_id")) throw new Error("the first line must be a header with visit_id, client, observation_date, observation_type_code, observation_value");
+  return rows.slice(1).map((row) => Object.fromEntries(header.map((name, i) => [name, row[i] ?? ""])));
+}
+
+function parseCsv(text) {
+  const first = text.slice(0, text.indexOf("\n") + 1 || text.length);
+  const separator = [",", ";", "\t"].map((c) => [first.split(c).length, c]).sort((a, b) => b[0] - a[0])[0][1];
+  const rows = [];
+  let row = [], field = "", quoted = false;
+  const end = () => { row.push(field); field = ""; };
+  for (let i = text.charCodeAt(0) === 0xfeff ? 1 : 0; i < text.length; i++) {
+    const c = text[i];
+    if (quoted) {
+      if (c === '"' && text[i + 1] === '"') { field += c; i++; }
+      else if (c === '"') quoted = false;
+      else field += c;
+    } else if (c === '"' && field === "") quoted = true;
+    else if (c === separator) end();
+    else if (c === "\n") { end(); if (row.some((cell) => cell !== "")) rows.push(row); row = []; }
+    else if (c !== "\r") field += c;
+  }
+  end();
+  if (row.some((cell) => cell !== "")) rows.push(row);
+  return rows;
+}
+
+export const visitKey = (row) => JSON.stringify([String(row.client).trim(), String(row.visit_id).trim()]);
+
+// visit -> code -> [[milliseconds, value], ...] in order of time
+export function seriesByVisit(observations) {
+  const visits = new Map();
+  for (const row of observations) {
+    const time = Date.parse(zoned(String(row.observation_date)));
+    const value = Number(String(row.observation_value ?? "").replace(/^[<>=≤≥~\s]+/, "") || NaN);
+    if (!Number.isFinite(time) || !Number.isFinite(value)) continue;
+    const key = visitKey(row);
+    if (!visits.has(key)) visits.set(key, new Map());
+    const codes = visits.get(key);
+    const code = String(row.observation_type_code);
+    if (!codes.has(code)) codes.set(code, []);
+    codes.get(code).push([time, value]);
+  }
+  for (const codes of visits.values()) for (const points of codes.values()) points.sort((a, b) => a[0] - b[0]);
+  return visits;
+}
+
+// a time without a zone is UTC, as in the service
+const zoned = (text) => (/(Z|[+-]\d\d:?\d\d)$/i.test(text.trim()) ? text : `${text.trim().replace(" ", "T")}${text.includes(":") ? "Z" : ""}`);

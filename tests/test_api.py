@@ -1,0 +1,519 @@
+"""The service inside this process: answers, errors, security, logs, FHIR, CDS Hooks, the OpenAPI document."""
+
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from api.app import create_app
+from api.security import new_key, read_keys
+from api.settings import Settings
+from feature_pipeline import BadConfig, ProductionPipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
+LOCAL = {"REMOTE_ADDR": "127.0.0.1"}
+LOINC, UCUM = "http://loinc.org", "http://unitsofmeasure.org"
+AFAR = {"REMOTE_ADDR": "192.0.2.7"}
+
+
+@pytest.fixture
+def make_client(config_path, model_path, tmp_path):
+    """A test client of a service with its logs in `tmp_path`."""
+
+    def make(**changes):
+        given = {
+            "config": str(config_path),
+            "model": str(model_path),
+            "rate_limit": "100000/minute",
+            "access_log": str(tmp_path / "access.jsonl"),
+            "audit_log": str(tmp_path / "audit.jsonl"),
+            "monitor_url": f"sqlite:///{tmp_path}/log.db",
+        }
+        return create_app(Settings(**given | changes)).test_client()
+
+    return make
+
+
+@pytest.fixture
+def client(make_client):
+    return make_client()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def test_every_visit_is_answered_with_the_pipelines_own_number(client, pipeline):
+    answer = client.post("/predict", json=EXAMPLE).get_json()
+    expected = pipeline.predict(EXAMPLE)
+    assert answer["status"] == "success" and answer["model_version"] == pipeline.model_version
+    assert [p["sepsis_probability"] for p in answer["predictions"]] == expected["sepsis_probability"].tolist()
+    assert [p["visit_id"] for p in answer["predictions"]] == expected["visit_id"].tolist()
+    assert {p["risk_level"] for p in answer["predictions"]} <= {"low", "medium", "high"}
+
+
+def test_rows_set_aside_and_visits_without_anything_usable_are_told(client):
+    rows = [
+        *EXAMPLE[:30],
+        {**EXAMPLE[3], "observation_value": None},
+        {**EXAMPLE[3], "visit_id": 77, "observation_value": "high"},
+        "not a row",
+    ]
+    answer = client.post("/predict", json=rows).get_json()
+    last = answer["predictions"][-1]
+    assert (last["visit_id"], last["sepsis_probability"], last["risk_level"], last["as_of"]) == (
+        77,
+        None,
+        "unknown",
+        None,
+    )
+    assert {r["reason"]: (r["count"], r["first_rows"]) for r in answer["set_aside"]["reasons"]} == {
+        "malformed": (1, []),
+        "no_value": (1, [30]),
+        "bad_value": (1, [31]),
+    }
+    assert answer["set_aside"]["rows"] == 3
+
+
+def test_reasons_are_those_of_the_pipeline(client, pipeline):
+    answer = client.post("/predict?explain=3", json=EXAMPLE).get_json()
+    expected = pipeline.explain(EXAMPLE, top=3)
+    told = [reason for p in answer["predictions"] for reason in p["reasons"]]
+    assert [r["feature"] for r in told] == expected["feature"].tolist()
+    assert [r["contribution"] for r in told] == expected["contribution"].tolist()
+
+
+def test_a_trajectory_is_what_was_known_at_each_moment(client, pipeline):
+    answer = client.post("/predict?trajectory=5", json=EXAMPLE).get_json()
+    for prediction in answer["predictions"]:
+        points = prediction["trajectory"]
+        assert 1 < len(points) <= 5 and [p["as_of"] for p in points] == sorted(p["as_of"] for p in points)
+        assert points[-1] == {"as_of": prediction["as_of"], "sepsis_probability": prediction["sepsis_probability"]}
+    first = answer["predictions"][0]
+    then = pipeline.predict(EXAMPLE, as_of=first["trajectory"][1]["as_of"])
+    assert then["sepsis_probability"].iloc[0] == first["trajectory"][1]["sepsis_probability"]
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "said"),
+    [
+        (b"{", "application/json", 400, "not JSON"),
+        (b'{"visit_id": 1}', "application/json", 400, "JSON list"),
+        (b"[" * 200_000, "application/json", 400, "too deep"),
+        (b"\xff\xfe", "application/json", 400, "UTF-8"),
+        (b"[NaN]", "application/json", 400, "not JSON"),
+        (b"[" + b"9" * 5000 + b"]", "application/json", 400, "not JSON"),
+        (b"[]", "text/csv", 415, "expected application/json"),
+        (b"[]", "application/json", 422, "missing column"),
+        (json.dumps([{**EXAMPLE[0], "observation_value": "?"}]).encode(), "application/json", 422, "no usable"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(client, body, kind, status, said):
+    answer = client.post("/predict", data=body, content_type=kind)
+    assert answer.status_code == status
+    assert answer.get_json()["status"] == "error" and said in answer.get_json()["message"]
+
+
+def test_unusable_observations_name_their_rows(client):
+    rows = [{**EXAMPLE[0], "observation_value": "?"}, {**EXAMPLE[1], "observation_date": "soon"}]
+    answer = client.post("/predict", json=rows).get_json()
+    assert [(r["reason"], r["first_rows"]) for r in answer["set_aside"]["reasons"]] == [
+        ("bad_date", [1]),
+        ("bad_value", [0]),
+    ]
+    assert "observation_value" in answer["expected"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_bytes": 1000}, {"max_rows": 10}, {"max_visits": 2}], ids=["bytes", "rows", "visits"]
+)
+def test_too_large_requests_are_refused(make_client, changes):
+    answer = make_client(**changes).post("/predict", json=EXAMPLE)
+    assert answer.status_code == 413 and answer.get_json()["status"] == "error"
+
+
+@pytest.mark.parametrize("query", ["explain=-1", "explain=21", "explain=a", "trajectory=101"])
+def test_options_out_of_range_are_refused(client, query):
+    assert client.post(f"/predict?{query}", json=EXAMPLE).status_code == 422
+
+
+def test_without_a_model_the_service_lives_but_is_not_ready(make_client, tmp_path):
+    client = make_client(config=str(tmp_path / "none.json"))
+    assert client.get("/health").status_code == 200
+    for answer in (client.get("/ready"), client.post("/predict", json=EXAMPLE)):
+        assert answer.status_code == 503 and "Retry-After" in answer.headers
+        assert str(tmp_path) not in answer.get_data(as_text=True)  # no path leaves the process
+
+
+def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("secret detail")
+
+    client.get("/ready")
+    monkeypatch.setattr(ProductionPipeline, "evaluate", fail)
+    answer = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "abc-1"})
+    assert answer.status_code == 500 and answer.get_json()["request_id"] == "abc-1"
+    assert "secret" not in answer.get_data(as_text=True)
+
+
+def test_unknown_pages_and_methods_are_json_too(client):
+    assert client.get("/nothing").get_json()["status"] == "error"
+    answer = client.get("/predict")
+    assert answer.status_code == 405 and "POST" in answer.headers["Allow"]
+
+
+# -------------------------------------------------------------------------------------------------- security
+
+
+def test_without_keys_only_this_machine_is_answered(client):
+    assert client.post("/predict", json=EXAMPLE, environ_base=LOCAL).status_code == 200
+    answer = client.post("/predict", json=EXAMPLE, environ_base=AFAR)
+    assert answer.status_code == 401 and "--new-key" in answer.get_json()["message"]
+    assert client.get("/health", environ_base=AFAR).status_code == 200
+
+
+@pytest.mark.parametrize("header", [{"X-Forwarded-For": "192.0.2.7"}, {"Forwarded": "for=x"}, {"Host": "evil.example"}])
+def test_a_proxy_or_a_rebound_name_does_not_make_a_client_local(client, header):
+    assert client.post("/predict", json=EXAMPLE, headers=header, environ_base=LOCAL).status_code == 401
+
+
+def test_insecure_answers_everybody(make_client):
+    assert make_client(insecure=True).post("/predict", json=EXAMPLE, environ_base=AFAR).status_code == 200
+
+
+def test_keys_open_the_service_from_anywhere(make_client, tmp_path):
+    key, line = new_key("ward-3")
+    keys = tmp_path / "keys"
+    keys.write_text(f"# the wards\n{line}\n")
+    client = make_client(api_keys=str(keys))
+    for header in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
+        assert client.post("/predict", json=EXAMPLE, headers=header, environ_base=AFAR).status_code == 200
+    assert client.post("/predict", json=EXAMPLE, environ_base=LOCAL).status_code == 401
+    wrong = client.post("/predict", json=EXAMPLE, headers={"X-API-Key": key + "x"}, environ_base=AFAR)
+    assert wrong.status_code == 403
+    assert [entry["client"] for entry in lines_of(tmp_path / "access.jsonl")] == ["ward-3", "ward-3", None, None]
+    assert key not in (tmp_path / "access.jsonl").read_text() + keys.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "ward:1234", "a b:" + "0" * 64])
+def test_bad_key_files_are_refused(tmp_path, text):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(BadConfig, match="key"):
+        read_keys(str(tmp_path / "keys"))
+
+
+def test_too_many_requests_are_told_when_to_come_back(make_client):
+    client = make_client(rate_limit="2/hour")
+    answers = [client.post("/predict", json=EXAMPLE) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200, 200, 429]
+    assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == "error"
+
+
+def test_logs_hold_no_value_and_no_name(client, tmp_path):
+    client.post("/predict", json=EXAMPLE)
+    client.post("/predict", json=[{**EXAMPLE[0], "observation_value": "?"}])
+    text = (tmp_path / "access.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
+    for row in EXAMPLE:
+        assert str(row["visit_id"]) not in re.findall(r"[\w-]+", text) and row["client"] not in text
+    scored, failed = lines_of(tmp_path / "audit.jsonl")
+    assert scored["outcome"] == "scored" and scored["visits"] == 8 == len(set(scored["visit_pseudonyms"]))
+    assert failed["outcome"] == "error 422" and failed["client"] == "local"
+    database = sqlite3.connect(tmp_path / "log.db")
+    assert database.execute("select count(*), count(distinct visit) from predictions").fetchone() == (8, 8)
+    assert database.execute("select source, kind, n from prediction_errors").fetchall() == [("api", "unusable", 1)]
+
+
+def test_pages_load_nothing_from_elsewhere(client):
+    for path in ("/", "/docs"):
+        with client.get(path) as answer:
+            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+            text = answer.get_data(as_text=True)
+        assert not re.search(r"(?:src|href)=\"(?:https?:)?//", text)
+        for name in re.findall(r"(?:src|href)=\"(/static/[^\"]+)\"", text):
+            with client.get(name) as file:
+                assert file.status_code == 200
+    assert client.get("/static/../app.py").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SEPSIS_MAX_ROWS", "many"), ("SEPSIS_MAX_ROWS", "0"), ("SEPSIS_INSECURE", "perhaps")]
+)
+def test_settings_that_cannot_be_right_are_refused(name, value):
+    with pytest.raises(BadConfig, match=name):
+        Settings.from_environment({name: value})
+
+
+# ------------------------------------------------------------------------------------------- FHIR, CDS Hooks
+
+
+def fhir_observation(**changes):
+    """In the shape of the standard's own example of a heart rate, with a range."""
+    return {
+        "resourceType": "Observation",
+        "id": "heart-rate",
+        "status": "final",
+        "category": [
+            {
+                "coding": [
+                    {"system": "http://terminology.hl7.org/CodeSystem/observation-category", "code": "vital-signs"}
+                ]
+            }
+        ],
+        "code": {
+            "coding": [{"system": LOINC, "code": "8867-4", "display": "Heart rate"}],
+            "text": "Heart rate",
+        },
+        "subject": {"reference": "Patient/example"},
+        "encounter": {"reference": "Encounter/e1"},
+        "effectiveDateTime": "2024-07-02T08:00:00Z",
+        "valueQuantity": {
+            "value": 104.5,
+            "unit": "beats/minute",
+            "system": UCUM,
+            "code": "/min",
+        },
+        "referenceRange": [{"low": {"value": 60}, "high": {"value": 100}}],
+        **changes,
+    }
+
+
+def blood_pressure():
+    """In the shape of the standard's own example of a blood pressure panel."""
+    panel = fhir_observation(id="blood-pressure")
+    del panel["valueQuantity"], panel["referenceRange"]
+    panel["code"] = {"coding": [{"system": LOINC, "code": "85354-9"}]}
+    panel["component"] = [
+        {
+            "code": {"coding": [{"system": LOINC, "code": code}]},
+            "valueQuantity": {"value": value, "unit": "mmHg", "system": UCUM, "code": "mm[Hg]"},
+        }
+        for code, value in (("8480-6", 107), ("8462-4", 60))
+    ]
+    return panel
+
+
+def bundle_of(*resources):
+    entries = [{"fullUrl": f"urn:uuid:{i}", "resource": resource} for i, resource in enumerate(resources)]
+    return {"resourceType": "Bundle", "type": "collection", "entry": entries}
+
+
+def lab(code, value, unit):
+    quantity = {"value": value, "unit": unit, "system": UCUM, "code": unit}
+    return fhir_observation(code={"coding": [{"system": LOINC, "code": code}]}, valueQuantity=quantity)
+
+
+def plain(code, value, low=None, high=None, time="2024-07-02T08:00:00Z"):
+    return {
+        "visit_id": "e1",
+        "client": "example",
+        "observation_date": time,
+        "observation_type_code": code,
+        "observation_value": value,
+        "reference_range_min": low,
+        "reference_range_max": high,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_fhir_gives_the_same_number_to_the_last_bit(client, pipeline):
+    bundle = bundle_of(
+        fhir_observation(), blood_pressure(), lab("8310-5", 101.3, "[degF]"), lab("2160-0", 176.84, "umol/L")
+    )
+    answer = client.post("/fhir/predict", json=bundle)
+    assert answer.mimetype == "application/fhir+json"
+    assessment = answer.get_json()["entry"][0]["resource"]
+    own = pipeline.own_code
+    rows = [
+        plain(own("8867-4"), 104.5, 60, 100),
+        plain(own("8480-6"), 107.0),
+        plain(own("8462-4"), 60.0),
+        plain(own("8310-5"), 38.5, 60, 100),
+        plain(own("2160-0"), 2.00041408),
+    ]
+    rows[3] |= {"reference_range_min": 15.5556, "reference_range_max": 37.7778}
+    rows[4] |= {"reference_range_min": 0.67872, "reference_range_max": 1.1312}
+    assert own("8867-4") == "HR"
+    prediction = assessment["prediction"][0]
+    expected = pipeline.predict(rows)["sepsis_probability"][0]
+    assert prediction["probabilityDecimal"] == expected
+    assert client.post("/predict", json=rows).get_json()["predictions"][0]["sepsis_probability"] == expected
+    assert prediction["outcome"]["coding"][0]["code"] == "91302008"
+    assert prediction["whenRange"]["high"]["value"] == 6
+    assert assessment["subject"] == {"reference": "Patient/example"}
+    assert assessment["encounter"] == {"reference": "Encounter/e1"}
+    assert [b["reference"] for b in assessment["basis"]] == [f"urn:uuid:{i}" for i in range(4)]
+
+
+def test_all_example_patients_as_fhir(client, pipeline):
+    observations = [
+        fhir_observation(
+            subject={"reference": f"Patient/{row['client']}"},
+            encounter={"reference": f"Encounter/{row['visit_id']}"},
+            code={"coding": [{"code": row["observation_type_code"]}]},
+            effectiveDateTime=row["observation_date"] + "Z",
+            valueQuantity={"value": row["observation_value"]},
+            referenceRange=[
+                {
+                    "low": {"value": row["reference_range_min"]},
+                    "high": {"value": row["reference_range_max"]},
+                }
+            ]
+            if "reference_range_min" in row and "reference_range_max" in row
+            else [],
+        )
+        for row in EXAMPLE
+        if row["observation_value"] is not None
+    ]
+    for observation in observations:
+        if not observation["referenceRange"]:
+            del observation["referenceRange"]
+    entries = client.post("/fhir/predict", json=bundle_of(*observations)).get_json()["entry"]
+    given = [e["resource"]["prediction"][0]["probabilityDecimal"] for e in entries if "prediction" in e["resource"]]
+    usable = [row for row in EXAMPLE if row["observation_value"] is not None]
+    assert given == pipeline.predict(usable)["sepsis_probability"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("resource", "said"),
+    [
+        (fhir_observation(status="entered-in-error"), "no result"),
+        (fhir_observation(subject=None), "no subject"),
+        (fhir_observation(effectiveDateTime="2024"), "no effective time"),
+        (fhir_observation(valueQuantity=None), "no valueQuantity"),
+        (lab("2345-7", 5.5, "furlong"), "unit"),
+        (fhir_observation(status=7), "not a valid R4 Observation"),
+    ],
+)
+def test_fhir_observations_that_cannot_be_used_are_named_and_the_rest_go_on(client, resource, said):
+    resource = {name: value for name, value in resource.items() if value is not None}
+    entries = client.post("/fhir/predict", json=bundle_of(resource, fhir_observation())).get_json()["entry"]
+    assert entries[0]["resource"]["resourceType"] == "RiskAssessment"
+    issues = entries[1]["resource"]["issue"]
+    assert any(
+        said in issue["diagnostics"] and issue["expression"][0] == "Bundle.entry[0]"
+        for issue in issues
+        if "expression" in issue
+    )
+    alone = client.post("/fhir/predict", json=bundle_of(resource))
+    assert alone.status_code == 422 and alone.get_json()["resourceType"] == "OperationOutcome"
+
+
+def test_fhir_errors_are_operation_outcomes(client):
+    for body, status in (([], 400), ({"resourceType": "Patient"}, 400), ({"resourceType": "Bundle"}, 422)):
+        answer = client.post("/fhir/predict", json=body)
+        assert answer.status_code == status and answer.get_json()["resourceType"] == "OperationOutcome"
+    assert client.post("/fhir/predict", json={}, environ_base=AFAR).get_json()["issue"][0]["code"] == "login"
+
+
+def cds_call(*resources):
+    return {
+        "hook": "patient-view",
+        "hookInstance": "d1577c69-dfbe-44ad-ba6d-3e05e953b2ea",
+        "context": {"userId": "Practitioner/1", "patientId": "example"},
+        "prefetch": {"vitals": bundle_of(*resources), "laboratory": None},
+    }
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_cds_hooks_discovery_and_cards(client, pipeline):
+    service = client.get("/cds-services").get_json()["services"][0]
+    assert {"hook", "id", "description", "prefetch"} <= service.keys()
+    cards = client.post(f"/cds-services/{service['id']}", json=cds_call(fhir_observation())).get_json()["cards"]
+    assert len(cards) == 1 and len(cards[0]["summary"]) < 140
+    level = pipeline.risk_level(pipeline.predict([plain("HR", 104.5, 60, 100)])["sepsis_probability"][0])
+    assert cards[0]["indicator"] == {"low": "info", "medium": "warning", "high": "critical"}[level]
+    assert pipeline.model_version in cards[0]["source"]["label"] and "HR" in cards[0]["detail"]
+
+
+def test_cds_hooks_without_data(client):
+    url = "/cds-services/sepsis-risk"
+    assert client.post(url, json=cds_call()).get_json() == {"cards": []}
+    assert client.post(url, json={**cds_call(), "prefetch": {}}).status_code == 412
+    assert client.post(url, json={**cds_call(), "hook": "order-sign"}).status_code == 400
+    assert client.post(url, json=[]).status_code == 400
+
+
+# --------------------------------------------------------------------------------------------- OpenAPI, metrics
+
+
+def test_metrics_count_what_was_answered(client):
+    def count(name):
+        text = client.get("/metrics").get_data(as_text=True)
+        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*?}})? (\S+)$", text, re.M))
+
+    before = count("sepsis_predictions_total"), count("sepsis_score_count"), count("sepsis_rows_set_aside_total")
+    client.post("/predict", json=[*EXAMPLE, {**EXAMPLE[0], "observation_value": ""}])
+    after = count("sepsis_predictions_total"), count("sepsis_score_count"), count("sepsis_rows_set_aside_total")
+    assert [b - a for a, b in zip(before, after, strict=True)] == [8, 8, 1]
+    assert 'sepsis_model_info{version="' in client.get("/metrics").get_data(as_text=True)
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            name: st.none() | st.text(max_size=8) | st.integers() | st.floats()
+            for name in ("observation_value", "reference_range_min")
+        }
+        | {
+            "visit_id": st.integers(0, 3) | st.text(max_size=3),
+            "client": st.integers(0, 2) | st.text(max_size=3),
+            "observation_date": st.datetimes().map(str) | st.text(max_size=10) | st.none(),
+            "observation_type_code": st.sampled_from(["HR", "Temp", "NA", "X", ""]),
+        }
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(rows=ROWS)
+def test_whatever_the_rows_hold_the_answer_is_scores_or_one_clear_error(make_client, rows):
+    global _fuzzed
+    _fuzzed = _fuzzed or make_client(access_log="", audit_log="", monitor_url="off")
+    answer = _fuzzed.post("/predict", data=json.dumps(rows), content_type="application/json")
+    assert answer.status_code in (200, 400, 422)
+    if answer.status_code == 200:
+        named = {(str(r["client"]).strip(), str(r["visit_id"]).strip()) for r in rows}
+        shown = {(str(p["client"]).strip(), str(p["visit_id"]).strip()) for p in answer.get_json()["predictions"]}
+        assert shown == {(client, visit) for client, visit in named if client and visit}
+
+
+_fuzzed = None
+
+
+def test_the_openapi_document_holds_for_whatever_is_sent(make_client):
+    """Schemathesis makes requests from the document, right and wrong ones; answers are as documented, none is 5xx."""
+    client = make_client(insecure=True, access_log="", audit_log="", monitor_url="off")
+    client.get("/ready")
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", client.application)
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    tried = 0
+    for operation in schema.get_all_operations():
+
+        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.ok().as_strategy())
+        def check(case):
+            nonlocal tried
+            tried += 1
+            case.call_and_validate(checks=checks)
+
+        check()
+    assert tried > 60

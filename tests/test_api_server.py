@@ -1,0 +1,284 @@
+"""The service as it is deployed: gunicorn, curl, a browser, workers that die, a model that is replaced."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "new_patient_data.json"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 60
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def until(condition, what):
+    """Waits for a condition, with a limit far beyond what it takes."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if result := condition():
+                return result
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {PATIENCE} s")
+
+
+class Server:
+    """gunicorn on loopback, with a models directory of its own."""
+
+    def __init__(self, folder, models_dir, *options):
+        self.models, self.port, self.folder = folder / "models", free_port(), folder
+        shutil.copytree(models_dir, self.models)
+        env = {
+            **os.environ,
+            "SEPSIS_CONFIG": str(self.models / "best_model_config.json"),
+            "SEPSIS_MODEL": str(self.models / "best_model.pkl"),
+            "SEPSIS_RATE_LIMIT": "1000000/minute",
+            "SEPSIS_AUDIT_LOG": str(folder / "audit.jsonl"),
+            "SEPSIS_MONITOR_URL": f"sqlite:///{folder}/log.db",
+            "SEPSIS_ACCESS_LOG": "",
+        }
+        env.pop("PROMETHEUS_MULTIPROC_DIR", None)
+        command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"127.0.0.1:{self.port}", *options]
+        self.log = (folder / "log").open("w+b")
+        self.process = subprocess.Popen([*command, "api_server:app"], cwd=ROOT, env=env, stderr=self.log)
+        until(lambda: self.get("/ready")[0] == 200, "the server is ready")
+
+    def request(self, path, data=None, **headers):
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def get(self, path):
+        return self.request(path)
+
+    def predict(self, data=None):
+        status, text = self.request("/predict", EXAMPLE.read_bytes() if data is None else data)
+        return status, json.loads(text)
+
+    def workers(self):
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return {int(pid) for pid in children.split()}
+
+    def stop(self):
+        self.process.terminate()
+        assert self.process.wait(PATIENCE) == 0
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(models_dir, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"), models_dir)
+    yield server
+    server.stop()
+
+
+@contextlib.contextmanager
+def load(server, threads=4):
+    """Requests without pause while the body runs; gives the list of (status, model version) that grows."""
+    answers, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                status, body = server.predict()
+            except OSError:  # a broken connection
+                status, body = "broken", {}
+            answers.append((status, body.get("model_version")))
+
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(ask) for _ in range(threads)]
+        try:
+            until(lambda: len(answers) > 10, "the first answers")
+            yield answers
+        finally:
+            stop.set()
+        for task in tasks:
+            task.result()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_curl_as_in_the_readme(server, pipeline):
+    command = re.search(r"^curl -X POST http://localhost:5000/predict .*$", (ROOT / "README.md").read_text(), re.M)[0]
+    command = command.replace("localhost:5000", f"localhost:{server.port}").replace("curl", "curl -s", 1)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    expected = pipeline.predict(json.loads(EXAMPLE.read_text()))["sepsis_probability"].tolist()
+    assert [p["sepsis_probability"] for p in answer["predictions"]] == expected
+
+
+def test_metrics_are_the_sum_over_workers(server):
+    def total():
+        line = r'^sepsis_requests_total{route="/predict",status="200"} (\S+)$'
+        return sum(float(n) for n in re.findall(line, server.get("/metrics")[1], re.M))
+
+    before = total()
+    with ThreadPoolExecutor(8) as pool:
+        assert {status for status, _ in pool.map(lambda _: server.predict(), range(40))} == {200}
+    assert total() - before == 40
+
+
+def test_a_killed_worker_is_replaced_and_the_others_answer(server):
+    with load(server) as answers:
+        victim = min(server.workers())
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(server.workers() - {victim}) == 2, "a new worker")
+        seen = len(answers)
+        until(lambda: len(answers) > seen + 20, "answers after the kill")
+    # only what the killed worker had in hand may be lost, and the client sees that as a broken connection
+    statuses = [status for status, _ in answers]
+    assert set(statuses) <= {200, "broken"} and statuses.count("broken") <= 4
+
+
+def test_a_new_model_is_picked_up_without_a_lost_request(models_dir, tmp_path):
+    server = Server(tmp_path, models_dir)
+    try:
+        old = json.loads(server.get("/ready")[1])["model_version"]
+        with load(server) as answers:
+            config = json.loads((server.models / "best_model_config.json").read_text())
+            config["model_version"] = "20990101_000000"
+            new = server.models / "new.json"
+            new.write_text(json.dumps(config))
+            new.replace(server.models / "best_model_config.json")
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: answers[-1][1] == "20990101_000000", "an answer of the new model")
+            seen = len(answers)
+            until(lambda: len(answers) > seen + 30, "more answers")
+        assert set(answers) == {(200, old), (200, "20990101_000000")}
+        assert [v for _, v in answers[-10:]] == ["20990101_000000"] * 10
+    finally:
+        server.stop()
+
+
+def test_slow_clients_do_not_stop_the_others(server):
+    """More clients than the workers have processes, each with half a request."""
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    try:
+        for s in slow:
+            s.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            s.sendall(b"Content-Length: 9\r\n\r\n[")
+        assert server.predict()[0] == 200
+    finally:
+        for s in slow:
+            s.close()
+
+
+def test_the_prediction_log_has_what_was_answered(server):
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(server.folder / "log.db")) as database:
+        count = lambda: database.execute("select count(*) from predictions").fetchone()[0]  # noqa: E731
+        before = count()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: server.predict(), range(24)))
+        assert count() - before == sum(len(body["predictions"]) for _, body in answers) == 24 * 8
+
+
+# --------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+
+    quiet = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += " --disable-component-update --disable-sync"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    trouble = []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: trouble.append(request.url) if str(server.port) not in request.url else None)
+    page.goto(f"http://localhost:{server.port}/")
+    yield page
+    context.close()
+    assert not trouble
+
+
+def test_a_person_tries_the_demo_patients(page, pipeline):
+    page.get_by_role("button", name="Try the demo patients").click()
+    visits = page.locator("#visits button")
+    visits.first.wait_for()
+    scores = pipeline.predict(json.loads(EXAMPLE.read_text()))
+    best = scores.sort_values("sepsis_probability").iloc[-1]
+    assert visits.count() == 8 and f"visit {best['visit_id']}" in visits.first.inner_text()
+    level = pipeline.risk_level(best["sepsis_probability"])
+    assert level in visits.first.locator(".badge").inner_text()  # a word, not a colour alone
+    visits.nth(3).focus()
+    page.keyboard.press("Enter")
+    assert visits.nth(3).get_attribute("aria-pressed") == "true"
+    number = re.search(r"visit (\d+)", visits.nth(3).inner_text())[1]
+    assert f"Visit {number}" in page.locator("#detail h3").inner_text()
+    assert page.locator("#detail .reasons li").count() == 6 and page.locator("#detail svg").count() >= 4
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390  # nothing beyond a phone's edge
+
+
+def test_a_person_pastes_csv_with_a_bad_row(page):
+    header = "visit_id,client,observation_date,observation_type_code,observation_value\n"
+    rows = '1,"Doe, J",2024-01-01 08:00,HR,120\n1,"Doe, J",2024-01-01 09:00,Temp,39.5\n2,x,2024-01-01 09:00,HR,?\n'
+    page.get_by_label("Observations, as CSV").fill(header + rows)
+    page.get_by_role("button", name="Score").click()
+    page.locator("#visits button").first.wait_for()
+    assert page.locator("#visits button").count() == 2
+    assert "not a number (rows 3)" in page.locator("#remarks").inner_text()
+    assert "no score" in page.locator("#visits").inner_text()
+
+
+def test_a_person_pastes_nonsense(page):
+    page.get_by_label("Observations, as CSV").fill("[{]")
+    page.get_by_role("button", name="Score").click()
+    page.locator("#status.bad").wait_for()
+    assert "cannot be read" in page.locator("#status").inner_text()
+
+
+def test_a_person_looks_at_the_service(page, pipeline):
+    page.get_by_role("button", name="Service").click()
+    page.locator("#card dd").first.wait_for()
+    assert pipeline.model_version in page.locator("#card").inner_text()
+    assert "/predict 200" in page.locator("#requests").inner_text()
+    page.get_by_role("link", name="API").click()
+    page.locator("#operations article").first.wait_for()
+    assert "POST /predict" in page.locator("#operations").inner_text()
+
+
+# --------------------------------------------------------------------------------------------- the script
+
+
+def test_the_script_makes_keys_and_refuses_a_missing_model(tmp_path):
+    command = [sys.executable, str(ROOT / "api_server.py")]
+    made = subprocess.run([*command, "--new-key", "ward"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert re.fullmatch(r"ward:[0-9a-f]{64}\n", made.stdout) and re.search(r"sepsis_\S{43}", made.stderr)
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2 and "error: " in failed.stderr and "Traceback" not in failed.stderr
