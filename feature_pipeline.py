@@ -287,6 +287,35 @@ class Observations:
             out[has_rows] = ufunc.reduceat(self.time, self.group_start[first_group[has_rows]])
         return out
 
+    @classmethod
+    def of_rows(
+        cls,
+        visits: Sequence[tuple[Any, Any]],
+        codes: Sequence[str],
+        concepts: Sequence[Concept | None],
+        visit: np.ndarray,
+        code: np.ndarray,
+        columns: Mapping[str, np.ndarray],
+    ) -> Observations:
+        """Observations from rows that were validated before, such as those of several readings together.
+
+        `visits` are (client, visit_id) as given; `codes` must be sorted; for each row `visit` and `code` are places in
+        these, and `columns` hold ``time``, ``value``, ``low``, ``high``. Exact duplicates count once.
+        """
+        rows, groups, duplicates = _canonical_order(visit, code, len(codes), **columns)
+        client, number = _object_array([v[0] for v in visits]), _object_array([v[1] for v in visits])
+        return cls(
+            visit_id=number,
+            client=client,
+            visit_text=_object_array([as_text(v) for v in number]),
+            client_text=_object_array([as_text(v) for v in client]),
+            codes=tuple(codes),
+            concepts=tuple(concepts),
+            **groups,
+            **rows,
+            remarks={"duplicate": duplicates} if duplicates else {},
+        )
+
     def without(self, groups: np.ndarray) -> Observations:
         """The same visits as if the codes of these groups (n_groups,) had never been measured there."""
         keep = ~groups
@@ -502,10 +531,16 @@ def _numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
     return numbers[index], np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]
 
 
+def _object_array(cells: Sequence[Any]) -> np.ndarray:
+    out = np.empty(len(cells), dtype=object)
+    out[:] = cells
+    return out
+
+
 def _as_given(column: Column, rows: np.ndarray) -> np.ndarray:
     """The cells of some rows, as the caller wrote them."""
     if isinstance(column, list):
-        return pd.Series([column[row] for row in rows.tolist()], dtype=object).to_numpy()
+        return _object_array([column[row] for row in rows.tolist()])
     if isinstance(column.dtype, np.dtype):
         return column.to_numpy()[rows]
     if len(column) < _LONG:
@@ -1539,6 +1574,12 @@ def to_micros(moment: Any) -> int:
     if times[0] == NO_TIME:
         raise BadObservations(f"as_of {str(moment)!r} is not an ISO 8601 date between 1900 and 2299")
     return int(times[0])
+
+
+def iso_times(micros: np.ndarray) -> list[str | None]:
+    """ISO 8601 texts, UTC, of microseconds since 1970, without needless fractions; None for NO_TIME."""
+    texts = np.asarray(micros, dtype=np.int64).astype("datetime64[us]").astype(str).tolist()
+    return [None if text == "NaT" else text.removesuffix(".000000") + "Z" for text in texts]
 
 
 def resolve_snapshots(observations: Observations, as_of: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -4,6 +4,7 @@ TLS: --certfile and --keyfile. Behind a proxy that ends TLS, leave `bind` on loo
 machine does not make its clients local.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -52,10 +53,8 @@ def post_worker_init(worker):
     """Loads the model before the first request; without one the worker still answers /health and says 503."""
     from api.service import NoModel
 
-    try:
+    with contextlib.suppress(NoModel):
         worker.wsgi.service.pipeline()
-    except NoModel:
-        pass
 
 
 def child_exit(server, worker):

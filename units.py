@@ -1,4 +1,4 @@
-"""Units in which interfaces send known quantities, turned into the unit that the concept is kept in.
+"""What interfaces send, in the model's own terms: its code, and the unit that the code's concept is kept in.
 
 A table of observations has no units: its codes always mean one. FHIR and HL7 name a unit with every value, so that a
 value in another one can be converted, and a value in an unknown one must not be taken as a number.
@@ -6,7 +6,9 @@ value in another one can be converted, and a value in an unknown one must not be
 
 from __future__ import annotations
 
-from feature_pipeline import Concept
+from typing import Any
+
+from feature_pipeline import Concept, ProductionPipeline, concept_of
 
 # (concept, unit as sent, lower case) -> factor. Units are UCUM codes and their common spellings. Molar masses: glucose
 # 180.16, creatinine 113.12, bilirubin 584.66, urea nitrogen 28.01 (two atoms a molecule of urea), lactate 89.07
@@ -80,3 +82,27 @@ def to_kept_unit(concept: Concept, value: float, unit: str | None) -> float | No
         return round((value - 32) * 5 / 9, 4)
     factor = _FACTORS.get(concept.name, {}).get(name)
     return None if factor is None else float(f"{value * factor:.10g}")
+
+
+def own_terms(
+    pipeline: ProductionPipeline,
+    code: str,
+    value: float,
+    unit: str | None,
+    low: float | None,
+    high: float | None,
+) -> dict[str, Any] | str:
+    """An observation's code, value and range in the model's own terms, or why there is none, as a text."""
+    concept = concept_of(code, pipeline.config["synonyms"])
+    if concept is not None:
+        converted = to_kept_unit(concept, value, unit)
+        if converted is None:
+            return f"its unit is not one that {concept.name.replace('_', ' ')} can be converted from"
+        value = converted
+        low, high = (None if bound is None else to_kept_unit(concept, bound, unit) for bound in (low, high))
+    return {
+        "observation_type_code": pipeline.own_code(code),
+        "observation_value": value,
+        "reference_range_min": low,
+        "reference_range_max": high,
+    }

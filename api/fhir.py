@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
 from api.service import Scored
-from feature_pipeline import ProductionPipeline, concept_of
-from units import to_kept_unit
+from feature_pipeline import ProductionPipeline
+from units import own_terms
 
 MIME = "application/fhir+json"
 LOINC = "http://loinc.org"
@@ -156,23 +156,11 @@ def _record(part: Any, value: float, unit: str | None, pipeline: ProductionPipel
     code = known[0] if known else codings[0].code if codings else (part.code.text or "")
     if not code:
         return "no code"
-    own, concept = pipeline.own_code(code), concept_of(code, pipeline.config["synonyms"])
     low = high = None
     for reference in (part.referenceRange or [])[:1]:
         low = float(reference.low.value) if reference.low and reference.low.value is not None else None
         high = float(reference.high.value) if reference.high and reference.high.value is not None else None
-    if concept is not None:
-        converted = to_kept_unit(concept, value, unit)
-        if converted is None:
-            return f"its unit is not one that {concept.name.replace('_', ' ')} can be converted from"
-        value = converted
-        low, high = (None if bound is None else to_kept_unit(concept, bound, unit) for bound in (low, high))
-    return {
-        "observation_type_code": own,
-        "observation_value": value,
-        "reference_range_min": low,
-        "reference_range_max": high,
-    }
+    return own_terms(pipeline, code, value, unit, low, high)
 
 
 # ---------------------------------------------------------------------------------------------------- answers

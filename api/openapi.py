@@ -15,7 +15,7 @@ def document(settings: Settings) -> dict[str, Any]:
         "info": {
             "title": "Sepsis risk",
             "version": "1",
-            "description": "Probability of sepsis from a hospital's observations. Research software, no medical device.",
+            "description": "Probability of sepsis from observations. Research software, no medical device.",
         },
         "paths": _paths(settings),
         "components": {

@@ -21,6 +21,7 @@ from feature_pipeline import (
     NotExplainable,
     Observations,
     ProductionPipeline,
+    iso_times,
     resolve_snapshots,
 )
 from prediction_log import PredictionLog
@@ -148,14 +149,10 @@ class Scored:
                 o.client.tolist(),
                 self.probability.tolist(),
                 self.levels,
-                iso_times(np.where(np.isnan(self.probability), np.datetime64("NaT"), self._times(self.moments))),
+                iso_times(self.moments),
                 strict=True,
             )
         ]
-
-    @staticmethod
-    def _times(micros: np.ndarray) -> np.ndarray:
-        return micros.astype("datetime64[us]")
 
     def reasons(self, top: int) -> tuple[list[list[dict[str, Any]]], str | None]:
         """Each visit's strongest features (``feature, value, contribution``), and a remark where there are none."""
@@ -190,7 +187,7 @@ class Scored:
         if visits:
             visit, moment = np.concatenate(visits), np.concatenate(moments)
             scores = self.pipeline.score(o, visit, moment).tolist()
-            for v, time_, p in zip(visit.tolist(), iso_times(self._times(moment)), scores, strict=True):
+            for v, time_, p in zip(visit.tolist(), iso_times(moment), scores, strict=True):
                 out[v].append({"as_of": time_, "sepsis_probability": p})
         return out
 
@@ -212,8 +209,3 @@ def described_set_aside(counts: dict[str, int], rows: dict[str, list[int]]) -> d
             for reason, n in counts.items()
         ],
     }
-
-
-def iso_times(moments: np.ndarray) -> list[str | None]:
-    """ISO 8601 texts, UTC, without needless fractions; None for NaT."""
-    return [None if text == "NaT" else text.removesuffix(".000000") + "Z" for text in moments.astype(str).tolist()]
