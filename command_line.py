@@ -121,3 +121,22 @@ def read_synonyms(path: str | None) -> dict[str, str]:
     if list(table.columns[:2]) != ["code", "concept"]:
         raise BadConfig(f"synonyms {path!r}: expected the columns code,concept")
     return dict(zip(table["code"], table["concept"], strict=True))
+
+
+def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
+    """POSTs JSON to a webhook; tries twice. Raises `OSError` with one line that does not name the URL's secrets."""
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+    for last in (False, True):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                answer.read()
+                return
+        except urllib.error.HTTPError as error:
+            if last or error.code < 500:
+                raise OSError(f"the webhook answers {error.code}") from None
+        except OSError as error:
+            if last:
+                raise OSError(f"the webhook cannot be reached ({type(error).__name__})") from None

@@ -1,0 +1,355 @@
+"""Open visits, their observations, and their scores in micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from command_line import log
+from feature_pipeline import (
+    CONTEXT,
+    DEFAULT_CONFIG,
+    DEFAULT_MODEL,
+    MICROSECONDS_PER_HOUR,
+    SET_ASIDE_REASONS,
+    BadObservations,
+    Concept,
+    Observations,
+    ProductionPipeline,
+    as_text,
+    concept_of,
+    iso_times,
+)
+from prediction_log import PredictionLog
+
+Key = tuple[str, str]  # client, visit_id as texts
+ROW = np.dtype([("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
+REASONS = {
+    **SET_ASIDE_REASONS,
+    "future": "observation_date is too far in the future",
+    "visit_full": "the visit has more observations than --max-observations; it is no longer scored",
+}
+WAITING = 1000  # observations that are validated together at the latest
+
+
+@dataclass
+class Visit:
+    """One open visit. `rows` are its validated observations, in pieces; `origin` is what a feed wants to remember."""
+
+    client: Any  # as given
+    visit_id: Any
+    rows: list[np.ndarray] = field(default_factory=list)
+    changed: bool = False  # since its last score
+    full: bool = False
+    seen: float = 0.0  # by the processor's clock
+    level: str | None = None  # of the last score
+    origin: Any = None
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.rows))
+
+
+class StreamProcessor:
+    """Keeps open visits and scores those that changed; loads config and model when it is made.
+
+    Observations may come in any order, several times, and late: the score of a visit is the one that the batch gives on
+    the same rows, to the last bit. `min_observations`: a visit with fewer different ones is not scored.
+
+    Bounds: `max_visits` (beyond it the visit that was silent the longest is scored and dropped) and `max_observations`
+    of a visit. Old observations are folded away where no feature of the model can see them; where the model looks at
+    the whole visit nothing can be, and a visit beyond the limit is reported and no longer scored: a score of a part
+    would be a wrong number.
+    """
+
+    def __init__(
+        self,
+        config_path: str | Path = DEFAULT_CONFIG,
+        model_path: str | Path = DEFAULT_MODEL,
+        min_observations: int = 5,
+        *,
+        max_visits: int = 100_000,
+        max_observations: int = 50_000,
+        idle_hours: float = 48.0,
+        future_hours: float = 24.0,
+        clock: Callable[[], float] = time.time,
+        prediction_log: str | None = "off",
+    ):
+        self.pipeline = ProductionPipeline(config_path, model_path)
+        self.min_observations = min_observations
+        self.max_visits, self.max_observations = max_visits, max_observations
+        self.idle_hours, self.future_hours, self.clock = idle_hours, future_hours, clock
+        self.visits: OrderedDict[Key, Visit] = OrderedDict()  # the longest silent first
+        self.set_aside: Counter[str] = Counter()
+        self.dropped = 0  # visits dropped because there were too many
+        self._waiting: list[tuple[Mapping[str, Any], Any]] = []
+        self._late_results: list[dict[str, Any]] = []  # last scores of visits that were dropped
+        self.codes: list[str] = []  # in order of arrival; rows hold places in it
+        self._concepts: list[Concept | None] = []
+        self._place: dict[str, int] = {}
+        self._fold_hours = _fold_hours(self.pipeline)
+        self._log = PredictionLog.open(prediction_log, self.pipeline, "stream")
+
+    # ------------------------------------------------------------------------------------------ observations
+
+    def add_observation(self, observation: Mapping[str, Any], origin: Any = None) -> None:
+        """Takes one observation (the seven fields). What cannot be used is counted in `set_aside` and reported once it
+        is looked at: with the next thousand, or before the next score. `origin` is kept with the visit (the first one).
+        """
+        self._waiting.append((observation, origin))
+        if len(self._waiting) >= WAITING:
+            self.settle()
+
+    def add_observations(self, observations: Sequence[Mapping[str, Any]]) -> None:
+        """Takes several observations."""
+        for observation in observations:
+            self.add_observation(observation)
+
+    def settle(self) -> None:
+        """Validates the observations that wait and gives them to their visits."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        records = [record for record, _ in waiting]
+        try:
+            read = self.pipeline.reproducer.read(records)
+        except BadObservations as error:
+            # nothing usable; where a column is missing the rows are all of no expected form
+            self._count(error.set_aside or {"malformed": len(records)})
+            return
+        self._count(read.set_aside)
+        origins: dict[Key, Any] = {}
+        for record, origin in waiting:
+            if origin is not None and isinstance(record, Mapping):
+                origins.setdefault((as_text(record.get("client")), as_text(record.get("visit_id"))), origin)
+        self._take(read, origins)
+
+    def _count(self, reasons: Mapping[str, int]) -> None:
+        for reason, n in reasons.items():
+            self.set_aside[reason] += n
+            log.warning("set aside: %d observations: %s", n, REASONS[reason])
+
+    def _take(self, read: Observations, origins: Mapping[Key, Any]) -> None:
+        for code in read.codes:
+            if code not in self._place:
+                self._place[code] = len(self.codes)
+                self.codes.append(code)
+                self._concepts.append(concept_of(code, self.pipeline.config["synonyms"]))
+        own = np.array([self._place[code] for code in read.codes], dtype=np.int32)
+        rows = np.empty(len(read.time), dtype=ROW)
+        rows["code"] = np.repeat(own[read.group_code], np.diff(read.group_start))
+        for name in ("time", "value", "low", "high"):
+            rows[name] = getattr(read, name)
+        now = self.clock()
+        latest = int((now + self.future_hours * 3600) * 1e6)
+        bounds = read.group_start[read.visit_group_start].tolist()
+        future = bool((rows["time"] > latest).any())
+        for i, key in enumerate(read.keys()):
+            own_rows = rows[bounds[i] : bounds[i + 1]]
+            if future:
+                late = own_rows["time"] > latest
+                if late.any():
+                    self._count({"future": int(late.sum())})
+                    own_rows = own_rows[~late]
+            if not len(own_rows):
+                continue  # a visit begins with its first usable observation
+            visit = self.visits.get(key)
+            if visit is None:
+                self._make_room()
+                visit = self.visits[key] = Visit(read.client[i], read.visit_id[i], origin=origins.get(key))
+            else:
+                self.visits.move_to_end(key)
+            visit.seen = now
+            if visit.full:
+                self._count({"visit_full": len(own_rows)})
+                continue
+            visit.rows.append(own_rows.copy())
+            visit.changed = True
+            if visit.n_rows > self.max_observations:
+                self._shrink(visit)
+
+    def _make_room(self) -> None:
+        while len(self.visits) >= self.max_visits:
+            key = next(iter(self.visits))
+            self.dropped += 1
+            log.warning("more than %d open visits: the one that was silent the longest is dropped", self.max_visits)
+            self._close([key])
+
+    def _distinct(self, visit: Visit) -> np.ndarray:
+        """All different rows of a visit."""
+        if len(visit.rows) > 1:
+            together = np.concatenate(visit.rows)
+            # bytes compare NaN with NaN as equal; -0.0 was made 0.0 by the reader
+            _, first = np.unique(together.view(f"V{ROW.itemsize}"), return_index=True)
+            visit.rows = [together[np.sort(first)]]
+        return visit.rows[0]
+
+    def _shrink(self, visit: Visit) -> None:
+        rows = self._distinct(visit)
+        if self._fold_hours is not None:
+            rows = self._folded(rows)
+            visit.rows = [rows]
+        if len(rows) > self.max_observations:
+            visit.full, visit.changed = True, False
+            visit.rows = [rows[:1]]
+            self._count({"visit_full": len(rows)})
+
+    def _folded(self, rows: np.ndarray) -> np.ndarray:
+        """Without the rows older than any window, but for the latest of each code."""
+        horizon = rows["time"].max() - int(self._fold_hours * MICROSECONDS_PER_HOUR)
+        order = np.lexsort((rows["high"], rows["low"], rows["value"], rows["time"], rows["code"]))
+        rows = rows[order]
+        last = np.append(rows["code"][1:] != rows["code"][:-1], True)
+        return rows[(rows["time"] > horizon) | last]
+
+    # ----------------------------------------------------------------------------------------------- scores
+
+    def _key(self, visit_id: Any, client: Any) -> Key | None:
+        """The open visit that is meant. Raises `ValueError` where two clients have visits of this number."""
+        number = as_text(visit_id)
+        if client is not None:
+            key = (as_text(client), number)
+            return key if key in self.visits else None
+        found = [key for key in self.visits if key[1] == number]
+        if len(found) > 1:
+            raise ValueError("several clients have a visit of this number: say which client")
+        return found[0] if found else None
+
+    def should_predict(self, visit_id: Any, client: Any = None) -> bool:
+        """Is the visit open, has it enough observations, and changed since its last score?"""
+        self.settle()
+        key = self._key(visit_id, client)
+        return key is not None and self._due(self.visits[key])
+
+    def _due(self, visit: Visit) -> bool:
+        # counting pieces first: what is repeated is only sorted out where it decides
+        return visit.changed and (
+            (visit.n_rows >= self.min_observations and len(visit.rows) == 1)
+            or (visit.n_rows >= self.min_observations and len(self._distinct(visit)) >= self.min_observations)
+        )
+
+    def predict_visit(self, visit_id: Any, client: Any = None) -> dict[str, Any]:
+        """The score of one open visit: ``visit_id, client, sepsis_probability, risk_level, num_observations,
+        timestamp`` (of its last observation, UTC), ``model_version``. Raises `KeyError` where no such visit is open or
+        it is too full to be scored."""
+        self.settle()
+        key = self._key(visit_id, client)
+        if key is None or self.visits[key].full:
+            raise KeyError("no such visit is open, or it has more observations than can be kept")
+        return self._score([key])[0]
+
+    def predict_due(self, where: Callable[[Visit], bool] = lambda visit: True) -> list[dict[str, Any]]:
+        """The scores of all visits that changed since their last one, in one vectorised call; and the last scores of
+        visits that were dropped meanwhile. `where` may leave visits for later."""
+        self.settle()
+        due = [key for key, visit in self.visits.items() if visit.changed and self._due(visit) and where(visit)]
+        results = self._late_results + self._score(due)
+        self._late_results = []
+        return results
+
+    def _score(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+        if not keys:
+            return []
+        start = time.perf_counter()
+        observations = self._observations(keys)
+        visit, moments = np.arange(len(keys)), observations.last_time
+        probability, features = self.pipeline.evaluate(observations, visit, moments)
+        levels = self.pipeline.risk_level(probability).tolist()
+        lengths = observations.group_start[observations.visit_group_start]
+        self._log.record(observations, visit, moments, probability, features, time.perf_counter() - start)
+        results = []
+        for i, (key, p, time_) in enumerate(zip(keys, probability.tolist(), iso_times(moments), strict=True)):
+            visit_ = self.visits[key]
+            visit_.changed = False
+            results.append(
+                {
+                    "visit_id": visit_.visit_id,
+                    "client": visit_.client,
+                    "sepsis_probability": p,
+                    "risk_level": levels[i],
+                    "num_observations": int(lengths[i + 1] - lengths[i]),
+                    "timestamp": time_,
+                    "model_version": self.pipeline.model_version,
+                    "previous_level": visit_.level,
+                }
+            )
+            visit_.level = levels[i]
+        return results
+
+    def _observations(self, keys: Sequence[Key]) -> Observations:
+        visits = [self.visits[key] for key in keys]
+        for visit in visits:
+            if len(visit.rows) > 1:
+                visit.rows = [np.concatenate(visit.rows)]
+        rows = np.concatenate([visit.rows[0] for visit in visits])
+        order = sorted(range(len(self.codes)), key=self.codes.__getitem__)
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        observations = Observations.of_rows(
+            [(visit.client, visit.visit_id) for visit in visits],
+            [self.codes[i] for i in order],
+            [self._concepts[i] for i in order],
+            np.repeat(np.arange(len(visits)), [len(visit.rows[0]) for visit in visits]),
+            rank[rows["code"]],
+            {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")},
+        )
+        if observations.remarks:  # repeated rows need not be kept
+            for visit in visits:
+                visit.rows = [self._only_distinct(visit.rows[0])]
+        return observations
+
+    @staticmethod
+    def _only_distinct(rows: np.ndarray) -> np.ndarray:
+        _, first = np.unique(rows.view(f"V{ROW.itemsize}"), return_index=True)
+        return rows[np.sort(first)]
+
+    # --------------------------------------------------------------------------------------------- the end
+
+    def clear_buffer(self, visit_id: Any, client: Any = None) -> None:
+        """Forgets a visit."""
+        self.settle()
+        key = self._key(visit_id, client)
+        if key is not None:
+            del self.visits[key]
+
+    def close_idle(self) -> list[dict[str, Any]]:
+        """Drops the visits without an observation for `idle_hours`; gives their last scores where one was due."""
+        self.settle()
+        horizon = self.clock() - self.idle_hours * 3600
+        idle = []
+        for key, visit in self.visits.items():
+            if visit.seen > horizon:
+                break
+            idle.append(key)
+        self._close(idle)
+        results, self._late_results = self._late_results, []
+        return results
+
+    def _close(self, keys: Sequence[Key]) -> None:
+        self._late_results += self._score([key for key in keys if self._due(self.visits[key])])
+        for key in keys:
+            del self.visits[key]
+
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Drops visits without a word: another process has taken them over."""
+        for key in keys:
+            self.visits.pop(key, None)
+
+
+def _fold_hours(pipeline: ProductionPipeline) -> float | None:
+    """How far back the model looks, but for the latest value of each code; None where it looks at the whole visit.
+
+    The clinical scores look at the last 24 h and at static codes.
+    """
+    plan = pipeline.reproducer.plan
+    if set(plan.columns.get(None, {})) - {"last"}:
+        return None
+    if set(plan.context) - {name for name in CONTEXT if name == "hour_of_day" or name.endswith("h")}:
+        return None
+    return float(max([24, *(window for window in plan.columns if window is not None)]))

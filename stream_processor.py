@@ -1,0 +1,122 @@
+"""Scores visits while their observations arrive: JSON lines, Kafka, or HL7 over MLLP.
+
+By default JSON lines come from stdin and results go to stdout: ``tail -f feed.jsonl | python stream_processor.py``.
+With --state a file keeps what was accepted, so that a restart goes on where it ended. SIGTERM finishes what was
+accepted and saves the open visits.
+
+    processor = StreamProcessor("models/best_model_config.json", "models/best_model.pkl")
+    processor.add_observation({"visit_id": 1, "client": "A", ...})
+    if processor.should_predict(1):
+        result = processor.predict_visit(1)
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from command_line import DONE, SOME_FAILED, log, make_parser, number, run
+from stream.alerts import AlertBook, AlertSinks
+from stream.feed import Feed, read_lines
+from stream.journal import Journal
+from stream.processor import StreamProcessor
+
+__all__ = ["StreamProcessor", "main"]
+
+DEFAULT_STATE = "data/stream_state.jsonl"
+
+
+def stream(arguments: argparse.Namespace) -> int:
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        processor = StreamProcessor(
+            arguments.config,
+            arguments.model,
+            arguments.min_observations,
+            max_visits=arguments.max_visits,
+            max_observations=arguments.max_observations,
+            idle_hours=arguments.idle_hours,
+            future_hours=arguments.future_hours,
+            prediction_log=arguments.monitor,
+        )
+        book = AlertBook(arguments.cooldown_hours)
+        sinks = AlertSinks(arguments.alerts, arguments.webhook)
+        if arguments.kafka:
+            from stream.kafka import consume
+
+            return SOME_FAILED if consume(processor, book, arguments, stop.is_set) else DONE
+        state = arguments.state or (DEFAULT_STATE if arguments.mllp else None)
+        feed = Feed(processor, book, sinks, Journal(state) if state else None)
+        try:
+            if arguments.mllp:
+                receive(feed, arguments.mllp, stop)
+            else:
+                read_lines(feed, sys.stdin.fileno(), stop.is_set)
+        finally:
+            feed.finish()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return SOME_FAILED if feed.failed else DONE
+
+
+def receive(feed: Feed, address: tuple[str, int], stop: threading.Event) -> None:
+    """Serves MLLP until SIGTERM or SIGINT."""
+    import asyncio
+
+    from stream.mllp import serve
+
+    async def work() -> None:
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, ended.set)
+        if stop.is_set():
+            ended.set()
+        await serve(feed, *address, ended, lambda port: log.info("receiving HL7 over MLLP at port %d", port))
+
+    asyncio.run(work())
+
+
+def address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` as a pair."""
+    host, _, port = text.rpartition(":")
+    if not port.isdigit():
+        raise ValueError
+    return host or "127.0.0.1", int(port)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "tail -f feed.jsonl | python stream_processor.py", "config", "model")
+    parser.add_argument("--kafka", metavar="BROKERS", help="read from Kafka: HOST:PORT, several with commas between")
+    parser.add_argument("--topic", default="observations", help="of the observations, keyed by client and visit")
+    parser.add_argument("--out", default="predictions", metavar="TOPIC", help="Kafka topic of the results")
+    parser.add_argument("--alerts-topic", default="sepsis-alerts", metavar="TOPIC", help="Kafka topic of the alerts")
+    parser.add_argument("--group", default="sepsis-risk", metavar="NAME", help="consumers of one group share the work")
+    parser.add_argument("--kafka-config", metavar="FILE", help="more settings of librdkafka, as JSON: TLS, passwords")
+    parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU^R01 over MLLP")
+    parser.add_argument("--state", metavar="FILE", help=f"keeps what was accepted; with --mllp {DEFAULT_STATE}")
+    parser.add_argument("--alerts", metavar="FILE", help="append alerts as JSON lines; they are always logged")
+    parser.add_argument("--webhook", metavar="URL", help="POST each alert there as JSON")
+    parser.add_argument(
+        "--cooldown-hours", type=number(float, 0), default=6.0, help="no second alert of a level for so long"
+    )
+    parser.add_argument(
+        "--min-observations", type=number(int, 1), default=5, help="a visit with fewer is not scored yet"
+    )
+    parser.add_argument(
+        "--idle-hours", type=number(float, 0), default=48.0, help="a visit silent for so long is scored and dropped"
+    )
+    parser.add_argument(
+        "--future-hours", type=number(float, 0), default=24.0, help="dates further ahead of the clock are set aside"
+    )
+    parser.add_argument("--max-visits", type=number(int, 1), default=100_000, help="open at once")
+    parser.add_argument("--max-observations", type=number(int, 10), default=50_000, help="of a visit")
+    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
+    return run(stream, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
