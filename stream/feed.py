@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,9 +129,6 @@ class Feed:
 def read_lines(feed: Feed, descriptor: int, stopped: Callable[[], bool], wait: float = 0.02) -> None:
     """Feeds JSON lines from a file descriptor until it ends or `stopped` says so: whatever is there at once is a
     micro-batch."""
-    import os
-    import select
-
     rest = b""
     while not stopped():
         if not select.select([descriptor], [], [], wait)[0]:
@@ -137,9 +136,8 @@ def read_lines(feed: Feed, descriptor: int, stopped: Callable[[], bool], wait: f
             continue
         chunk = os.read(descriptor, 1 << 20)
         if not chunk:
+            feed.accept_lines([rest])
             break
         *lines, rest = (rest + chunk).split(b"\n")
         feed.accept_lines(lines)
         feed.score()
-    if rest:
-        feed.accept_lines([rest])

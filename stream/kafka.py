@@ -1,9 +1,9 @@
 """Kafka: observations from one topic, results and alerts to two others, at least once, and no alert twice.
 
-Observations must be keyed by client and visit, so that one consumer sees the whole of a visit. State survives by replay:
-what is committed for a partition is the offset of the oldest observation of any open visit, and as the commit's metadata
-the offset up to which results are out. A consumer that gets the partition reads from the first, is silent up to the
-second, and goes on. A compacted changelog would write each visit's whole state at every score (some 7 kB for 200
+Observations must be keyed by client and visit, so that one consumer sees the whole of a visit. State survives by
+replay: what is committed for a partition is the offset of the oldest observation of any open visit, and as the commit's
+metadata the offset up to which results are out. A consumer that gets the partition reads from the first, is silent up
+to the second, and goes on. A compacted changelog would write each visit's whole state at every score (some 7 kB for 200
 observations) and need a second topic to be right together with the first; the replay needs nothing but the topic's own
 retention, which must be longer than the longest stay with its idle time.
 
@@ -203,11 +203,9 @@ class PartitionFeed:
             partition, offset = visit.origin
             oldest[partition] = min(offset, oldest.get(partition, offset))
         offsets = [
-            TopicPartition(
-                self.arguments.topic, p, min(oldest.get(p, self._done[p]), self._done[p]), str(self._done[p])
-            )
-            for p in partitions
-            if p in self._done and p not in self._replaying
+            TopicPartition(self.arguments.topic, p, min(oldest.get(p, done), done), str(done))
+            for p, done in self._done.items()
+            if p in partitions and p not in self._replaying
         ]
         self._committed, self._moved = time.monotonic(), False
         if not offsets:

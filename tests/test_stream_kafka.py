@@ -1,0 +1,183 @@
+"""Kafka over real sockets: librdkafka's mock cluster, or the brokers of SEPSIS_TEST_KAFKA.
+
+Consumers are processes of their own, as deployed; one is killed in mid-stream and one joins.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
+
+from feature_pipeline import resolve_snapshots
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def brokers():
+    if given := os.environ.get("SEPSIS_TEST_KAFKA"):
+        yield given
+        return
+    cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1})
+    yield ",".join(f"{b.host}:{b.port}" for b in cluster.list_topics(timeout=10).brokers.values())
+    del cluster
+
+
+class Stream:
+    """Topics of one test, and its consumers."""
+
+    def __init__(self, brokers, models_dir, folder):
+        self.brokers, self.models_dir, self.folder = brokers, models_dir, folder
+        name = uuid.uuid4().hex[:8]
+        self.topics = [f"{kind}-{name}" for kind in ("observations", "predictions", "alerts")]
+        self.group, self.processes = f"group-{name}", []
+        self.producer = Producer({"bootstrap.servers": brokers})
+        for topic in self.topics:  # made on first use
+            self.producer.list_topics(topic, timeout=10)
+        (folder / "kafka.json").write_text(json.dumps({"session.timeout.ms": 6000}))
+
+    def start(self):
+        observations, predictions, alerts = self.topics
+        command = [sys.executable, str(ROOT / "stream_processor.py"), "--kafka", self.brokers, "--group", self.group]
+        command += ["--topic", observations, "--out", predictions, "--alerts-topic", alerts]
+        command += ["--config", str(self.models_dir / "best_model_config.json"), "--monitor", "off"]
+        command += ["--model", str(self.models_dir / "best_model.pkl"), "--min-observations", "1"]
+        command += ["--kafka-config", str(self.folder / "kafka.json")]
+        log = self.folder / f"log{len(self.processes)}"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stderr=file, cwd=ROOT)
+        process.log = log
+        self.processes.append(process)
+        return process
+
+    def send(self, records):
+        for record in records:
+            content = record if isinstance(record, bytes) else json.dumps(record).encode()
+            key = b"x" if isinstance(record, bytes) else f"{record['client']}|{record['visit_id']}".encode()
+            self.producer.produce(self.topics[0], content, key)
+        assert self.producer.flush(30) == 0
+
+    def read(self, topic):
+        """All messages of a topic up to its present end, in order within partitions."""
+        reader = Consumer({"bootstrap.servers": self.brokers, "group.id": "r" + uuid.uuid4().hex})
+        ends = {}
+        for partition in reader.list_topics(topic, timeout=10).topics[topic].partitions:
+            low, high = reader.get_watermark_offsets(TopicPartition(topic, partition), 10)
+            if high > low:
+                ends[partition] = high
+        reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in ends])
+        found = []
+        while ends:
+            for message in reader.consume(1000, 0.2):
+                found.append(json.loads(message.value()))
+                if message.offset() + 1 >= ends.get(message.partition(), 0):
+                    ends.pop(message.partition(), None)
+        reader.close()
+        return found
+
+    def last_scores(self):
+        return {(str(r["client"]), str(r["visit_id"])): r["sepsis_probability"] for r in self.read(self.topics[1])}
+
+    def until(self, condition, what):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if condition():
+                return
+            time.sleep(0.2)
+        logs = "\n".join(p.log.read_text()[-1500:] for p in self.processes)
+        raise AssertionError(f"{what}: not within {PATIENCE} s\n{logs}")
+
+    def stop(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        return [process.wait(PATIENCE) for process in self.processes]
+
+
+@pytest.fixture
+def stream(brokers, models_dir, tmp_path):
+    stream = Stream(brokers, models_dir, tmp_path)
+    yield stream
+    for process in stream.processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def visits(n):
+    """The example's observations for many visits, in order of time, all mixed."""
+    rows = [{**row, "visit_id": f"{row['visit_id']}-{k}"} for row in EXAMPLE for k in range(n)]
+    return sorted((row for row in rows if row["observation_value"] is not None), key=lambda r: r["observation_date"])
+
+
+def expected(pipeline, records):
+    observations = pipeline.reproducer.read(records)
+    visit, moments, _ = resolve_snapshots(observations)
+    return dict(zip(observations.keys(), pipeline.score(observations, visit, moments).tolist(), strict=True))
+
+
+def alerted_once(alerts):
+    told = [(a["client"], a["visit_id"], a["risk_level"]) for a in alerts]
+    assert len(told) == len(set(told))
+
+
+def test_three_consumers_one_killed_one_added(stream, pipeline):
+    records = visits(6)
+    third = len(records) // 3
+    consumers = [stream.start() for _ in range(3)]
+    stream.until(lambda: all("partitions taken" in c.log.read_text() for c in consumers), "every consumer has work")
+    stream.send(records[:third])
+    stream.until(lambda: len(stream.last_scores()) > 10, "the first scores")
+    os.kill(consumers[0].pid, signal.SIGKILL)
+    stream.send(records[third : 2 * third])
+    stream.start()
+    stream.send(records[2 * third :])
+    stream.send(records[:50])  # and some again
+    wanted = expected(pipeline, records)
+    stream.until(lambda: stream.last_scores() == wanted, "every visit's last score is the batch's")
+    alerts = stream.read(stream.topics[2])
+    alerted_once(alerts)
+    high = {key for key, p in wanted.items() if pipeline.risk_level(p) == "high"}
+    assert high <= {(a["client"], a["visit_id"]) for a in alerts if a["risk_level"] == "high"} and high
+    assert stream.stop() == [-signal.SIGKILL, 0, 0, 0]
+
+
+def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline):
+    records = visits(1)
+    half = len(records) // 2
+    stream.start()
+    stream.send(records[:half])
+    first = expected(pipeline, records[:half])
+    stream.until(lambda: stream.last_scores() == first, "the scores of the first half")
+    assert stream.stop() == [0]
+    stream.send([b"no JSON", b'{"visit_id": 1}', b"7"])
+    stream.send([{**records[0], "observation_date": "2999-01-01", "visit_id": "later"}])
+    stream.send(records[half:])
+    second = stream.start()
+    wanted = expected(pipeline, records)
+    stream.until(lambda: stream.last_scores() == wanted, "the scores of all")
+    alerted_once(stream.read(stream.topics[2]))
+    assert stream.stop()[1] == 1  # something was set aside
+    told = second.log.read_text()
+    assert "4 observations set aside" in told and "Traceback" not in told and records[0]["client"] not in told
+
+
+def test_a_broker_that_is_away_is_waited_for(models_dir, tmp_path):
+    stream = Stream.__new__(Stream)
+    stream.brokers, stream.models_dir, stream.folder, stream.processes = "127.0.0.1:9", models_dir, tmp_path, []
+    stream.topics, stream.group = ["a", "b", "c"], "g"
+    (tmp_path / "kafka.json").write_text("{}")
+    process = stream.start()
+    stream.until(lambda: "Kafka cannot be reached" in process.log.read_text(), "the trouble is reported")
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    assert process.log.read_text().count("cannot be reached") == 1
