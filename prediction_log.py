@@ -32,6 +32,7 @@ predictions = sa.Table(
     sa.Column("source", sa.String(16), nullable=False),  # api, batch, database, stream
     sa.Column("model_version", sa.String(32), nullable=False),
     sa.Column("visit", sa.String(16), nullable=False, index=True),  # Pseudonyms.visit
+    sa.Column("as_of", sa.DateTime()),  # the observations' time that the score is of
     sa.Column("score", sa.Double()),  # empty where nothing was usable
     sa.Column("risk_level", sa.String(8), nullable=False),
     sa.Column("bins", sa.Text(), nullable=False),  # a letter for each feature of the profile: a, b, ..., - for empty
@@ -103,7 +104,7 @@ class Profile:
         values = features[:, self._columns]
         letters = (values[:, :, None] >= self._edges).sum(axis=2).astype(np.uint8) + ord("a")
         letters[np.isnan(values)] = ord("-")
-        return letters.view(f"S{len(self.features)}").ravel().astype(str).tolist()
+        return np.ascontiguousarray(letters).view(f"S{len(self.features)}").ravel().astype(str).tolist()
 
     def present(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> tuple[list[str], list[int]]:
         """For each snapshot which of the model's codes it has (a text of 0 and 1), and how many observations of
@@ -123,6 +124,83 @@ class Profile:
         length = observations.group_start[foreign + 1] - observations.group_start[foreign]
         unknown = np.bincount(snapshot[own < 0], weights=length, minlength=len(visit)).astype(int)
         return has.view(f"S{has.shape[1]}").ravel().astype(str).tolist(), unknown.tolist()
+
+
+WATCHED = 20
+_SAMPLE = 50_000
+
+
+def visit_weights(visit: np.ndarray) -> np.ndarray:
+    """A weight for each row such that every visit counts once, however often it is scored."""
+    _, own, count = np.unique(visit, return_inverse=True, return_counts=True)
+    return 1 / count[own]
+
+
+def bin_shares(letters: np.ndarray, n_bins: int, weights: np.ndarray) -> list[float]:
+    """Weighted shares of the bins, that of the empty ones last. `letters` (n,) are bytes as `Profile.bins` has them."""
+    place = np.where(letters == ord("-"), n_bins, letters.astype(np.int64) - ord("a"))
+    shares = np.bincount(place, weights=weights, minlength=n_bins + 1) / weights.sum()
+    return [round(float(share), 6) for share in shares]
+
+
+def make_profile(
+    config: Mapping[str, Any],
+    features: np.ndarray,
+    probability: np.ndarray,
+    observations: Observations,
+    visit: np.ndarray,
+    as_of: np.ndarray,
+) -> dict[str, Any]:
+    """The config's ``reference_profile``: how scores, features and codes are distributed in training.
+
+    `features` (n_features, n_snapshots) are not filled yet, `probability` (n_snapshots,) out-of-fold. Watched
+    are the features that go with the score the most (by correlation). Bins are tenths; every visit counts once.
+    """
+    some = np.unique(np.linspace(0, len(visit) - 1, min(len(visit), _SAMPLE)).astype(int))
+    features = features[:, some]
+    if (fill := config.get("fill_value")) is not None:
+        features[np.isnan(features)] = fill
+    score = np.log(np.clip(probability[some], 1e-9, 1 - 1e-9) / (1 - np.clip(probability[some], 1e-9, 1 - 1e-9)))
+    strength = []
+    for row in features:
+        known = ~np.isnan(row)
+        x, y = row[known], score[known]
+        varies = len(x) > 10 and x.std() > 1e-12 and y.std() > 1e-12
+        strength.append(abs(np.corrcoef(x, y)[0, 1]) * known.mean() if varies else 0.0)
+    chosen = [int(i) for i in np.argsort(-np.array(strength), kind="stable")[:WATCHED] if strength[i] > 0]
+    tenths = np.arange(0.1, 0.95, 0.1)
+
+    def edges(values: np.ndarray) -> list[float]:
+        values = values[~np.isnan(values)]
+        # an edge at the smallest value would leave the first bin empty
+        return [float(edge) for edge in np.unique(np.quantile(values, tenths)) if edge > values.min()]
+
+    names = config["feature_names"]
+    watched = {names[i]: {"edges": edges(features[i])} for i in chosen}
+    own = Profile({**config, "reference_profile": {"features": watched}})
+    weights = visit_weights(visit[some])
+    letters = letters_of(own.bins(features.T), len(watched))
+    for name, column in zip(own.features, letters.T, strict=True):
+        watched[name]["shares"] = bin_shares(column, len(watched[name]["edges"]) + 1, weights)
+    score_edges = edges(probability[some])
+    score_letters = np.searchsorted(score_edges, probability[some], side="right") + ord("a")
+    present, unknown = own.present(observations, visit[some], as_of[some])
+    has = letters_of(present, len(own.codes)) == ord("1")
+    return {
+        "n_visits": len(np.unique(visit[some])),
+        "features": watched,
+        "score": {"edges": score_edges, "shares": bin_shares(score_letters, len(score_edges) + 1, weights)},
+        "codes": {
+            code: round(float((column * weights).sum() / weights.sum()), 6)
+            for code, column in zip(own.codes, has.T, strict=True)
+        },
+        "unknown": round(float(((np.array(unknown) > 0) * weights).sum() / weights.sum()), 6),
+    }
+
+
+def letters_of(texts: list[str], width: int) -> np.ndarray:
+    """(n, width) bytes of texts that all have `width` letters."""
+    return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), width)
 
 
 class PredictionLog:
@@ -172,18 +250,28 @@ class PredictionLog:
             "seconds": seconds,
         }
         levels = self._pipeline.risk_level(probability).tolist()
+        moments = as_of.astype("datetime64[us]").astype(object)  # datetime, None for none
         rows = [
             {
                 **shared,
                 "visit": self._pseudonyms.visit(client, number),
+                "as_of": moment,
                 "score": score if score == score else None,
                 "risk_level": level,
                 "bins": bins,
                 "codes": present,
                 "unknown": others,
             }
-            for client, number, score, level, bins, present, others in zip(
-                clients, visits, probability.tolist(), levels, self._profile.bins(features), codes, unknown, strict=True
+            for client, number, moment, score, level, bins, present, others in zip(
+                clients,
+                visits,
+                moments,
+                probability.tolist(),
+                levels,
+                self._profile.bins(features),
+                codes,
+                unknown,
+                strict=True,
             )
         ]
         return self._write(predictions, rows)

@@ -33,6 +33,7 @@ from feature_pipeline import (
     describe_set_aside,
 )
 from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
+from prediction_log import make_profile
 from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, split_parts
 from training_report import report_page
 
@@ -216,6 +217,9 @@ def train_best_model(arguments: argparse.Namespace) -> int:
         config["library_versions"] = library_versions()
         config["trained_at"] = facts["Trained at"]
         config["trained_on"] = {"fingerprint": data.fingerprint, "description": data.describe()}
+        config["reference_profile"] = make_profile(
+            config, table.plain, probability, data.observations, data.visit, data.as_of
+        )
         info = info_text(config, facts, data.notices(), version)
         trained.model.metadata.update({"model_version": version, "trained_at": facts["Trained at"]})
         deploy(directory, config, trained.model, info, report, version)

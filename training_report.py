@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +10,11 @@ import pandas as pd
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from metrics import OperatingPoint, calibration_table
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-.notice { background: #fff4d6; border-left: .3rem solid #d99a00; padding: .5rem 1rem; }
-img { max-width: 100%; }
-"""
+from pages import facts_table, frame_table, heading, image, page, paragraph
 
 
-def figures_png(label: np.ndarray, probability: np.ndarray) -> bytes:
-    """Reliability, ROC and precision-recall curves side by side, as PNG."""
+def curves(label: np.ndarray, probability: np.ndarray) -> Any:
+    """Reliability, ROC and precision-recall curves side by side, as a matplotlib figure."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -44,9 +34,7 @@ def figures_png(label: np.ndarray, probability: np.ndarray) -> bytes:
     recall.plot(sensitivity[:-1], precision[:-1])
     recall.set(title="Precision-recall", xlabel="sensitivity", ylabel="precision (PPV)")
     recall.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 def report_page(
@@ -59,18 +47,14 @@ def report_page(
     points: Sequence[OperatingPoint],
 ) -> str:
     """The page; `basis` says which predictions the tables and curves were drawn from."""
-    table = calibration_table(label, probability)
-    image = base64.b64encode(figures_png(label, probability)).decode()
-    operating = pd.DataFrame([vars(point) for point in points])
-    operating.columns = [name.replace("_", " ") for name in operating.columns]
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    alerts = "".join(f'<p class="notice">{html.escape(line)}</p>' for line in notices)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{alerts}<table>{rows}</table>"
-        f"<p>Tables and curves: {html.escape(basis)}.</p>"
-        f'<img alt="Reliability, ROC and precision-recall curves" src="data:image/png;base64,{image}">'
-        f"<h2>Calibration</h2>{table.to_html(index=False, float_format='%.4f', border=0)}"
-        f"<h2>Operating points</h2>{operating.to_html(index=False, float_format='%.4f', border=0)}"
-        "<p>Research software, not a medical device. Validate on local data before any patient is scored.</p></html>\n"
+    return page(
+        title,
+        notices,
+        facts_table(facts),
+        paragraph(f"Tables and curves: {basis}."),
+        image(curves(label, probability), "Reliability, ROC and precision-recall curves"),
+        heading("Calibration"),
+        frame_table(calibration_table(label, probability)),
+        heading("Operating points"),
+        frame_table(pd.DataFrame([vars(point) for point in points])),
     )

@@ -1,0 +1,64 @@
+"""Self-contained HTML pages for a person to read: reports of training, comparison and monitoring."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+.notice { background: #fff4d6; border-left: .3rem solid #d99a00; padding: .5rem 1rem; }
+.alert { background: #fbe7e8; border-left: .3rem solid #b3202c; padding: .5rem 1rem; }
+img { max-width: 100%; }
+"""
+
+
+def page(title: str, notices: Sequence[str], *parts: str, alerts: Sequence[str] = ()) -> str:
+    """A whole document; `parts` are HTML, texts elsewhere are escaped."""
+    head = html.escape(title)
+    boxes = "".join(f'<p class="notice">{html.escape(line)}</p>' for line in notices)
+    boxes += "".join(f'<p class="alert">{html.escape(line)}</p>' for line in alerts)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title>'
+        f"<style>{_STYLE}</style><h1>{head}</h1>{boxes}{''.join(parts)}"
+        "<p>Research software, not a medical device. Validate on local data before any patient is scored.</p></html>\n"
+    )
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def facts_table(facts: Mapping[str, Any]) -> str:
+    """Two columns: name and value."""
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f"<table>{rows}</table>"
+
+
+def frame_table(frame: pd.DataFrame) -> str:
+    """A frame, its names with spaces for underscores."""
+    shown = frame.rename(columns=lambda name: str(name).replace("_", " "))
+    return shown.to_html(index=False, float_format="%.4f", border=0, na_rep="")
+
+
+def image(figure: Any, alt: str) -> str:
+    """A matplotlib figure as a picture inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def listing(lines: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
