@@ -50,6 +50,44 @@ def bootstrap_intervals(
     }
 
 
+def compared(
+    label: np.ndarray,
+    old: np.ndarray,
+    new: np.ndarray,
+    group: np.ndarray,
+    alert_rate: float,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Two models' probabilities of the same rows: ``old, new, difference, low, high`` of ROC AUC, average precision,
+    Brier score, and of the sensitivity where each calls the share `alert_rate` of the rows.
+
+    The 95% interval of the difference is paired: both are measured on the same resamples of whole groups (clients).
+    """
+
+    def measured(y: np.ndarray, p: np.ndarray) -> np.ndarray:
+        called = p >= np.quantile(p, 1 - alert_rate)
+        scores = ranking_scores(y, p)
+        return np.array([scores["roc_auc"], scores["average_precision"], brier_score(y, p), called[y == 1].mean()])
+
+    _, own = np.unique(group, return_inverse=True)
+    rows_of = np.split(np.argsort(own, kind="stable"), np.cumsum(np.bincount(own))[:-1])
+    generator, differences = np.random.default_rng(seed), []
+    for _ in range(n_resamples):
+        rows = np.concatenate([rows_of[g] for g in generator.integers(0, len(rows_of), len(rows_of))])
+        if 0 < label[rows].sum() < len(rows):
+            differences.append(measured(label[rows], new[rows]) - measured(label[rows], old[rows]))
+    low, high = np.percentile(np.array(differences), [2.5, 97.5], axis=0)
+    before, after = measured(label, old), measured(label, new)
+    names = ("roc_auc", "average_precision", "brier", "sensitivity")
+    return {
+        name: {"old": a, "new": b, "difference": b - a, "low": lower, "high": upper}
+        for name, a, b, lower, upper in zip(
+            names, before.tolist(), after.tolist(), low.tolist(), high.tolist(), strict=True
+        )
+    }
+
+
 def brier_score(label: np.ndarray, probability: np.ndarray) -> float:
     """Mean squared difference of probability and outcome (Brier, Mon Weather Rev 1950;78:1)."""
     return float(np.mean((probability - label) ** 2))

@@ -7,7 +7,7 @@ write to one database; a row is committed before the prediction is answered. SQL
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,14 @@ def letters_of(texts: list[str], width: int) -> np.ndarray:
 class PredictionLog:
     """Writes rows for one pipeline and one source. `open` makes one; a log that fails never stops the scoring."""
 
-    def __init__(self, engine: sa.Engine | None, pipeline: ProductionPipeline, source: str):
+    def __init__(
+        self,
+        engine: sa.Engine | None,
+        pipeline: ProductionPipeline,
+        source: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ):
+        self._clock = clock
         self._engine, self._pipeline, self._source = engine, pipeline, source
         self._profile = Profile(pipeline.config)
         self._pseudonyms = Pseudonyms.from_environment()
@@ -244,7 +251,7 @@ class PredictionLog:
         clients, visits = observations.client_text[visit].tolist(), observations.visit_text[visit].tolist()
         codes, unknown = self._profile.present(observations, visit, as_of)
         shared = {
-            "time": datetime.now(UTC).replace(tzinfo=None),
+            "time": self._clock().replace(tzinfo=None),
             "source": self._source,
             "model_version": self._pipeline.model_version,
             "seconds": seconds,
@@ -281,7 +288,7 @@ class PredictionLog:
         if self._engine is None:
             return False
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
-        return self._write(errors, [{"time": datetime.now(UTC).replace(tzinfo=None), **row}])
+        return self._write(errors, [{"time": self._clock().replace(tzinfo=None), **row}])
 
     def _write(self, table: sa.Table, rows: list[dict[str, Any]]) -> bool:
         try:

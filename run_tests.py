@@ -8,6 +8,7 @@ Without an argument: the whole test suite.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -22,7 +23,7 @@ import pandas as pd
 from artifacts import write_atomic
 from command_line import DONE, SOME_FAILED, log, make_parser, run
 from demo_cohort import DEMO_NOTICE, make_demo_cohort
-from feature_pipeline import ProductionPipeline, SetAsideWarning
+from feature_pipeline import BadModel, ProductionPipeline, SetAsideWarning
 
 SAMPLE = "data/sample_new_patients.csv"
 
@@ -88,6 +89,9 @@ def check_latency(pipeline: ProductionPipeline, observations: pd.DataFrame, repe
 
 def check_pipeline(arguments: argparse.Namespace) -> int:
     pipeline = ProductionPipeline(arguments.config, arguments.model)
+    if hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest() != pipeline.config["model_sha256"]:
+        # loading fell back to the archive, as it may while versions are switched; here nothing is being switched
+        raise BadModel(f"model file {arguments.model!r} is not the config's: its SHA-256 differs; deploy both together")
     print(f"loaded: model {pipeline.model_version}, golden example reproduced")
     observations, _ = make_demo_cohort(n_patients=arguments.patients, seed=1)
     checks: list[tuple[str, Callable[[], str]]] = [

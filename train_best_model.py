@@ -25,17 +25,20 @@ import numpy as np
 
 from artifacts import library_versions, write_atomic, write_json
 from candidates import FeatureTable, ModelConfiguration, cross_validate, filled, fit_calibrated
-from command_line import DONE, log, make_parser, run
+from command_line import DONE, SOME_FAILED, log, make_parser, run
 from feature_pipeline import (
     BadConfig,
     FeatureReproducer,
     ScoreModel,
     describe_set_aside,
+    load_config,
 )
 from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
 from prediction_log import make_profile
+from retraining import retrain
 from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, split_parts
 from training_report import report_page
+from versions import CONFIG, archive_of, compare, list_versions, switch
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,63 @@ def info_text(config: dict[str, Any], facts: dict[str, Any], notices: list[str],
 # ------------------------------------------------------------------------------------------------ the script
 
 
-def train_best_model(arguments: argparse.Namespace) -> int:
-    start = time.perf_counter()
+def work(arguments: argparse.Namespace) -> int:
+    """Does what the options ask for: the versions' part, retraining, or training."""
     directory = Path(arguments.models_dir)
+    if arguments.list:
+        versions = list_versions(directory)
+        for v in versions:
+            scores = f"{v['roc_auc']:.4f}  {v['average_precision']:.4f}" if v["roc_auc"] is not None else ""
+            print(f"{'*' if v['deployed'] else ' '} {v['version']}  {scores}  {v['feature_set']} with {v['model']}")
+        log.info(
+            "%d versions in %s; * is deployed; ROC AUC and average precision out-of-fold", len(versions), directory
+        )
+        return DONE
+    if arguments.rollback:
+        switch(directory, arguments.rollback)
+        print(f"deployed: model {arguments.rollback}")
+        return DONE
+    if arguments.compare or arguments.promote:
+        return compare_and_promote(arguments, directory)
+    if arguments.retrain:
+        return retrain(arguments, main)
+    return train_best_model(arguments, directory)
+
+
+def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
+    """The deployed version and an archived one on labelled patients that neither has learned from.
+
+    Those are the patients of --observations and --labels. Data that one of them was trained on would flatter it and are
+    refused: by their fingerprint, so what is new to both is for the caller to see to. --promote deploys the archived
+    version where it is not worse, or with --force.
+    """
+    version = arguments.promote or arguments.compare
+    folder = archive_of(directory, version)
+    if not arguments.observations:
+        raise BadConfig("--compare and --promote need --observations and --labels of patients that neither has seen")
+    config = load_config(directory / CONFIG)
+    data = load_training_data(arguments.observations, arguments.labels, settings_of(config), config["synonyms"])
+    for trained in (config, load_config(folder / CONFIG)):
+        if trained.get("trained_on", {}).get("fingerprint") == data.fingerprint:
+            raise BadConfig(f"model {trained['model_version']} was trained on these patients; compare on others")
+    comparison = compare(directory, folder, data, "patients of --observations")
+    for line in comparison.lines():
+        print(line)
+    refused = bool(comparison.objections) and not arguments.force
+    decision = "compared" if not arguments.promote else "not promoted" if refused else "promoted"
+    write_atomic(directory / "comparison.html", comparison.html(decision))
+    if not arguments.promote:
+        return DONE
+    if refused:
+        print("not promoted: the new model is worse; --force promotes it all the same")
+        return SOME_FAILED
+    switch(directory, version)
+    print(f"promoted: model {version}")
+    return DONE
+
+
+def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
+    start = time.perf_counter()
     reproducer = FeatureReproducer(directory / "best_model_config.json")
     config = reproducer.config
     seed = config["seed"] if arguments.seed is None else arguments.seed
@@ -240,8 +297,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__, "python train_best_model.py --full", "observations", "labels", "models-dir", "seed", "jobs"
     )
     parser.set_defaults(seed=None)
-    parser.add_argument("--full", action="store_true", help="train on all data and deploy to the models directory")
-    return run(train_best_model, parser, argv)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--full", action="store_true", help="train on all data and deploy to the models directory")
+    what.add_argument("--list", action="store_true", help="show the archived versions")
+    what.add_argument("--rollback", metavar="VERSION", help="deploy an archived version")
+    what.add_argument("--compare", metavar="VERSION", help="an archived version with the deployed one, on new patients")
+    what.add_argument("--promote", metavar="VERSION", help="compare, and deploy the version where it is not worse")
+    what.add_argument(
+        "--retrain",
+        action="store_true",
+        help="search on old and new data, compare on new patients, deploy if not worse; safe to run from cron",
+    )
+    parser.add_argument("--force", action="store_true", help="promote a worse model all the same")
+    parser.add_argument("--keep-config", action="store_true", help="retrain the deployed recipe, without a search")
+    parser.add_argument("--quick", action="store_true", help="retrain with the quick search")
+    parser.add_argument("--data-dir", default="data/training", help="where --retrain keeps what it trained on")
+    return run(work, parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,339 @@
+"""The prediction log and what is read from it: drift, missing codes, quality, alerts; no row lost, none broken."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import sqlalchemy as sa
+
+import monitoring
+from demo_cohort import make_demo_cohort
+from feature_pipeline import ProductionPipeline
+from monitoring import Findings, Rows, jensen_shannon, look, look_for_drift, main, psi, psi_limit
+from prediction_log import PredictionLog, Profile, open_engine, predictions
+from training_data import SnapshotSettings, make_training_data, read_labels, read_observations
+
+ROOT = Path(__file__).resolve().parents[1]
+DAY = datetime(2026, 3, 2, 12)
+KEY = "a key of more than sixteen letters"
+
+
+@pytest.fixture(scope="module")
+def ward(pipeline):
+    """Other patients of the same synthetic ward: snapshots as in training, with outcomes."""
+    observations, labels = make_demo_cohort(n_patients=400, seed=99)
+    return observations, labels
+
+
+def snapshots_of(observations, labels, pipeline):
+    settings = SnapshotSettings(**{k: v for k, v in pipeline.config["snapshots"].items() if k != "retrospective"})
+    read = read_observations(observations, pipeline.config["synonyms"])
+    return make_training_data(read, read_labels(labels), settings)
+
+
+def log_of(path, pipeline, data, days=7, until=DAY):
+    """A log in which the visits of `data` were scored over the days before `until`."""
+    engine = open_engine(f"sqlite:///{path}")
+    now = [until]
+    log = PredictionLog(engine, pipeline, "api", clock=lambda: now[0])
+    parts = np.array_split(np.unique(data.visit), days)
+    for k, visits in enumerate(parts):
+        now[0] = until - timedelta(days=days - 1 - k, hours=1)
+        rows = np.isin(data.visit, visits)
+        visit, moments = data.visit[rows], data.as_of[rows]
+        probability, features = pipeline.evaluate(data.observations, visit, moments)
+        assert log.record(data.observations, visit, moments, probability, features, 0.002)
+    return engine
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", KEY)
+
+
+# ----------------------------------------------------------------------------------------------------- the log
+
+
+def test_a_row_holds_no_name_and_no_value(pipeline, ward, tmp_path, key):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    log_of(tmp_path / "log.db", pipeline, data)
+    with sqlite3.connect(tmp_path / "log.db") as database:
+        rows = database.execute("select * from predictions").fetchall()
+    database.close()
+    assert len(rows) == len(data.label)
+    text = json.dumps(rows)
+    assert not any(client in text for client in ward[0]["client"].unique())
+    assert (tmp_path / "log.db").stat().st_mode & 0o077 == 0
+
+
+def test_bins_are_those_of_the_reference(pipeline, cohort):
+    """The training snapshots themselves give the profile's own shares back."""
+    data = snapshots_of(*cohort, pipeline)
+    reference = pipeline.config["reference_profile"]
+    profile = Profile(pipeline.config)
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    codes, unknown = profile.present(data.observations, data.visit, data.as_of)
+    frame = pd.DataFrame(
+        {"visit": data.visit, "score": probability, "bins": profile.bins(features), "codes": codes, "unknown": unknown}
+    )
+    current = Rows(frame, profile).distribution(reference)
+    assert current["n_visits"] == reference["n_visits"]
+    for name, watched in reference["features"].items():
+        assert current["features"][name] == watched["shares"]
+    assert current["codes"] == pytest.approx(reference["codes"], abs=1e-6)
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, caplog):
+    data = snapshots_of(ward[0].head(500), ward[1], pipeline)
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    everything = (data.observations, data.visit, data.as_of, probability, features, 0.1)
+    log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "api")
+    assert log.record(*everything)
+    with sqlite3.connect(tmp_path / "log.db") as database:
+        database.execute("drop table predictions")
+    database.close()
+    assert not log.record(*everything) and not log.record(*everything)
+    assert not PredictionLog.open("sqlite:////proc/nowhere/log.db", pipeline, "api").record(*everything)
+    assert not PredictionLog.open("off", pipeline, "api").record(*everything)
+
+
+WRITER = """
+import sys, numpy as np
+sys.path.insert(0, {root!r})
+from feature_pipeline import ProductionPipeline, resolve_snapshots
+from prediction_log import PredictionLog
+pipeline = ProductionPipeline({config!r}, {model!r})
+observations = pipeline.reproducer.read({rows!r})
+visit, moments, _ = resolve_snapshots(observations)
+probability, features = pipeline.evaluate(observations, visit, moments)
+log = PredictionLog.open("sqlite:///{path}", pipeline, sys.argv[1])
+for n in range(int(sys.argv[2])):
+    assert log.record(observations, visit, moments, probability, features, float(n))
+    print(n, flush=True)  # answered
+"""
+
+
+def test_four_writers_at_once_and_one_killed(config_path, model_path, tmp_path):
+    rows = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())[:40]
+    path = tmp_path / "log.db"
+    code = WRITER.format(root=str(ROOT), config=str(config_path), model=str(model_path), rows=rows, path=path)
+    environment = {**os.environ, "SEPSIS_PSEUDONYM_KEY": KEY}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"w{k}", "100000" if k == 0 else "150"],
+            stdout=-1,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for k in range(4)
+    ]
+    answered = 0
+    while answered < 60:
+        answered = int(writers[0].stdout.readline())
+    writers[0].send_signal(signal.SIGKILL)
+    answered = max([answered, *(int(line) for line in writers[0].stdout.read().split())])
+    told = [writer.communicate(timeout=120)[0].split() for writer in writers[1:]]
+    writers[0].stdout.close()
+    writers[0].wait()
+    assert [len(lines) for lines in told] == [150] * 3
+    with sqlite3.connect(path) as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+        count = dict(database.execute("select source, count(*) from predictions group by source").fetchall())
+        broken = database.execute("select count(*) from predictions where score is null or bins = ''").fetchone()
+    database.close()
+    assert count["w1"] == count["w2"] == count["w3"] == 150 and count["w0"] >= answered + 1 and broken == (0,)
+
+
+# ------------------------------------------------------------------------------------------------------- drift
+
+
+def test_psi_by_chance_is_what_theory_says():
+    """Without drift the PSI of two samples exceeds its limit about as often as it should."""
+    generator = np.random.default_rng(0)
+    p, n, m = np.full(10, 0.1), 400, 250
+    found = [psi(generator.multinomial(n, p) / n, generator.multinomial(m, p) / m) for _ in range(2000)]
+    assert np.mean(np.array(found) > psi_limit(n, m, 10, 1, 0.05)) == pytest.approx(0.05, abs=0.02)
+
+
+def test_distances_of_known_shares():
+    assert jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 1
+    assert jensen_shannon(np.array([0.3, 0.7]), np.array([0.3, 0.7])) == 0
+    assert psi(np.array([0.2, 0.8]), np.array([0.4, 0.6])) == pytest.approx(0.2 * np.log(2) - 0.2 * np.log(0.75))
+
+
+def drifts(pipeline, data, tmp_path):
+    engine = log_of(tmp_path / "log.db", pipeline, data)
+    findings = look(engine, pipeline.config, DAY)
+    engine.dispose()
+    return findings
+
+
+def test_undrifted_data_are_silent(pipeline, ward, tmp_path, key):
+    findings = drifts(pipeline, snapshots_of(*ward, pipeline), tmp_path)
+    assert findings.alerts == [] and len(findings.drift) == 21
+    assert "right only while they are calibrated" in findings.service["estimate without outcomes"]
+
+
+def without_code(observations):
+    return observations[observations["observation_type_code"] != "HR"]
+
+
+def other_unit(observations):
+    change = observations["observation_type_code"].eq("Creatinine")
+    values = pd.to_numeric(observations["observation_value"], errors="coerce")
+    # micromoles where milligrams were, as far as the plausible limits let them pass
+    return observations.assign(observation_value=values.where(~change, values * 20))
+
+
+def shifted(observations):
+    change = observations["observation_type_code"].eq("Resp")
+    values = pd.to_numeric(observations["observation_value"], errors="coerce")
+    return observations.assign(observation_value=values.where(~change, values + 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(without_code, "code HR"), (other_unit, "Creatinine"), (shifted, "Resp")],
+    ids=["a code goes missing", "a unit changes", "values shift"],
+)
+def test_drifted_data_are_named(pipeline, ward, tmp_path, key, change, named):
+    findings = drifts(pipeline, snapshots_of(change(ward[0]), ward[1], pipeline), tmp_path)
+    assert any(named in alert for alert in findings.alerts), findings.alerts
+
+
+def test_unknown_codes_are_named(pipeline, ward, tmp_path, key):
+    extra = ward[0].groupby("visit_id").head(1).assign(observation_type_code="NEW", observation_value=1.0)
+    findings = drifts(pipeline, snapshots_of(pd.concat([ward[0], extra]), ward[1], pipeline), tmp_path)
+    assert any("does not know" in alert for alert in findings.alerts)
+
+
+def test_false_alerts_over_200_undrifted_days(pipeline, ward):
+    """A day is 60 visits drawn from the same ward; a day with any alert of drift counts."""
+    data = snapshots_of(*ward, pipeline)
+    profile, reference = Profile(pipeline.config), pipeline.config["reference_profile"]
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    codes, unknown = profile.present(data.observations, data.visit, data.as_of)
+    whole = pd.DataFrame(
+        {"visit": data.visit, "score": probability, "bins": profile.bins(features), "codes": codes, "unknown": unknown}
+    )
+    expected = {
+        **reference,
+        "features": {name: watched["shares"] for name, watched in reference["features"].items()},
+        "score": reference["score"]["shares"],
+    }
+    generator, alerted = np.random.default_rng(0), 0
+    groups = dict(list(whole.groupby("visit")))
+    for _ in range(200):
+        day = pd.concat([groups[v] for v in generator.choice(list(groups), 60, replace=False)])
+        findings = Findings()
+        look_for_drift(findings, expected, Rows(day, profile).distribution(reference))
+        alerted += bool(findings.alerts)
+    assert alerted <= 10  # 5%
+    print(f"false alerts: {alerted} of 200 days")
+
+
+# ----------------------------------------------------------------------------------------------------- quality
+
+
+def files_of(tmp_path, labels):
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    return str(tmp_path / "labels.csv")
+
+
+def test_quality_by_week_with_outcomes_and_its_fall(pipeline, ward, tmp_path, key, capsys, config_path):
+    data = snapshots_of(*ward, pipeline)
+    engine = log_of(tmp_path / "log.db", pipeline, data, days=5, until=DAY + timedelta(days=5))
+    engine.dispose()
+    labels = files_of(tmp_path, ward[1])
+    common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--labels", labels]
+    common += ["--until", (DAY + timedelta(days=5)).isoformat()]
+    assert main(["check", *common]) == 0
+    findings = look(
+        open_engine(common[1]), pipeline.config, DAY + timedelta(days=5), labels=monitoring.read_outcomes(labels)
+    )
+    week = findings.quality.iloc[0]
+    truth = data.label
+    scores = pipeline.score(data.observations, data.visit, data.as_of)
+    assert week["predictions"] == len(truth) and week["positives"] == truth.sum()
+    assert week["roc_auc"] == pytest.approx(monitoring.figures(truth, scores, data.visit, data.visit)["roc_auc"])
+    # outcomes that have nothing to do with the scores: the model has fallen
+    mixed = ward[1].copy()
+    generator = np.random.default_rng(1)
+    order = generator.permutation(len(mixed))
+    first = ward[0].groupby("visit_id")["observation_date"].median()
+    mixed["sepsis"] = mixed["sepsis"].to_numpy()[order]
+    mixed["sepsis_onset"] = mixed["visit_id"].map(first).where(mixed["sepsis"].eq(1))
+    fallen = files_of(tmp_path, mixed)
+    assert main(["check", *common[:4], "--labels", fallen, "--until", common[-1]]) == 1
+    assert "quality in the week of" in capsys.readouterr().out
+
+
+def test_outcomes_cannot_be_joined_without_the_key(tmp_path, ward, config_path, monkeypatch, capsys):
+    monkeypatch.delenv("SEPSIS_PSEUDONYM_KEY", raising=False)
+    labels = files_of(tmp_path, ward[1])
+    url = f"sqlite:///{tmp_path}/log.db"
+    assert main(["check", "--monitor", url, "--config", str(config_path), "--labels", labels]) == 2
+    assert "SEPSIS_PSEUDONYM_KEY" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def test_report_check_export_prune(pipeline, ward, tmp_path, key, capsys, config_path):
+    data = snapshots_of(shifted(ward[0]), ward[1], pipeline)
+    log_of(tmp_path / "log.db", pipeline, data).dispose()
+    common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--until", DAY.isoformat()]
+    labels = ["--labels", files_of(tmp_path, ward[1])]
+    page = tmp_path / "report.html"
+    assert main(["report", *common, "--config", str(config_path), "--html", str(page), *labels]) == 0
+    text = page.read_text()
+    assert (
+        "drift of feature Resp" in text and text.count("data:image/png") == 2 and "http" not in text.split("base64")[0]
+    )
+    capsys.readouterr()
+    assert main(["check", *common, "--config", str(config_path), "--webhook", "http://127.0.0.1:9/x"]) == 1
+    shown = capsys.readouterr()
+    assert all(line for line in shown.out.splitlines()) and "webhook cannot be reached" in shown.err
+    assert main(["export", *common, "--out", str(tmp_path / "rows.csv")]) == 0
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(data.label)
+    capsys.readouterr()
+    assert main(["prune", *common, "--older-than", "3"]) == 0
+    deleted = json.loads(capsys.readouterr().out)["predictions_deleted"]
+    with open_engine(common[1]).connect() as connection:
+        left = connection.execute(sa.select(sa.func.count()).select_from(predictions)).scalar_one()
+    assert 0 < deleted < len(data.label) and left == len(data.label) - deleted
+    assert main(["check", "--monitor", common[1], "--config", str(config_path), "--until", "2027-01-01"]) == 1
+    assert "no prediction in 7 days" in capsys.readouterr().out
+
+
+def test_slow_and_failing_services_are_told(pipeline, ward, tmp_path, key):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    engine = open_engine(f"sqlite:///{tmp_path}/log.db")
+    log = PredictionLog(engine, pipeline, "api", clock=lambda: DAY - timedelta(hours=1))
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    log.record(data.observations, data.visit, data.as_of, probability, features, 3.0)
+    log.record_error("unusable", 50)
+    alerts = look(engine, pipeline.config, DAY).alerts
+    assert any("latency" in alert for alert in alerts) and any("errors" in alert for alert in alerts)
+
+
+def test_a_fallen_volume_is_told(pipeline, ward, tmp_path, key):
+    data = snapshots_of(*ward, pipeline)
+    engine = log_of(tmp_path / "log.db", pipeline, data, days=28, until=DAY)
+    assert any("volume" in alert for alert in look(engine, pipeline.config, DAY + timedelta(days=6)).alerts)
+
+
+def test_pipelines_of_older_configs_are_logged_without_bins(config_path, model_path, tmp_path, ward, key):
+    pipeline = ProductionPipeline(config_path, model_path)
+    pipeline.config = {k: v for k, v in pipeline.config.items() if k != "reference_profile"}
+    engine = log_of(tmp_path / "log.db", pipeline, snapshots_of(ward[0].head(2000), ward[1], pipeline))
+    assert any("no reference profile" in remark for remark in look(engine, pipeline.config, DAY).remarks)

@@ -1,0 +1,153 @@
+"""Versions of the deployed model: the archive, switching between them, comparing two on the same patients."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from artifacts import write_atomic
+from feature_pipeline import BadConfig, ProductionPipeline, load_config
+from metrics import compared
+from pages import facts_table, frame_table, page, paragraph
+from training_data import TrainingData
+
+CONFIG = "best_model_config.json"
+DEPLOYED = ("best_model.pkl", "feature_names.json", "production_model_info.txt", "training_report.html", CONFIG)
+TOLERANCE = 0.005  # of ROC AUC and average precision: a smaller loss is none
+
+
+def archive_of(directory: Path, version: str) -> Path:
+    """The folder of an archived version. Raises `BadConfig`."""
+    folder = directory / "archive" / version
+    if not version or Path(version).name != version or not (folder / CONFIG).is_file():
+        raise BadConfig(f"no version {version!r} in {directory / 'archive'}; train_best_model.py --list shows them")
+    return folder
+
+
+def list_versions(directory: Path) -> list[dict[str, Any]]:
+    """The archived versions, the latest first; ``deployed`` marks the one that is served."""
+    try:
+        current = load_config(directory / CONFIG).get("model_version")
+    except BadConfig:
+        current = None
+    found = []
+    for path in sorted((directory / "archive").glob(f"*/{CONFIG}"), reverse=True):
+        config = load_config(path)
+        scores = config.get("metrics", {}).get("out_of_fold", {})
+        found.append(
+            {
+                "version": path.parent.name,
+                "deployed": path.parent.name == current,
+                "trained_at": config.get("trained_at"),
+                "feature_set": config["feature_set"],
+                "model": config["model"]["name"],
+                "roc_auc": scores.get("roc_auc"),
+                "average_precision": scores.get("average_precision"),
+            }
+        )
+    return found
+
+
+def switch(directory: Path, version: str) -> None:
+    """Deploys an archived version: every file whole, the config last, so that whoever loads has one version or the
+    other (see `ProductionPipeline`). Raises `BadConfig`, `BadModel` where the version is not fit to be served."""
+    folder = archive_of(directory, version)
+    ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
+    for name in DEPLOYED:
+        if (folder / name).is_file():
+            write_atomic(directory / name, (folder / name).read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two versions on the same held-out patients."""
+
+    old_version: str
+    new_version: str
+    figures: dict[str, dict[str, float]]  # see metrics.compared
+    n_snapshots: int
+    n_positive: int
+    basis: str
+    alert_rate: float
+
+    @property
+    def objections(self) -> list[str]:
+        """Why the new version is worse; empty where it is not.
+
+        Worse means: a loss of ROC AUC or average precision beyond `TOLERANCE`, or one that is beyond chance.
+        """
+        out = []
+        for name in ("roc_auc", "average_precision"):
+            f = self.figures[name]
+            if f["difference"] < -TOLERANCE or f["high"] < 0:
+                out.append(
+                    f"{name.replace('_', ' ')} {f['new']:.4f} against {f['old']:.4f} "
+                    f"(difference {f['difference']:+.4f}, 95% {f['low']:+.4f} to {f['high']:+.4f})"
+                )
+        return out
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.new_version} against {self.old_version}, {self.basis}: {self.n_snapshots:,} snapshots, "
+            f"{self.n_positive:,} positive",
+            *(
+                f"  {name.replace('_', ' '):<18s} {f['old']:.4f} -> {f['new']:.4f}  difference {f['difference']:+.4f} "
+                f"(95% {f['low']:+.4f} to {f['high']:+.4f})"
+                for name, f in self.figures.items()
+            ),
+            *(f"  worse: {text}" for text in self.objections),
+        ]
+
+    def html(self, decision: str) -> str:
+        table = pd.DataFrame([{"figure": name, **f} for name, f in self.figures.items()])
+        facts = {
+            "old": self.old_version,
+            "new": self.new_version,
+            "patients": self.basis,
+            "snapshots": f"{self.n_snapshots:,}, {self.n_positive:,} positive",
+            "sensitivity is taken where": f"each model calls {self.alert_rate:.1%} of the snapshots",
+            "decision": decision,
+        }
+        explained = "Differences are new minus old; intervals are paired, 95%, resampled by client."
+        return page("Champion and challenger", [], facts_table(facts), frame_table(table), paragraph(explained))
+
+
+def compare(
+    old: Path, new: Path, data: TrainingData, basis: str, alert_rate: float = 0.05, seed: int = 0
+) -> Comparison:
+    """Scores the same snapshots with two deployments (folders of config and model).
+
+    The figures are honest only where neither has learned from these patients: that is for the caller to see to.
+    """
+    probability, versions = [], []
+    for folder in (old, new):
+        pipeline = ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
+        probability.append(pipeline.score(data.observations, data.visit, data.as_of))
+        versions.append(pipeline.model_version)
+    usable = ~np.isnan(probability[0]) & ~np.isnan(probability[1])
+    label, group = data.label[usable], data.group[usable]
+    if not 0 < label.sum() < len(label):
+        raise BadConfig("the held-out patients are all septic or all not: nothing can be compared; give more data")
+    figures = compared(label, *(p[usable] for p in probability), group, alert_rate, seed=seed)
+    return Comparison(*versions, figures, len(label), int(label.sum()), basis, alert_rate)
+
+
+def clients_of(data: TrainingData) -> np.ndarray:
+    """(n_snapshots,) client of each snapshot, as text."""
+    return data.observations.client_text[data.visit]
+
+
+def fingerprint_of_files(*paths: str) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
