@@ -211,6 +211,8 @@ def look_at_service(
         findings.alerts.append(f"latency: p95 is {p95:.2f} s, allowed {most_seconds:g} s")
     if failed >= 5 and rate > 0.05:
         findings.alerts.append(f"errors: {rate:.1%} of what was asked could not be scored")
+    if not len(rows):
+        return
     by_day = rows.assign(day=rows["time"].dt.floor("D")).groupby("day")
     findings.daily = by_day.agg(
         predictions=("score", "size"), mean_score=("score", "mean"), p95_seconds=("seconds", lambda s: s.quantile(0.95))

@@ -153,8 +153,9 @@ def make_profile(
 ) -> dict[str, Any]:
     """The config's ``reference_profile``: how scores, features and codes are distributed in training.
 
-    `features` (n_features, n_snapshots) are not filled yet, `probability` (n_snapshots,) out-of-fold. Watched
-    are the features that go with the score the most (by correlation). Bins are tenths; every visit counts once.
+    `features` (n_features, n_snapshots) are not filled yet, `probability` (n_snapshots,) out-of-fold. Watched are the
+    features that go with the score the most (by correlation), and every code's latest value. Bins are tenths; every
+    visit counts once.
     """
     some = np.unique(np.linspace(0, len(visit) - 1, min(len(visit), _SAMPLE)).astype(int))
     features = features[:, some]
@@ -167,7 +168,10 @@ def make_profile(
         x, y = row[known], score[known]
         varies = len(x) > 10 and x.std() > 1e-12 and y.std() > 1e-12
         strength.append(abs(np.corrcoef(x, y)[0, 1]) * known.mean() if varies else 0.0)
-    chosen = [int(i) for i in np.argsort(-np.array(strength), kind="stable")[:WATCHED] if strength[i] > 0]
+    strongest = [int(i) for i in np.argsort(-np.array(strength), kind="stable")[:WATCHED] if strength[i] > 0]
+    names = config["feature_names"]
+    latest = [i for i, name in enumerate(names) if name.endswith("__last") and strength[i] > 0]
+    chosen = sorted({*strongest, *latest})
     tenths = np.arange(0.1, 0.95, 0.1)
 
     def edges(values: np.ndarray) -> list[float]:
@@ -175,7 +179,6 @@ def make_profile(
         # an edge at the smallest value would leave the first bin empty
         return [float(edge) for edge in np.unique(np.quantile(values, tenths)) if edge > values.min()]
 
-    names = config["feature_names"]
     watched = {names[i]: {"edges": edges(features[i])} for i in chosen}
     own = Profile({**config, "reference_profile": {"features": watched}})
     weights = visit_weights(visit[some])

@@ -1,0 +1,281 @@
+"""Versions: the list, rollback, promotion, retraining; whoever loads while they are switched has one whole version."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import train_best_model
+from demo_cohort import make_demo_cohort
+from feature_pipeline import BadConfig, ProductionPipeline, load_config
+from metrics import compared
+from tests.test_api_server import Server
+from versions import CONFIG, Comparison, list_versions, switch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_versions(models_dir, cohort_files, tmp_path_factory):
+    """A models directory with two archived versions, and their names; the second is deployed."""
+    directory = tmp_path_factory.mktemp("versions") / "models"
+    shutil.copytree(models_dir, directory)
+    first = load_config(directory / CONFIG)["model_version"]
+    arguments = ["--models-dir", str(directory), "--full", "--seed", "5", "--jobs", "1", "--quiet"]
+    assert train_best_model.main(arguments) == 0
+    second = load_config(directory / CONFIG)["model_version"]
+    assert first != second
+    return directory, first, second
+
+
+@pytest.fixture
+def models(two_versions, tmp_path):
+    """A copy that a test may change: (directory, first version, second version)."""
+    directory, first, second = two_versions
+    return shutil.copytree(directory, tmp_path / "models"), first, second
+
+
+def new_patients(seed, n=150, flip=False):
+    observations, labels = make_demo_cohort(n_patients=n, seed=seed)
+    clients = "n" + observations["client"].astype(str)
+    labels = labels.assign(client="n" + labels["client"].astype(str))
+    if flip:
+        labels["sepsis_onset"] = labels["sepsis_onset"].sample(frac=1, random_state=0).to_numpy()
+    return observations.assign(client=clients), labels
+
+
+def files(folder, frames):
+    paths = [str(folder / "new_observations.parquet"), str(folder / "new_labels.csv")]
+    frames[0].to_parquet(paths[0], index=False)
+    frames[1].to_csv(paths[1], index=False)
+    return ["--observations", paths[0], "--labels", paths[1]]
+
+
+def run(directory, *arguments):
+    return train_best_model.main(["--models-dir", str(directory), "--quiet", "--jobs", "1", *arguments])
+
+
+# ---------------------------------------------------------------------------------------------- list, rollback
+
+
+def test_list_and_rollback(models, capsys):
+    directory, first, second = models
+    assert run(directory, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"* {second}") and lines[1].startswith(f"  {first}")
+    scored = {}
+    for version in (first, second, first):
+        assert run(directory, "--rollback", version) == 0
+        pipeline = ProductionPipeline(directory / CONFIG, directory / "best_model.pkl")
+        scores = pipeline.predict(EXAMPLE)["sepsis_probability"].tolist()
+        assert pipeline.model_version == version and scores == scored.setdefault(version, scores)
+    assert scored[first] != scored[second]
+    assert [v["deployed"] for v in list_versions(directory)] == [False, True]
+
+
+@pytest.mark.parametrize("version", ["20000101_000000", "../models", ""])
+def test_unknown_versions_are_refused(models, version):
+    with pytest.raises(BadConfig, match="no version"):
+        switch(models[0], version)
+
+
+def test_a_spoilt_version_is_not_deployed(models, capsys):
+    directory, first, second = models
+    (directory / "archive" / first / "best_model.pkl").write_bytes(b"spoilt")
+    assert run(directory, "--rollback", first) == 2 and "SHA-256" in capsys.readouterr().err
+    assert load_config(directory / CONFIG)["model_version"] == second
+
+
+LOADER = """
+import sys
+sys.path.insert(0, {root!r})
+from feature_pipeline import ProductionPipeline
+versions = set()
+while True:
+    versions.add(ProductionPipeline({config!r}, {model!r}).model_version)
+    print(*versions, flush=True)
+"""
+
+
+def test_loading_while_versions_are_switched_gives_one_whole_version(models):
+    """Config and model of different versions never come together, and nobody is refused."""
+    directory, first, second = models
+    code = LOADER.format(root=str(ROOT), config=str(directory / CONFIG), model=str(directory / "best_model.pkl"))
+    loaders = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    seen = [set(), set()]
+    stop = threading.Event()
+
+    def read(k):
+        for line in loaders[k].stdout:
+            seen[k] |= set(line.split())
+
+    readers = [threading.Thread(target=read, args=(k,)) for k in range(2)]
+    for reader in readers:
+        reader.start()
+    for n in range(400):
+        switch(directory, (first, second)[n % 2])
+        if n > 40 and all(s == {first, second} for s in seen):
+            break
+    stop.set()
+    assert [loader.poll() for loader in loaders] == [None, None]
+    for loader in loaders:
+        loader.kill()
+    for reader in readers:
+        reader.join()
+    for loader in loaders:
+        assert loader.stderr.read() == ""
+        loader.stdout.close()
+        loader.stderr.close()
+        loader.wait()
+    assert seen == [{first, second}] * 2
+
+
+@pytest.mark.slow
+def test_ten_switches_under_ten_thousand_requests(two_versions, tmp_path):
+    directory, first, second = two_versions
+    expected = {}
+    for version in (first, second):
+        folder = directory / "archive" / version
+        pipeline = ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
+        expected[version] = pipeline.predict(EXAMPLE[:20])["sepsis_probability"].tolist()
+    server = Server(tmp_path, directory)
+    body = json.dumps(EXAMPLE[:20]).encode()
+    answers = []
+
+    def ask(_):
+        status, answer = server.predict(body)
+        scores = [p["sepsis_probability"] for p in answer.get("predictions", [])]
+        answers.append((status, answer.get("model_version"), scores))
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            futures = []
+            for n in range(10):
+                futures += [pool.submit(ask, k) for k in range(1000)]
+                while len(answers) < 1000 * n + 300:
+                    futures[len(answers)].result()
+                switch(server.models, (first, second)[n % 2])
+                server.process.send_signal(1)  # SIGHUP
+            for future in futures:
+                future.result()
+    finally:
+        server.stop()
+    assert len(answers) == 10_000 and {status for status, _, _ in answers} == {200}
+    assert {version for _, version, _ in answers} == {first, second}
+    assert all(scores == expected[version] for _, version, scores in answers)
+
+
+# --------------------------------------------------------------------------------------------------- comparison
+
+
+def test_paired_intervals_of_a_known_difference():
+    generator = np.random.default_rng(0)
+    label = (generator.random(4000) < 0.1).astype(int)
+    good = 1 / (1 + np.exp(-(label * 2 + generator.normal(size=4000) - 2)))
+    bad = 1 / (1 + np.exp(-(label * 0.5 + generator.normal(size=4000) - 2)))
+    group = np.arange(4000) // 4
+    same = compared(label, good, good, group, 0.1)
+    assert all(f["difference"] == f["low"] == f["high"] == 0 for f in same.values())
+    better = compared(label, bad, good, group, 0.1)
+    assert better["roc_auc"]["low"] > 0.1 and better["sensitivity"]["low"] > 0 and better["brier"]["high"] < 0
+
+
+def figures_of(difference, low, high):
+    one = {"old": 0.8, "new": 0.8 + difference, "difference": difference, "low": low, "high": high}
+    return {name: one for name in ("roc_auc", "average_precision", "brier", "sensitivity")}
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "worse"),
+    [
+        (0.01, -0.01, 0.03, False),
+        (-0.001, -0.02, 0.02, False),
+        (-0.02, -0.05, 0.01, True),
+        (-0.002, -0.004, -0.001, True),
+    ],
+)
+def test_what_counts_as_worse(difference, low, high, worse):
+    comparison = Comparison("a", "b", figures_of(difference, low, high), 100, 10, "x", 0.05)
+    assert bool(comparison.objections) == worse
+
+
+def test_promotion_needs_a_model_that_is_not_worse(models, tmp_path, capsys):
+    directory, first, second = models
+    new = files(tmp_path, new_patients(77))
+    assert run(directory, "--compare", first, *new) == 0
+    assert f"{first} against {second}" in capsys.readouterr().out and (directory / "comparison.html").exists()
+    # a version that knows nothing: all its patients' scores are turned round
+    folder = directory / "archive" / first
+    config = load_config(folder / CONFIG)
+    import joblib
+
+    model = joblib.load(folder / "best_model.pkl")
+    model.slope = -model.slope
+    train_best_model.deploy(tmp_path / "worse", config, model, "", "", "20010101_000000")
+    shutil.copytree(tmp_path / "worse" / "archive" / "20010101_000000", directory / "archive" / "20010101_000000")
+    assert run(directory, "--promote", "20010101_000000", *new) == 1
+    assert "not promoted" in capsys.readouterr().out and load_config(directory / CONFIG)["model_version"] == second
+    assert "not promoted" in (directory / "comparison.html").read_text()
+    assert run(directory, "--promote", "20010101_000000", "--force", *new) == 0
+    assert load_config(directory / CONFIG)["model_version"] == "20010101_000000"
+
+
+def test_comparing_on_the_training_patients_is_refused(models, cohort_files, capsys):
+    directory, first, _ = models
+    observations, labels = map(str, cohort_files)
+    assert run(directory, "--compare", first, "--observations", observations, "--labels", labels) == 2
+    assert "trained on these patients" in capsys.readouterr().err
+    assert run(directory, "--promote", first) == 2
+
+
+# --------------------------------------------------------------------------------------------------- retraining
+
+
+@pytest.mark.slow
+def test_retraining_promotes_once_and_keeps_the_deployed_model_where_it_must(models, tmp_path, capsys):
+    directory, _, before = models
+    new = files(tmp_path, new_patients(78))
+    options = ["--retrain", "--keep-config", "--data-dir", str(tmp_path / "training"), *new]
+    status = run(directory, *options, "--force")
+    shown = capsys.readouterr().out
+    assert status == 0 and "promoted" in shown, shown
+    config = load_config(directory / CONFIG)
+    assert config["model_version"] != before and len(config["retrained_with"]) == 1
+    assert (directory / "archive" / config["model_version"]).is_dir() and (directory / "comparison.html").exists()
+    clients = pd.read_parquet(config["data"]["labels"])["client"]
+    assert clients.str.startswith("n").any() and not clients.str.startswith("n").all()
+    ProductionPipeline(directory / CONFIG, directory / "best_model.pkl")
+    # the same data once more: nothing to do
+    assert run(directory, *options) == 0 and "already" in capsys.readouterr().out
+    assert load_config(directory / CONFIG)["model_version"] == config["model_version"]
+    assert not list(directory.glob(".retrain-*"))
+
+
+def test_retraining_with_too_little_or_nothing_says_so(models, tmp_path, capsys):
+    directory, _, before = models
+    assert run(directory, "--retrain") == 2
+    observations, labels = new_patients(79, n=10)
+    new = files(tmp_path, (observations, labels))
+    assert run(directory, "--retrain", "--keep-config", *new) == 2
+    assert "are needed to compare" in capsys.readouterr().err
+    assert load_config(directory / CONFIG)["model_version"] == before
+
+
+def test_two_retrainings_do_not_meet(models, tmp_path, capsys):
+    import fcntl
+
+    directory = models[0]
+    with open(directory / ".retrain.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(directory, "--retrain", *files(tmp_path, new_patients(80, n=10))) == 0
+    assert "another retraining" in capsys.readouterr().err
