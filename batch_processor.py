@@ -66,6 +66,7 @@ from feature_pipeline import (
     listed,
     resolve_snapshots,
 )
+from prediction_log import OFF, PredictionLog, url_of
 
 INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
 UNPACKED = {".csv.gz": 8, ".csv": 1, ".parquet": 4}  # about how many bytes of text a byte of the file holds
@@ -213,8 +214,9 @@ class Scores:
         )
 
 
-def score_table(pipeline: ProductionPipeline, table: pd.DataFrame, row: np.ndarray) -> Scores:
-    """Scores whole visits. `row` numbers the rows of `table` in the file, ascending."""
+def score_table(key: str, table: pd.DataFrame, row: np.ndarray) -> Scores:
+    """Scores whole visits with the deployment `key`. `row` numbers the rows of `table` in the file, ascending."""
+    pipeline, prediction_log = _pipelines[key], _logs.get(key)
     visit_index, visits = _texts(table["visit_id"])
     client_index, clients = _texts(table["client"])
     named = np.flatnonzero((visit_index >= 0) & (client_index >= 0))
@@ -233,7 +235,11 @@ def score_table(pipeline: ProductionPipeline, table: pd.DataFrame, row: np.ndarr
         block = max(1, FEATURE_CELLS // len(pipeline.feature_names))
         for start in range(0, len(visit), block):
             some = slice(start, start + block)
-            probability[some] = pipeline.score(observations, visit[some], moments[some])
+            began = time.perf_counter()
+            probability[some], features = pipeline.evaluate(observations, visit[some], moments[some])
+            if prediction_log:
+                seconds = time.perf_counter() - began
+                prediction_log.record(observations, visit[some], moments[some], probability[some], features, seconds)
         codes = {observations.codes[code] for code in np.unique(observations.group_code)}
         usable = int((~np.isnan(probability)).sum())
     scored = pa.table(
@@ -353,6 +359,7 @@ class Deployment:
 
     config: bytes
     model: bytes
+    monitor: str = OFF  # URL of the prediction log
 
     @cached_property
     def key(self) -> str:
@@ -367,6 +374,7 @@ class Deployment:
 
 
 _pipelines: dict[str, ProductionPipeline] = {}  # of this process, by deployment
+_logs: dict[str, PredictionLog] = {}
 
 
 def install(deployment: Deployment) -> None:
@@ -374,12 +382,14 @@ def install(deployment: Deployment) -> None:
     if deployment.key not in _pipelines:
         with tempfile.TemporaryDirectory() as folder:
             _pipelines[deployment.key] = ProductionPipeline(*deployment.save(folder))
+    if deployment.monitor != OFF and deployment.key not in _logs:
+        _logs[deployment.key] = PredictionLog.open(deployment.monitor, _pipelines[deployment.key], "batch")
 
 
 def score_blocks(key: str, blocks: list[bytes]) -> Scores:
     """The scores of one part."""
     table = _unpacked(blocks)
-    return score_table(_pipelines[key], table, table.pop("row").to_numpy())
+    return score_table(key, table, table.pop("row").to_numpy())
 
 
 def score_file(
@@ -391,12 +401,11 @@ def score_file(
     advance: Callable[[int], Any] = lambda position: None,
 ) -> Scores:
     """The scores of a whole file, given by its path or its content."""
-    pipeline = _pipelines[key]
     with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         return score_chunks(
             Chunks(file, name, size, chunk_rows),
-            partial(score_table, pipeline),
+            partial(score_table, key),
             lambda parts: (score_blocks(key, blocks) for blocks in parts),
             spill_dir,
             advance,
@@ -425,13 +434,13 @@ class Here:
         pass
 
 
-def _start_worker(config: Path, model: Path) -> None:
+def _start_worker(monitor: str, config: Path, model: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
     # a worker of a killed parent would wait for work forever
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    install(Deployment(config.read_bytes(), model.read_bytes()))
+    install(Deployment(config.read_bytes(), model.read_bytes(), monitor))
 
 
 class Processes(Here):
@@ -443,12 +452,12 @@ class Processes(Here):
         self.slots = jobs
         # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first
         self.folder = tempfile.TemporaryDirectory()
-        self.paths = deployment.save(self.folder.name)
+        self.initargs = (deployment.monitor, *deployment.save(self.folder.name))
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=self.paths)
+        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=self.initargs)
 
     def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
         try:
@@ -467,7 +476,7 @@ class Dask(Here):
     project's modules is sent them, and the model."""
 
     sends_content = True
-    modules = ("feature_pipeline", "command_line", "artifacts", "batch_processor")
+    modules = ("feature_pipeline", "command_line", "artifacts", "pseudonyms", "prediction_log", "batch_processor")
 
     def __init__(self, deployment: Deployment, scheduler: str):
         from distributed import Client, WorkerPlugin
@@ -621,7 +630,7 @@ class BatchProcessor:
     """Scores the files of a directory with one config and model.
 
     `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. `clock`
-    gives the time in seconds since 1970. Raises `BadConfig`, `BadModel`.
+    gives the time in seconds since 1970; `monitor` is the URL of the prediction log. Raises `BadConfig`, `BadModel`.
     """
 
     def __init__(
@@ -635,8 +644,9 @@ class BatchProcessor:
         settle_seconds: float = SETTLE_SECONDS,
         quiet: bool = True,
         clock: Callable[[], float] = time.time,
+        monitor: str = OFF,
     ):
-        self.config_path, self.model_path = Path(config_path), Path(model_path)
+        self.config_path, self.model_path, self.monitor = Path(config_path), Path(model_path), monitor
         self.jobs, self.scheduler, self.chunk_rows = jobs, scheduler, chunk_rows
         self.settle_seconds, self.quiet, self.clock = settle_seconds, quiet, clock
         self.load()
@@ -644,13 +654,15 @@ class BatchProcessor:
     def load(self) -> None:
         """Reads config and model again."""
         self.pipeline = ProductionPipeline(self.config_path, self.model_path)
-        self.deployment = Deployment(self.config_path.read_bytes(), self.model_path.read_bytes())
+        self.deployment = Deployment(self.config_path.read_bytes(), self.model_path.read_bytes(), self.monitor)
         if json.loads(self.deployment.config) != self.pipeline.config:
             raise BadConfig("the config was replaced while it was loaded; start again")
         if hashlib.sha256(self.deployment.model).hexdigest() != self.pipeline.config["model_sha256"]:
             raise BadModel("the model was replaced while it was loaded; start again")
         _pipelines.clear()
+        _logs.clear()
         _pipelines[self.deployment.key] = self.pipeline
+        install(self.deployment)
 
     def process_directory(
         self,
@@ -807,8 +819,7 @@ class _Run:
 
         with open(path, "rb") as file:
             chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, self.processor.chunk_rows)
-            score = partial(score_table, self.processor.pipeline)
-            return score_chunks(chunks, score, score_parts, self.output_dir, advance)
+            return score_chunks(chunks, partial(score_table, key), score_parts, self.output_dir, advance)
 
     def _finish(
         self, path: Path, stat: os.stat_result, get: Callable[[], Scores], lost: tuple[type[Exception], ...]
@@ -973,6 +984,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again so often, until stopped")
     parser.add_argument("--backend", choices=("local", "dask"), default="local", help="this machine or a Dask cluster")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
+    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
     return parser
 
 
@@ -991,6 +1003,7 @@ def _work(arguments: argparse.Namespace) -> int:
         chunk_rows=arguments.chunk_rows,
         settle_seconds=arguments.settle_seconds,
         quiet=arguments.quiet,
+        monitor=url_of(arguments.monitor),
     )
 
     def once() -> BatchResult:

@@ -56,6 +56,7 @@ from feature_pipeline import (
     listed,
     resolve_snapshots,
 )
+from prediction_log import OFF, PredictionLog, url_of
 
 DEFAULT_URL = "sqlite:///data/sepsis.db"
 URL_VARIABLE = "SEPSIS_DB_URL"
@@ -411,8 +412,8 @@ class Claim(NamedTuple):
 class DatabasePredictor:
     """Scores the pending visits of a database with one config and model.
 
-    `tables` maps other table and column names (see `read_mapping`). `clock` gives the time in seconds since 1970.
-    Raises `DatabaseError`, `BadConfig`, `BadModel`.
+    `tables` maps other table and column names (see `read_mapping`). `clock` gives the time in seconds since 1970,
+    `monitor` is the URL of the prediction log. Raises `DatabaseError`, `BadConfig`, `BadModel`.
     """
 
     def __init__(
@@ -424,12 +425,13 @@ class DatabasePredictor:
         tables: Mapping[str, Mapping[str, Any]] | None = None,
         batch_size: int = BATCH_SIZE,
         clock: Callable[[], float] = time.time,
+        monitor: str = OFF,
     ):
         if not 1 <= batch_size <= MOST_VISITS:
             raise ValueError(f"batch_size is {batch_size}, expected 1 to {MOST_VISITS}")
         self.config_path, self.model_path = Path(config_path), Path(model_path)
         self.mapping = tables or DEFAULT_MAPPING
-        self.batch_size, self.clock = batch_size, clock
+        self.batch_size, self.clock, self.monitor = batch_size, clock, monitor
         self.load()
         self.engine = connect(db_url)
         self._tables: Tables | None = None
@@ -438,6 +440,7 @@ class DatabasePredictor:
         """Reads config and model again."""
         self._config = self.config_path.read_bytes() if self.config_path.exists() else b""
         self.pipeline = ProductionPipeline(self.config_path, self.model_path)
+        self.prediction_log = PredictionLog.open(self.monitor, self.pipeline, "database")
 
     def load_if_changed(self) -> None:
         if self.config_path.read_bytes() != self._config:
@@ -582,7 +585,11 @@ class DatabasePredictor:
         else:
             result.set_aside.update(observations.set_aside)
             visit, moments, _ = resolve_snapshots(observations)
-            scores = self.pipeline.score(observations, visit, moments)
+            began = time.perf_counter()
+            scores, features = self.pipeline.evaluate(observations, visit, moments)
+            if not result.dry_run:
+                seconds = time.perf_counter() - began
+                self.prediction_log.record(observations, visit, moments, scores, features, seconds)
             probability[list(map(place.__getitem__, observations.keys()))] = scores
         usable = ~np.isnan(probability)
         unusable.update(keys[i] for i in np.flatnonzero(~usable))
@@ -713,6 +720,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rescore", action="store_true", help="also visits with new observations since their score")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again so often, until stopped")
     parser.add_argument("--dry-run", action="store_true", help="compute, but claim and write nothing")
+    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
     return parser
 
 
@@ -732,7 +740,12 @@ def _work(arguments: argparse.Namespace) -> int:
         engine.dispose()
         return DONE
     predictor = DatabasePredictor(
-        url, arguments.config, arguments.model, tables=mapping, batch_size=arguments.batch_size
+        url,
+        arguments.config,
+        arguments.model,
+        tables=mapping,
+        batch_size=arguments.batch_size,
+        monitor=url_of(arguments.monitor),
     )
 
     def told(result: RunResult) -> None:

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Sequence
 
 from command_line import DONE, SOME_FAILED, log, make_parser, number, run
+from prediction_log import url_of
 from stream.alerts import AlertBook, AlertSinks
 from stream.feed import Feed, read_lines
 from stream.journal import Journal
@@ -41,7 +42,7 @@ def stream(arguments: argparse.Namespace) -> int:
             max_observations=arguments.max_observations,
             idle_hours=arguments.idle_hours,
             future_hours=arguments.future_hours,
-            prediction_log=arguments.monitor,
+            prediction_log=url_of(arguments.monitor),
         )
         book = AlertBook(arguments.cooldown_hours)
         sinks = AlertSinks(arguments.alerts, arguments.webhook)

@@ -26,7 +26,7 @@ from feature_pipeline import (
     concept_of,
     iso_times,
 )
-from prediction_log import PredictionLog
+from prediction_log import OFF, PredictionLog
 
 Key = tuple[str, str]  # client, visit_id as texts
 ROW = np.dtype([("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
@@ -79,7 +79,7 @@ class StreamProcessor:
         idle_hours: float = 48.0,
         future_hours: float = 24.0,
         clock: Callable[[], float] = time.time,
-        prediction_log: str | None = "off",
+        prediction_log: str = OFF,
     ):
         self.pipeline = ProductionPipeline(config_path, model_path)
         self.min_observations = min_observations

@@ -1,5 +1,6 @@
 """What many tests need: a small cohort and a model trained on it by the project's own scripts, once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import generate_features
 import train_best_model
 from demo_cohort import make_demo_cohort
 from feature_pipeline import ProductionPipeline
+
+os.environ["SEPSIS_MONITOR_URL"] = "off"  # tests that look at the prediction log name one
 
 
 @pytest.fixture(scope="session")
