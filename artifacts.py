@@ -20,7 +20,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` to write to, renamed to it at the end: readers see the old file or the new one,
     whole. After an error nothing is left of it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -31,6 +31,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from feature_pipeline import BadConfig
+from pseudonyms import lasting_pseudonyms, pseudonymized
+
 ADMISSION = np.datetime64("2019-01-01T00:00:00", "us")
 ONSET_AFTER_LABEL_HOURS = 6
 STATIC_CODES = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime")
@@ -287,6 +290,12 @@ data: https://doi.org/10.13026/v64v-d857 (Reyna et al., Crit Care Med 2020;48:21
         "folder named like training_setA, else the folder's name and a dash)",
     )
     parser.add_argument(
+        "--pseudonymize",
+        action="store_true",
+        help="client and visit as keyed hashes, dates shifted by client; the key is in SEPSIS_PSEUDONYM_KEY "
+        "(default: as they are)",
+    )
+    parser.add_argument(
         "--quiet",
         action="store_true",
         help="no progress bar and no summary, only errors (default: show them)",
@@ -312,14 +321,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         check_arguments(arguments)
+        names = lasting_pseudonyms() if arguments.pseudonymize else None
         patients, failures = read_folders(arguments.folders, arguments.client_prefix, progress=not arguments.quiet)
         for line in failures:
             print(line, file=sys.stderr)
         if not patients:
             raise BadArguments("no usable .psv file, nothing was written")
         observations, labels = to_frames(patients)
+        if names:
+            observations = pseudonymized(observations, names)
+            labels = pseudonymized(labels, names, also=("first_hour", "last_hour"))
         write_frames({arguments.observations: observations, arguments.labels: labels})
-    except (BadArguments, OSError) as error:
+    except (BadArguments, BadConfig, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not arguments.quiet:

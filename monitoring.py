@@ -44,14 +44,23 @@ FEWEST_VISITS = 30  # below, nothing is said about drift
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-def psi(expected: np.ndarray, actual: np.ndarray, floor: float = 1e-4) -> float:
-    """Population stability index of two lists of shares, the sum of (a - e) ln(a / e).
+def psi(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Population stability index of two lists of shares, the sum of (a - e) ln(a / e); none may be 0, see `smoothed`.
 
     >>> round(psi(np.array([0.5, 0.5]), np.array([0.6, 0.4])), 4)
     0.0405
     """
-    e, a = np.maximum(expected, floor), np.maximum(actual, floor)
-    return float(np.sum((a - e) * np.log(a / e)))
+    return float(np.sum((actual - expected) * np.log(actual / expected)))
+
+
+def smoothed(shares: np.ndarray, n: float) -> np.ndarray:
+    """Shares of `n` visits as if half a visit more had come to each bin (Jeffreys): one that is empty by chance is no
+    drift.
+
+    >>> smoothed(np.array([0.0, 1.0]), 9).tolist()
+    [0.05, 0.95]
+    """
+    return (shares * n + 0.5) / (n + 0.5 * len(shares))
 
 
 def psi_limit(n: float, m: float, bins: int, tests: int, significance: float = SIGNIFICANCE) -> float:
@@ -156,7 +165,9 @@ def look_for_drift(findings: Findings, reference: dict[str, Any], current: dict[
     rows = []
     for name, (expected, actual) in both.items():
         e, a = np.array(expected), np.array(actual)
-        index, limit = psi(e, a), psi_limit(n, m, int(((e > 0) | (a > 0)).sum()), tests)
+        some = (e > 0) | (a > 0)
+        index = psi(smoothed(e[some], n), smoothed(a[some], m))
+        limit = psi_limit(n, m, int(some.sum()), tests)
         drifted = index > max(MODERATE, limit)
         rows.append(
             {
@@ -458,12 +469,23 @@ def check(engine: sa.Engine, arguments: argparse.Namespace) -> int:
 def export(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     until = arguments.until or datetime.now(UTC).replace(tzinfo=None)
     rows = read_rows(engine, until - timedelta(days=arguments.days), until, None)
+    if arguments.pseudonymize:
+        rows = detached(rows, Pseudonyms.from_environment())
     if arguments.out.endswith(".parquet"):
         rows.to_parquet(arguments.out, index=False)
     else:
         rows.to_csv(sys.stdout if arguments.out == "-" else arguments.out, index=False)
     log.info("%d rows", len(rows))
     return DONE
+
+
+def detached(rows: pd.DataFrame, pseudonyms: Pseudonyms) -> pd.DataFrame:
+    """Rows that cannot be joined to the log or to a calendar: visits under other hashes, in their order, all times of a
+    visit shifted by the same number of days. (The log does not know clients, so the shift is by visit.)"""
+    days = [pseudonyms.shift_days(visit) for visit in rows["visit"]]
+    shift = pd.to_timedelta(pd.Series(days, index=rows.index, dtype="int64"), unit="D")
+    out = rows.assign(visit=[f"v{pseudonyms.visit('export', visit)}" for visit in rows["visit"]])
+    return out.assign(time=rows["time"] - shift, as_of=rows["as_of"] - shift).sort_values("visit").drop(columns="id")
 
 
 def prune(engine: sa.Engine, arguments: argparse.Namespace) -> int:
@@ -511,6 +533,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--webhook", metavar="URL", help="POST the alerts there as JSON")
         if name == "export":
             command.add_argument("--out", default="-", metavar="FILE", help=".csv or .parquet; - is stdout")
+            command.add_argument(
+                "--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit"
+            )
     return run(work, parser, argv)
 
 

@@ -1,4 +1,7 @@
-"""Keyed hashes that stand for clients and visits wherever names must not appear: logs, metrics, exports."""
+"""Keyed hashes that stand for clients and visits wherever names must not appear: logs, metrics, exports.
+
+``pseudonymized`` makes a table of observations or labels fit to be handed on.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,14 @@ import hmac
 import os
 import secrets
 
+import pandas as pd
+
+from feature_pipeline import COLUMNS, BadConfig, as_text
+
 KEY_VARIABLE = "SEPSIS_PSEUDONYM_KEY"
 SHORTEST_KEY = 16  # characters
+LONGEST_SHIFT = 3652  # days
+DATES = ("observation_date", "sepsis_onset")
 
 
 class Pseudonyms:
@@ -19,7 +28,7 @@ class Pseudonyms:
 
     def __init__(self, key: str | None = None):
         if key and len(key) < SHORTEST_KEY:
-            raise ValueError(f"{KEY_VARIABLE} is shorter than {SHORTEST_KEY} characters; make one of random characters")
+            raise BadConfig(f"{KEY_VARIABLE} is shorter than {SHORTEST_KEY} characters; make one of random characters")
         self.lasting = bool(key)
         self._key = key.encode() if key else secrets.token_bytes(32)
 
@@ -41,3 +50,43 @@ class Pseudonyms:
     def client(self, client: str) -> str:
         """16 hexadecimal digits for a client."""
         return self.digest("client", client).hex()[:16]
+
+    def shift_days(self, client: str) -> int:
+        """By how many days all dates of a client are moved into the past, 1 to `LONGEST_SHIFT`: whole days, since the
+        hour of the day is a feature."""
+        return 1 + int.from_bytes(self.digest("shift", client)[:8], "big") % LONGEST_SHIFT
+
+
+def lasting_pseudonyms() -> Pseudonyms:
+    """Those of the environment. Raises `BadConfig` without a key: files made apart from one another would not fit."""
+    pseudonyms = Pseudonyms.from_environment()
+    if not pseudonyms.lasting:
+        raise BadConfig(f"{KEY_VARIABLE} is not set: pseudonyms need a key, kept apart from the files")
+    return pseudonyms
+
+
+def pseudonymized(frame: pd.DataFrame, pseudonyms: Pseudonyms, also: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A table of observations or labels with client and visit replaced and its dates shifted by client.
+
+    Intervals within a client and the hour of the day (UTC) stay, so features and labels stay the same. Columns that are
+    neither observations' nor labels' nor named in `also` are dropped; a date that cannot be read becomes empty. Raises
+    `BadConfig` where the table has no client or visit.
+    """
+    if missing := [name for name in ("client", "visit_id") if name not in frame.columns]:
+        raise BadConfig(f"nothing can be pseudonymized without the column {missing[0]!r}")
+    # a letter before the digits: no program takes them for a number
+    clients = [as_text(cell) for cell in frame["client"].tolist()]
+    visits = [as_text(cell) for cell in frame["visit_id"].tolist()]
+    name = {client: f"c{pseudonyms.client(client)}" for client in set(clients)}
+    days = {client: pseudonyms.shift_days(client) for client in name}
+    number = {pair: f"v{pseudonyms.visit(*pair)}" for pair in set(zip(clients, visits, strict=True))}
+    own = [column for column in frame.columns if column in (*COLUMNS, "sepsis", *DATES, *also)]
+    out = frame[own].assign(
+        client=[name[client] for client in clients],
+        visit_id=[number[pair] for pair in zip(clients, visits, strict=True)],
+    )
+    shift = pd.to_timedelta(pd.Series([days[client] for client in clients], index=frame.index, dtype="int64"), unit="D")
+    for column in set(DATES) & set(out.columns):
+        times = pd.to_datetime(out[column], errors="coerce", utc=True, format="ISO8601")
+        out[column] = (times - shift).dt.tz_localize(None)
+    return out

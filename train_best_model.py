@@ -34,6 +34,7 @@ from feature_pipeline import (
     load_config,
 )
 from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
+from model_card import model_card
 from prediction_log import make_profile
 from retraining import retrain
 from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, split_parts
@@ -102,7 +103,9 @@ def new_version(archive: Path) -> str:
     return version
 
 
-def deploy(directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str) -> None:
+def deploy(
+    directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str, card: str = ""
+) -> None:
     """Writes the files of a version to its archive folder, then to `directory`; the config comes last.
 
     The archive folder gets its name when it is whole. The config names the model file's SHA-256, so that a pipeline
@@ -119,10 +122,11 @@ def deploy(directory: Path, config: dict[str, Any], model: ScoreModel, info: str
         "feature_names.json": json.dumps(config["feature_names"], indent=1) + "\n",
         "production_model_info.txt": info,
         "training_report.html": report,
+        "MODEL_CARD.md": card,
         "best_model_config.json": json.dumps(config, indent=1, allow_nan=False) + "\n",
     }
     archive = directory / "archive"
-    archive.mkdir(parents=True, exist_ok=True)
+    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
     if not (archive / version).exists():  # else an earlier try got this far
         _archive(archive, version, files)
     for name, text in files.items():
@@ -279,7 +283,8 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
         )
         info = info_text(config, facts, data.notices(), version)
         trained.model.metadata.update({"model_version": version, "trained_at": facts["Trained at"]})
-        deploy(directory, config, trained.model, info, report, version)
+        card = model_card(config, version, facts, data.notices(), data, rows, probability, points, basis)
+        deploy(directory, config, trained.model, info, report, version, card)
         print(info.rstrip())
     else:
         write_atomic(directory / "holdout_report.html", report)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "feature_pipeline": set(),
     "demo_cohort": set(),
     "training_data": {"feature_pipeline", "demo_cohort"},
-    "pseudonyms": set(),
+    "pseudonyms": {"feature_pipeline"},
     "pages": set(),
     "artifacts": set(),
     "units": {"feature_pipeline"},

@@ -1,0 +1,63 @@
+"""Makes files of observations and labels fit to be handed on: hashes for client and visit, dates shifted by client.
+
+The key comes from the environment variable SEPSIS_PSEUDONYM_KEY. Files made under one key fit one another. Features,
+labels and scores stay those of the originals. Values stay as they are: a rare one may still tell who it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from artifacts import atomic_file
+from command_line import DONE, log, make_parser, run
+from feature_pipeline import BadConfig, BadObservations
+from pseudonyms import lasting_pseudonyms, pseudonymized
+
+
+def read_cells(path: Path) -> pd.DataFrame:
+    """A file as it stands, the cells of a text file as texts. Raises `BadObservations`."""
+    try:
+        if path.name.endswith(".parquet"):
+            return pd.read_parquet(path)
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, EOFError) as error:  # quotes nothing of the file
+        raise BadObservations(f"file {str(path)!r} cannot be read ({type(error).__name__})") from None
+
+
+def work(arguments: argparse.Namespace) -> int:
+    names, out = lasting_pseudonyms(), Path(arguments.out_dir)
+    paths = [Path(path) for path in arguments.files]
+    if len({path.name for path in paths}) < len(paths):
+        raise BadConfig("two of the files have the same name; they would overwrite one another")
+    for path in paths:
+        if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
+            raise BadConfig(f"{str(path)!r}: the name must end in .csv, .csv.gz or .parquet")
+        if (out / path.name).exists() and (out / path.name).samefile(path):
+            raise BadConfig(f"{str(path)!r} would be overwritten; choose another --out-dir")
+    for path in paths:
+        frame = read_cells(path)
+        table = pseudonymized(frame, names)
+        with atomic_file(out / path.name) as file:
+            if path.name.endswith(".parquet"):
+                table.to_parquet(file, index=False)
+            else:
+                table.to_csv(file, index=False, compression="gzip" if path.name.endswith(".gz") else None)
+        dropped = [column for column in frame.columns if column not in table.columns]
+        log.info("%s: %d rows%s", out / path.name, len(table), f"; left out: {', '.join(dropped)}" if dropped else "")
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "python pseudonymize.py observations.csv labels.csv --out-dir shared")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="observations or labels; .csv, .csv.gz or .parquet")
+    parser.add_argument("--out-dir", required=True, metavar="DIR", help="where the results go, under the same names")
+    return run(work, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

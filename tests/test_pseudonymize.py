@@ -1,0 +1,92 @@
+"""Pseudonyms and shifted dates: nothing of a name or a date is left, features and labels are the same."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import import_physionet2019
+import pseudonymize
+from feature_pipeline import BadConfig
+from pseudonyms import Pseudonyms, pseudonymized
+from tests.test_import_physionet2019 import psv
+from training_data import SnapshotSettings, load_training_data
+
+KEY = "a key of more than sixteen letters"
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", KEY)
+
+
+def test_features_labels_and_scores_stay_the_same(cohort, cohort_files, pipeline, tmp_path, key):
+    assert pseudonymize.main([*map(str, cohort_files), "--out-dir", str(tmp_path / "out"), "--quiet"]) == 0
+    settings = SnapshotSettings()
+    before = load_training_data(*map(str, cohort_files), settings)
+    after = load_training_data(*(str(tmp_path / "out" / path.name) for path in cohort_files), settings)
+    assert np.array_equal(before.label, after.label) and np.array_equal(before.visit, after.visit)
+    one, other = (pipeline.evaluate(d.observations, d.visit, d.as_of) for d in (before, after))
+    assert np.array_equal(one[0], other[0], equal_nan=True) and np.array_equal(one[1], other[1], equal_nan=True)
+    shift = (before.as_of - after.as_of) / 86_400_000_000
+    assert (shift >= 1).all() and (shift <= 3652).all() and np.array_equal(shift, np.round(shift))
+    by_client = pd.Series(shift).groupby(before.observations.client_text[before.visit]).nunique()
+    assert (by_client == 1).all() and len(np.unique(shift)) > 100
+    text = (tmp_path / "out" / cohort_files[1].name).read_text()
+    assert not any(client in text for client in cohort[1]["client"].astype(str))
+
+
+def test_what_is_not_asked_for_is_left_out(key):
+    frame = pd.DataFrame(
+        {
+            "visit_id": ["1", 1.0, "1"],
+            "client": ["a", "a", "b"],
+            "observation_date": ["2026-03-01T12:00:00+02:00", "2026-03-01 10:00", "yesterday of Mr X"],
+            "observation_type_code": ["NA"] * 3,
+            "observation_value": ["<0.5", "", "3"],
+            "surname": ["x", "y", "z"],
+        }
+    )
+    out = pseudonymized(frame, Pseudonyms(KEY))
+    assert "surname" not in out and out["observation_value"].tolist() == ["<0.5", "", "3"]
+    assert out["visit_id"][0] == out["visit_id"][1] != out["visit_id"][2]
+    assert out["observation_date"][0] == out["observation_date"][1] and out["observation_date"].isna()[2]
+    assert pseudonymized(frame, Pseudonyms(KEY + "x"))["client"][0] != out["client"][0]
+    with pytest.raises(BadConfig, match="client"):
+        pseudonymized(frame.drop(columns="client"), Pseudonyms(KEY))
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "is not set"), ("short", "shorter than")])
+def test_without_a_good_key_nothing_is_written(value, said, cohort_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SEPSIS_PSEUDONYM_KEY", raising=False)
+    if value:
+        monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", value)
+    assert pseudonymize.main([str(cohort_files[1]), "--out-dir", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_no_original_is_overwritten(cohort_files, key, capsys):
+    before = cohort_files[1].read_bytes()
+    assert pseudonymize.main([str(cohort_files[1]), "--out-dir", str(cohort_files[1].parent)]) == 2
+    assert "overwritten" in capsys.readouterr().err and cohort_files[1].read_bytes() == before
+
+
+def test_the_importer_pseudonymizes(tmp_path, key):
+    (tmp_path / "training_setA").mkdir()
+    (tmp_path / "training_setA" / "p000001.psv").write_text(psv([1, 2, 3], [0, 0, 1], HR=[80, 81, 91.5]))
+    frames = {}
+    for option in ("", "--pseudonymize"):
+        outputs = [tmp_path / f"{kind}{option}.parquet" for kind in ("observations", "labels")]
+        names = ["--observations", str(outputs[0]), "--labels", str(outputs[1])]
+        arguments = [str(tmp_path / "training_setA"), *names, "--quiet", *([option] if option else [])]
+        assert import_physionet2019.main(arguments) == 0
+        frames[option] = [pd.read_parquet(path) for path in outputs]
+    plain, hidden = frames.values()
+    for before, after in zip(plain, hidden, strict=True):
+        assert list(before.columns) == list(after.columns)
+        assert not set(before["client"]) & set(after["client"])
+        assert not set(before["visit_id"].astype(str)) & set(after["visit_id"])
+    days = {
+        *(plain[0]["observation_date"] - hidden[0]["observation_date"]),
+        *(plain[1]["sepsis_onset"] - hidden[1]["sepsis_onset"]),
+    }
+    assert len(days) == 1 and hidden[0]["observation_value"].equals(plain[0]["observation_value"])
