@@ -7,6 +7,8 @@ write to one database; a row is committed before the prediction is answered. SQL
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,7 @@ from pseudonyms import KEY_VARIABLE, Pseudonyms
 URL_VARIABLE = "SEPSIS_MONITOR_URL"
 DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
+OPENING_TRIES = 8
 
 metadata = sa.MetaData()
 predictions = sa.Table(
@@ -71,8 +74,16 @@ def open_engine(url: str) -> sa.Engine:
             cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
             cursor.close()
 
-    metadata.create_all(engine)
-    return engine
+    for attempt in range(OPENING_TRIES):
+        try:
+            metadata.create_all(engine)
+            return engine
+        except (sa.exc.DBAPIError, sqlite3.OperationalError):  # another process makes the same tables just now
+            if attempt == OPENING_TRIES - 1:
+                engine.dispose()
+                raise
+            time.sleep(0.05 * (attempt + 1))
+    raise AssertionError("unreachable")
 
 
 def url_of(url: str | None) -> str:
@@ -231,7 +242,7 @@ class PredictionLog:
         if url != OFF:
             try:
                 engine = open_engine(url)
-            except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
+            except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
                 log.error("error: the prediction log cannot be opened: %s", type(error).__name__)
         return cls(engine, pipeline, source)
 
@@ -297,7 +308,7 @@ class PredictionLog:
         try:
             with self._engine.begin() as connection:
                 connection.execute(table.insert(), rows)
-        except (sa.exc.SQLAlchemyError, OSError) as error:
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             if not self._failing:  # once, not for every prediction
                 log.error("error: the prediction log cannot be written: %s", type(error).__name__)
             self._failing = True

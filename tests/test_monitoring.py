@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -151,6 +153,18 @@ def test_four_writers_at_once_and_one_killed(config_path, model_path, tmp_path):
         broken = database.execute("select count(*) from predictions where score is null or bins = ''").fetchone()
     database.close()
     assert count["w1"] == count["w2"] == count["w3"] == 150 and count["w0"] >= answered + 1 and broken == (0,)
+
+
+def test_many_that_make_the_database_at_once_all_have_it(tmp_path):
+    together = threading.Barrier(6)
+
+    def make(k):
+        together.wait(60)
+        open_engine(f"sqlite:///{tmp_path}/log{k}.db").dispose()
+
+    with ThreadPoolExecutor(6) as pool:
+        for k in range(5):
+            list(pool.map(make, [k] * 6))
 
 
 # ------------------------------------------------------------------------------------------------------- drift

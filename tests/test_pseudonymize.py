@@ -24,12 +24,21 @@ def test_features_labels_and_scores_stay_the_same(cohort, cohort_files, pipeline
     settings = SnapshotSettings()
     before = load_training_data(*map(str, cohort_files), settings)
     after = load_training_data(*(str(tmp_path / "out" / path.name) for path in cohort_files), settings)
-    assert np.array_equal(before.label, after.label) and np.array_equal(before.visit, after.visit)
-    one, other = (pipeline.evaluate(d.observations, d.visit, d.as_of) for d in (before, after))
-    assert np.array_equal(one[0], other[0], equal_nan=True) and np.array_equal(one[1], other[1], equal_nan=True)
-    shift = (before.as_of - after.as_of) / 86_400_000_000
+    # visits are taken in the order of their names, so the order is another one
+    names = Pseudonyms(KEY)
+    new_name = [
+        f"v{names.visit(client, visit)}"
+        for client, visit in zip(before.observations.client_text, before.observations.visit_text, strict=True)
+    ]
+    one = np.lexsort([before.as_of, np.array(new_name, dtype=str)[before.visit]])
+    other = np.lexsort([after.as_of, after.observations.visit_text.astype(str)[after.visit]])
+    assert np.array_equal(before.label[one], after.label[other])
+    plain = pipeline.evaluate(before.observations, before.visit[one], before.as_of[one])
+    hidden = pipeline.evaluate(after.observations, after.visit[other], after.as_of[other])
+    assert all(np.array_equal(x, y, equal_nan=True) for x, y in zip(plain, hidden, strict=True))
+    shift = (before.as_of[one] - after.as_of[other]) / 86_400_000_000
     assert (shift >= 1).all() and (shift <= 3652).all() and np.array_equal(shift, np.round(shift))
-    by_client = pd.Series(shift).groupby(before.observations.client_text[before.visit]).nunique()
+    by_client = pd.Series(shift).groupby(before.observations.client_text[before.visit[one]]).nunique()
     assert (by_client == 1).all() and len(np.unique(shift)) > 100
     text = (tmp_path / "out" / cohort_files[1].name).read_text()
     assert not any(client in text for client in cohort[1]["client"].astype(str))
