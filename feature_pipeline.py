@@ -9,6 +9,7 @@ same numbers in training, batch, API, database and stream.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -443,7 +444,11 @@ _LONG = 1000  # from here on distinct cells are sorted out first: quicker for ma
 def _distinct(column: Column) -> tuple[np.ndarray, list[Any]]:
     """(index of each row's cell, cells); a long column gives each distinct cell once, the empty ones as the last."""
     if isinstance(column, list):
-        return np.arange(len(column)), column
+        kinds = set(map(type, column)) if len(column) >= _LONG else ()
+        if kinds != {str} and kinds != {int}:
+            return np.arange(len(column)), column
+        index, distinct = pd.factorize(np.array(column, dtype=object))
+        return index, distinct.tolist()
     if len(column) < _LONG or column.dtype == object:  # among objects True and 1.0 would pass for the same
         return np.arange(len(column)), column.tolist()
     index, distinct = pd.factorize(column)
@@ -526,6 +531,10 @@ def _numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(column, pd.Series) and column.dtype.kind in "iuf" and isinstance(column.dtype, np.dtype):
         numbers = column.to_numpy(dtype=np.float64)
         return numbers, np.isnan(numbers)
+    if isinstance(column, list) and set(map(type, column)) <= {float, int, type(None)}:
+        with contextlib.suppress(OverflowError):  # an integer beyond all floats
+            numbers = np.array(column, dtype=np.float64)  # None becomes NaN
+            return numbers, np.isnan(numbers)
     index, cells = _distinct(column)
     numbers = np.array([_number(cell) for cell in cells], dtype=np.float64)
     return numbers[index], np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]

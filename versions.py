@@ -17,7 +17,8 @@ from pages import facts_table, frame_table, page, paragraph
 from training_data import TrainingData
 
 CONFIG = "best_model_config.json"
-DEPLOYED = ("best_model.pkl", "feature_names.json", "production_model_info.txt", "training_report.html", CONFIG)
+REPORTS = ("production_model_info.txt", "training_report.html", "MODEL_CARD.md")
+DEPLOYED = ("best_model.pkl", "feature_names.json", *REPORTS, CONFIG)
 TOLERANCE = 0.005  # of ROC AUC and average precision: a smaller loss is none
 
 

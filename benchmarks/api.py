@@ -1,0 +1,211 @@
+"""Requests a second and latency of the REST service under gunicorn on loopback, beside a first draft of it.
+
+Load comes from wrk (a C program: it leaves the cores to the server), 8 connections that each wait for their answer.
+Latency at a given rate comes from 8 clients of this script that send at fixed moments and count waiting as latency.
+The service runs as it is deployed: access log, audit log and prediction log are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.features import clean  # noqa: E402
+from command_line import COULD_NOT_START, DONE, log, make_parser, number, run  # noqa: E402
+from demo_cohort import make_demo_cohort  # noqa: E402
+
+CONNECTIONS = 8
+SCRIPT = """
+local file = io.open(os.getenv("BODY"), "r"); wrk.body = file:read("*a"); file:close()
+wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"
+"""
+
+
+def bodies() -> dict[str, bytes]:
+    """A visit of 40 observations, and 100 visits of 40."""
+    frame = clean(make_demo_cohort(n_patients=400, seed=3)[0])
+    frame["observation_date"] = frame["observation_date"].astype(str)
+    frame = frame.astype(object).where(frame.notna(), None)
+    sizes = frame["visit_id"].value_counts()
+    visits = sizes[sizes >= 40].index[:100]
+    rows = [row for visit in visits for row in frame[frame["visit_id"] == visit].head(40).to_dict("records")]
+    for row in rows:
+        row["visit_id"] = int(row["visit_id"])
+    return {"1 visit": json.dumps(rows[:40]).encode(), "100 visits": json.dumps(rows).encode()}
+
+
+@contextlib.contextmanager
+def served(app: str, port: int, folder: Path, arguments: argparse.Namespace, **more: str) -> Iterator[psutil.Process]:
+    """gunicorn with two workers."""
+    env = {
+        **os.environ,
+        "SEPSIS_CONFIG": str(Path(arguments.config).resolve()),
+        "SEPSIS_MODEL": str(Path(arguments.model).resolve()),
+        "SEPSIS_RATE_LIMIT": "100000000/minute",
+        "SEPSIS_ACCESS_LOG": str(folder / "access.jsonl"),
+        "SEPSIS_AUDIT_LOG": str(folder / "audit.jsonl"),
+        "SEPSIS_MONITOR_URL": f"sqlite:///{folder}/log.db",
+        "SEPSIS_PSEUDONYM_KEY": "benchmark key of no importance",
+        **more,
+    }
+    command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"127.0.0.1:{port}", "--log-level", "error", app]
+    if "draft" in app:  # as gunicorn comes
+        (folder / "plain.py").write_text("")
+        command[3:3] = ["-c", str(folder / "plain.py")]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                http.client.HTTPConnection("127.0.0.1", port, timeout=5).request("GET", "/health")
+                break
+            if time.monotonic() > end:
+                raise RuntimeError("gunicorn does not start")
+            time.sleep(0.1)
+        time.sleep(2)  # until each worker has its model
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wrk(port: int, body: bytes, seconds: int, folder: Path) -> dict[str, float]:
+    """Throughput and latency (ms) under full load; `failed` counts answers other than 2xx, and broken connections."""
+    (folder / "body").write_bytes(body)
+    (folder / "post.lua").write_text(SCRIPT)
+    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "20s", "--latency"]
+    command += ["-s", str(folder / "post.lua"), f"http://127.0.0.1:{port}/predict"]
+    env = {**os.environ, "BODY": str(folder / "body")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    text = done.stdout
+    if done.returncode:
+        raise OSError(f"wrk fails: {done.stderr.strip()}")
+    out = {"rate": float(re.search(r"Requests/sec:\s+(\S+)", text)[1])}
+    out["requests"] = float(re.search(r"(\d+) requests in", text)[1])
+    for name, share in (("p50", "50%"), ("p99", "99%")):
+        value, unit = re.search(rf"{share}\s+([\d.]+)(us|ms|s)", text).groups()
+        out[name] = float(value) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+    bad = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    broken = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
+    out["failed"] = (int(bad[1]) if bad else 0) + (sum(map(int, broken.groups())) if broken else 0)
+    return out
+
+
+def at_rate(port: int, body: bytes, rate: float, seconds: float) -> tuple[np.ndarray, int]:
+    """(latencies in ms, failed) of requests sent at fixed moments; one that had to wait its turn counts its waiting."""
+    latencies: list[float] = []
+    failed = 0
+    start = time.perf_counter() + 0.5
+
+    def client(k: int) -> None:
+        nonlocal failed
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        for n in range(k, int(rate * seconds), CONNECTIONS):
+            due = start + n / rate
+            if (wait := due - time.perf_counter()) > 0:
+                time.sleep(wait)
+            try:
+                connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                failed += answer.status != 200
+            except OSError:
+                failed += 1
+                connection.close()
+            latencies.append((time.perf_counter() - due) * 1e3)
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return np.array(latencies), failed
+
+
+def memory(server: psutil.Process) -> float:
+    """MB of the workers, together."""
+    return sum(p.memory_info().rss for p in server.children()) / 1e6
+
+
+def line(name: str, r: dict[str, float]) -> None:
+    print(f"  {name:<44s} {r['rate']:8.1f} requests/s   p50 {r['p50']:7.2f} ms   p99 {r['p99']:7.2f} ms   "
+          f"failed {r['failed']:.0f} of {r['requests']:.0f}")  # fmt: skip
+
+
+def benchmark(arguments: argparse.Namespace) -> int:
+    if not shutil.which("wrk"):
+        log.error("error: wrk is not installed (Debian's package wrk)")
+        return COULD_NOT_START
+    given, seconds, port = bodies(), arguments.seconds, arguments.port
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ratio = {}
+        with served("benchmarks.draft_api:app", port, folder, arguments) as server:
+            for what, body in given.items():
+                found = wrk(port, body, max(seconds // 3, 5), folder)
+                ratio[what] = found["rate"]
+                line(f"first draft, {what}", found)
+        with served("api_server:app", port + 1, folder, arguments) as server:
+            before = memory(server)
+            for what, body in given.items():
+                found = wrk(port + 1, body, seconds, folder)
+                line(f"api_server, {what}", found)
+                print(f"  {'':<44s} {found['rate'] / ratio[what]:8.1f} times the draft")
+                if what == "1 visit":
+                    peak = found["rate"]
+            for share in (0.5, 0.75):
+                times, failed = at_rate(port + 1, given["1 visit"], share * peak, arguments.rate_seconds)
+                p50, p95, p99 = np.percentile(times, [50, 95, 99])
+                print(
+                    f"  1 visit at {share:.0%} of that rate ({share * peak:.0f}/s)"
+                    f"     p50 {p50:.2f} ms   p95 {p95:.2f} ms   p99 {p99:.2f} ms   failed {failed} of {len(times)}"
+                )
+            print(f"  memory of the two workers: {before:.0f} MB at the start, {memory(server):.0f} MB now")
+        if arguments.many:
+            with served("api_server:app", port + 2, folder, arguments) as server:
+                body, done = given["1 visit"], 0.0
+                wrk(port + 2, body, 5, folder)
+                first = memory(server)
+                while done < arguments.many:
+                    done += wrk(port + 2, body, 30, folder)["requests"]
+                    print(f"  after {done:9,.0f} requests: {memory(server):.0f} MB (first {first:.0f} MB)", flush=True)
+        rates = []
+        for what, url in (("off", "off"), ("on", f"sqlite:///{folder}/log2.db"), ("off", "off"), ("on", "")):
+            url = url or f"sqlite:///{folder}/log3.db"
+            with served("api_server:app", port + 3 + len(rates), folder, arguments, SEPSIS_MONITOR_URL=url):
+                rates.append(wrk(port + 3 + len(rates), given["1 visit"], max(seconds // 3, 5), folder)["rate"])
+                print(f"  prediction log {what:<3s} {rates[-1]:8.1f} requests/s")
+        cost = 1 - (rates[1] + rates[3]) / (rates[0] + rates[2])
+        print(f"  the prediction log costs {cost:.1%} of the throughput")
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "python benchmarks/api.py --many 100000", "config", "model")
+    parser.add_argument("--seconds", type=number(int, 1, 600), default=60, help="of each full load")
+    parser.add_argument("--rate-seconds", type=number(int, 1, 600), default=20, help="of each load at a given rate")
+    parser.add_argument("--many", type=number(int, 0), default=0, help="requests over which memory is watched")
+    parser.add_argument("--port", type=number(int, 1024, 65000), default=18500, help="the first of some on loopback")
+    return run(benchmark, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
