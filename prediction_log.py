@@ -53,6 +53,7 @@ errors = sa.Table(
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("n", sa.Integer(), nullable=False),
 )
+_NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: they keep what they are compiled to
 
 
 def open_engine(url: str) -> sa.Engine:
@@ -295,19 +296,19 @@ class PredictionLog:
                 strict=True,
             )
         ]
-        return self._write(predictions, rows)
+        return self._write(_NEW_PREDICTION, rows)
 
     def record_error(self, kind: str, n: int = 1) -> bool:
         """Counts requests, files or visits that could not be scored."""
         if self._engine is None:
             return False
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
-        return self._write(errors, [{"time": self._clock().replace(tzinfo=None), **row}])
+        return self._write(_NEW_ERROR, [{"time": self._clock().replace(tzinfo=None), **row}])
 
-    def _write(self, table: sa.Table, rows: list[dict[str, Any]]) -> bool:
+    def _write(self, statement: sa.Insert, rows: list[dict[str, Any]]) -> bool:
         try:
             with self._engine.begin() as connection:
-                connection.execute(table.insert(), rows)
+                connection.execute(statement, rows)
         except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             if not self._failing:  # once, not for every prediction
                 log.error("error: the prediction log cannot be written: %s", type(error).__name__)
