@@ -34,7 +34,7 @@ predictions = sa.Table(
     sa.Column("time", sa.DateTime(), nullable=False, index=True),  # UTC
     sa.Column("source", sa.String(16), nullable=False),  # api, batch, database, stream
     sa.Column("model_version", sa.String(32), nullable=False),
-    sa.Column("visit", sa.String(16), nullable=False, index=True),  # Pseudonyms.visit
+    sa.Column("visit", sa.String(16), nullable=False),  # Pseudonyms.visit
     sa.Column("as_of", sa.DateTime()),  # the observations' time that the score is of
     sa.Column("score", sa.Double()),  # empty where nothing was usable
     sa.Column("risk_level", sa.String(8), nullable=False),
@@ -73,6 +73,7 @@ def open_engine(url: str) -> sa.Engine:
             cursor.execute("PRAGMA busy_timeout = 10000")
             cursor.execute("PRAGMA journal_mode = WAL")
             cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
+            cursor.execute("PRAGMA wal_autocheckpoint = 4000")  # pages, 16 MB: each checkpoint waits for the disk
             cursor.close()
 
     for attempt in range(OPENING_TRIES):
