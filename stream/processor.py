@@ -6,6 +6,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -299,15 +300,15 @@ class StreamProcessor:
             rank[rows["code"]],
             {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")},
         )
-        if observations.remarks:  # repeated rows need not be kept
-            for visit in visits:
-                visit.rows = [self._only_distinct(visit.rows[0])]
+        # kept in canonical order from now on, each row once: the next sort has little to do
+        kept = np.empty(len(observations.time), dtype=ROW)
+        kept["code"] = np.repeat(np.array(order)[observations.group_code], np.diff(observations.group_start))
+        for name in ("time", "value", "low", "high"):
+            kept[name] = getattr(observations, name)
+        bounds = observations.group_start[observations.visit_group_start].tolist()
+        for visit, (start, end) in zip(visits, pairwise(bounds), strict=True):
+            visit.rows = [kept[start:end].copy()]
         return observations
-
-    @staticmethod
-    def _only_distinct(rows: np.ndarray) -> np.ndarray:
-        _, first = np.unique(rows.view(f"V{ROW.itemsize}"), return_index=True)
-        return rows[np.sort(first)]
 
     # --------------------------------------------------------------------------------------------- the end
 
