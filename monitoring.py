@@ -39,6 +39,7 @@ MODERATE, STRONG = 0.1, 0.25  # PSI
 SIGNIFICANCE = 0.01  # over all that is looked at together
 CODE_CHANGE = 0.1  # share of visits that have a code
 FEWEST_VISITS = 30  # below, nothing is said about drift
+FEWEST_POSITIVE = 20  # expected and observed together; below, nothing is said about calibration
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -272,6 +273,10 @@ def look_at_quality(findings: Findings, rows: pd.DataFrame, labels: pd.DataFrame
             "alert_rate": float((score >= config["decision_threshold"]).mean()),
             "expected_over_observed": float(score.sum() / max(label.sum(), 0.5)),
         }
+        if label.sum() + score.sum() >= FEWEST_POSITIVE and not 0.5 <= row["expected_over_observed"] <= 2:
+            findings.alerts.append(
+                f"calibration in the week of {row['week']}: {score.sum():.0f} positives expected, {label.sum()} seen"
+            )
         if 0 < label.sum() < len(label):
             found = figures(label, score, part["visit"].to_numpy(), part["visit"].to_numpy())
             row |= {
