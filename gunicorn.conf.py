@@ -29,10 +29,11 @@ limit_request_fields = 50
 
 STALLED_SECONDS = 10  # a client that sends nothing for so long in mid-request is cut off
 
-# Counters of all workers are shared through files. SIGHUP reads this file again: the folder stays.
-_own_folder = "PROMETHEUS_MULTIPROC_DIR" not in os.environ
-if _own_folder:
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="sepsis-metrics-")
+# Counters of all workers are shared through files. SIGHUP reads this file again: the folder stays, and stays our own.
+if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["SEPSIS_METRICS_DIR"] = tempfile.mkdtemp(
+        prefix="sepsis-metrics-"
+    )
 
 
 def on_starting(server):
@@ -64,5 +65,5 @@ def child_exit(server, worker):
 
 
 def on_exit(server):
-    if _own_folder:
-        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    if folder := os.environ.get("SEPSIS_METRICS_DIR"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -53,7 +53,9 @@ def bodies() -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def served(app: str, port: int, folder: Path, arguments: argparse.Namespace, **more: str) -> Iterator[psutil.Process]:
+def served(
+    app: str, port: int, folder: Path, arguments: argparse.Namespace, options: Sequence[str] = (), **more: str
+) -> Iterator[psutil.Process]:
     """gunicorn with two workers."""
     env = {
         **os.environ,
@@ -66,7 +68,19 @@ def served(app: str, port: int, folder: Path, arguments: argparse.Namespace, **m
         "SEPSIS_PSEUDONYM_KEY": "benchmark key of no importance",
         **more,
     }
-    command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"127.0.0.1:{port}", "--log-level", "error", app]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "-w",
+        "2",
+        "-b",
+        f"127.0.0.1:{port}",
+        "--log-level",
+        "error",
+        *options,
+        app,
+    ]
     if "draft" in app:  # as gunicorn comes
         (folder / "plain.py").write_text("")
         command[3:3] = ["-c", str(folder / "plain.py")]
@@ -150,6 +164,17 @@ def line(name: str, r: dict[str, float]) -> None:
           f"failed {r['failed']:.0f} of {r['requests']:.0f}")  # fmt: skip
 
 
+def watch_memory(body: bytes, port: int, folder: Path, arguments: argparse.Namespace) -> None:
+    """Memory of the same two workers over many requests."""
+    more = ("--max-requests", "0")
+    with served("api_server:app", port, folder, arguments, options=more) as server:
+        done = 0.0
+        print(f"  at the start: {memory(server):.0f} MB", flush=True)
+        while done < arguments.many:
+            done += wrk(port, body, 20, folder)["requests"]
+            print(f"  after {done:9,.0f} requests: {memory(server):.0f} MB", flush=True)
+
+
 def benchmark(arguments: argparse.Namespace) -> int:
     if not shutil.which("wrk"):
         log.error("error: wrk is not installed (Debian's package wrk)")
@@ -157,6 +182,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
     given, seconds, port = bodies(), arguments.seconds, arguments.port
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.many:
+            watch_memory(given["1 visit"], port, folder, arguments)
+            return DONE
         ratio = {}
         with served("benchmarks.draft_api:app", port, folder, arguments) as server:
             for what, body in given.items():
@@ -179,14 +207,6 @@ def benchmark(arguments: argparse.Namespace) -> int:
                     f"     p50 {p50:.2f} ms   p95 {p95:.2f} ms   p99 {p99:.2f} ms   failed {failed} of {len(times)}"
                 )
             print(f"  memory of the two workers: {before:.0f} MB at the start, {memory(server):.0f} MB now")
-        if arguments.many:
-            with served("api_server:app", port + 2, folder, arguments) as server:
-                body, done = given["1 visit"], 0.0
-                wrk(port + 2, body, 5, folder)
-                first = memory(server)
-                while done < arguments.many:
-                    done += wrk(port + 2, body, 30, folder)["requests"]
-                    print(f"  after {done:9,.0f} requests: {memory(server):.0f} MB (first {first:.0f} MB)", flush=True)
         rates = []
         for what, url in (("off", "off"), ("on", f"sqlite:///{folder}/log2.db"), ("off", "off"), ("on", "")):
             url = url or f"sqlite:///{folder}/log3.db"
@@ -202,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python benchmarks/api.py --many 100000", "config", "model")
     parser.add_argument("--seconds", type=number(int, 1, 600), default=60, help="of each full load")
     parser.add_argument("--rate-seconds", type=number(int, 1, 600), default=20, help="of each load at a given rate")
-    parser.add_argument("--many", type=number(int, 0), default=0, help="requests over which memory is watched")
+    parser.add_argument("--many", type=number(int, 0), default=0, help="only watch memory over so many requests")
     parser.add_argument("--port", type=number(int, 1024, 65000), default=18500, help="the first of some on loopback")
     return run(benchmark, parser, argv)
 

@@ -16,16 +16,9 @@ import run_tests
 import train_best_model
 from feature_pipeline import BadModel, ProductionPipeline, load_config, read_observations
 from training_data import TEST, load_training_data, split_parts
+from versions import DEPLOYED
 
 pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.SetAsideWarning")  # the cohort has dirt on purpose
-
-DEPLOYED = (
-    "best_model.pkl",
-    "best_model_config.json",
-    "feature_names.json",
-    "production_model_info.txt",
-    "training_report.html",
-)
 
 
 def trained(directory, *flags, status=0):

@@ -24,6 +24,24 @@ async function ask(path, options = {}) {
 
 function say(text, kind = "") { $("status").textContent = text; $("status").className = kind; }
 
+const WORDS = { last: "latest", min: "lowest", max: "highest", mean: "mean", std: "spread", count: "number measured", slope: "trend an hour",
+  change: "change since first", delta: "change since previous", age: "hours since measured", measured: "ever measured", rate: "values an hour",
+  gap: "hours between last two", outside: "distance outside range", share_below: "share below range", share_above: "share above range",
+  cv: "relative spread", mean_abs_change: "mean step", departure: "latest against mean", zscore: "latest in standard deviations",
+  ewm: "recent mean", departure_ewm: "latest against recent mean", hours_since_max: "hours since highest", hours_since_min: "hours since lowest" };
+const SCORES = { sirs: "SIRS", qsofa: "qSOFA", news2: "NEWS2", sofa: "SOFA (partial)" };
+
+// a feature's name for people
+function inWords(feature) {
+  const [code, name, window] = feature.split("__").length > 3 ? [feature, "", ""] : feature.split("__");
+  if (code === "clinical" || code === "context") {
+    const [score, ...part] = name.split("_");
+    if (SCORES[score]) return `${SCORES[score]}${part.length ? `, ${part.join(" ")}` : ""}`;
+    return name.replaceAll("_", " ");
+  }
+  return `${code}${name ? `: ${WORDS[name] || name.replaceAll("_", " ")}` : ""}${window ? ` in ${window.replace("h", " h")}` : ""}`;
+}
+
 // ------------------------------------------------------------------------------------------------- scoring
 
 async function score(text) {
@@ -81,7 +99,7 @@ function showDetail(index, focus = true) {
   if (p.reasons?.length) {
     box.append(make("h4", {}, "Strongest reasons"), make("ul", { class: "reasons" }, ...p.reasons.map((r) =>
       make("li", { class: r.contribution > 0 ? "up" : "down" }, make("span", { class: "sign" }, r.contribution > 0 ? "raises" : "lowers"),
-        ` ${r.feature.replaceAll("__", " · ")} `, make("b", {}, r.value === null ? "not measured" : String(Number(r.value.toPrecision(4))))))));
+        make("span", { title: r.feature }, ` ${inWords(r.feature)} `), make("b", {}, r.value === null ? "not measured" : String(Number(r.value.toPrecision(4))))))));
   }
   const codes = series.get(visitKey(p)) || new Map();
   const times = [...codes.values()].flat().map((point) => point[0]);
