@@ -63,10 +63,10 @@ from feature_pipeline import (
     BadObservations,
     FeaturePipelineError,
     ProductionPipeline,
-    _texts,
     as_text,
     listed,
     resolve_snapshots,
+    text_places,
 )
 from prediction_log import OFF, PredictionLog, url_of
 
@@ -269,8 +269,8 @@ class Scores:
 def score_table(key: str, table: pd.DataFrame, row: np.ndarray) -> Scores:
     """Scores whole visits with the deployment `key`. `row` numbers the rows of `table` in the file, ascending."""
     pipeline, prediction_log = _pipelines[key], _logs.get(key)
-    visit_index, visits = _texts(table["visit_id"])
-    client_index, clients = _texts(table["client"])
+    visit_index, visits = text_places(table["visit_id"])
+    client_index, clients = text_places(table["client"])
     named = np.flatnonzero((visit_index >= 0) & (client_index >= 0))
     pair = client_index[named] * max(len(visits), 1) + visit_index[named]
     first = named[~pd.Series(pair).duplicated().to_numpy()]  # rows in which a visit appears first
@@ -325,7 +325,7 @@ class Parts:
         n_parts = len(self.blocks)
         hashed = np.zeros(len(table), dtype=np.uint64)
         for name in ("client", "visit_id"):
-            index, texts = _texts(table[name])
+            index, texts = text_places(table[name])
             # the last entry is for empty cells, whose index is -1
             hashed = hashed * np.uint64(1_000_003) + pd.util.hash_array(np.array([*texts, ""], dtype=object))[index]
         part = (hashed % np.uint64(n_parts)).astype(np.int64)

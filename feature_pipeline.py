@@ -459,7 +459,7 @@ def _is_empty(cell: Any) -> bool:
     return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell.strip()) or cell != cell
 
 
-def _texts(column: Column) -> tuple[np.ndarray, list[str]]:
+def text_places(column: Column) -> tuple[np.ndarray, list[str]]:
     """(index of each row's text, -1 where empty; the distinct texts in order of appearance)."""
     index, cells = _distinct(column)
     place: dict[str, int] = {}
@@ -561,9 +561,9 @@ def _validate(
     table: pd.DataFrame | dict[str, list[Any]], malformed: int, where: str, synonyms: Mapping[str, str] | None
 ) -> Observations:
     n_rows = len(table["visit_id"])
-    visit_index, visit_texts = _texts(table["visit_id"])
-    client_index, client_texts = _texts(table["client"])
-    code_index, codes = _texts(table["observation_type_code"])
+    visit_index, visit_texts = text_places(table["visit_id"])
+    client_index, client_texts = text_places(table["client"])
+    code_index, codes = text_places(table["observation_type_code"])
     time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)

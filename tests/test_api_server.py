@@ -55,6 +55,7 @@ class Server:
             "SEPSIS_AUDIT_LOG": str(folder / "audit.jsonl"),
             "SEPSIS_MONITOR_URL": f"sqlite:///{folder}/log.db",
             "SEPSIS_ACCESS_LOG": "",
+            "TMPDIR": str(folder),
         }
         env.pop("PROMETHEUS_MULTIPROC_DIR", None)
         command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"127.0.0.1:{self.port}", *options]
@@ -168,8 +169,10 @@ def test_a_new_model_is_picked_up_without_a_lost_request(models_dir, tmp_path):
             until(lambda: len(answers) > seen + 30, "more answers")
         assert set(answers) == {(200, old), (200, "20990101_000000")}
         assert [v for _, v in answers[-10:]] == ["20990101_000000"] * 10
+        assert list(tmp_path.glob("sepsis-metrics-*"))
     finally:
         server.stop()
+    assert not list(tmp_path.glob("sepsis-metrics-*"))  # also after a reload
 
 
 def test_slow_clients_do_not_stop_the_others(server):

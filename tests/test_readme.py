@@ -21,7 +21,7 @@ def test_continuous_integration_runs_the_readmes_test_line():
 
 
 def test_every_script_that_is_named_exists():
-    for name in set(re.findall(r"[\w/-]+\.(?:py|txt|ipynb)\b", README)):
+    for name in set(re.findall(r"[\w/][\w/.-]*\.(?:py|txt|ipynb)\b", README)):
         if name.startswith(("models/", "best_", "feature_names", "production_", "optimization_")):
             continue
         assert (ROOT / name).exists(), name
