@@ -286,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="choose each threshold by a model that saw neither the fold nor the patients it is chosen on "
         "(twice the time); else on the cross-validated scores of the other folds",
     )
-    parser.add_argument("--ablation-folds", type=int, default=0, help="also leave out each block, on so many folds")
+    parser.add_argument(
+        "--ablation-folds", type=int, default=0, help="also leave out each block, on so many folds, two or more"
+    )
     parser.add_argument("--only-ablation", action="store_true", help="without the main figures")
     parser.add_argument("--scratch", help="folder for the feature table, a few GB")
     parser.add_argument("--json", help="also write the figures to this file")
