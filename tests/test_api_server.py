@@ -1,6 +1,7 @@
 """The service as it is deployed: gunicorn, curl, a browser, workers that die, a model that is replaced."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -105,7 +106,7 @@ def load(server, threads=4):
         while not stop.is_set():
             try:
                 status, body = server.predict()
-            except OSError:  # a broken connection
+            except (OSError, http.client.HTTPException):  # a broken connection
                 status, body = "broken", {}
             answers.append((status, body.get("model_version")))
 
