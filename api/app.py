@@ -15,6 +15,7 @@ from werkzeug.exceptions import HTTPException, UnprocessableEntity
 
 from api import cds_hooks, fhir, metrics
 from api.bodies import read_json
+from api.limits import ThreadSafeMemory
 from api.openapi import document
 from api.records import Lines
 from api.security import Gate, Refused
@@ -49,9 +50,10 @@ def create_app(settings: Settings | None = None) -> Flask:
     limiter = Limiter(
         _who,
         app=app,
-        storage_uri=settings.rate_storage,
+        storage_uri=settings.rate_storage or f"{ThreadSafeMemory.STORAGE_SCHEME[0]}://",
         headers_enabled=True,
-        in_memory_fallback_enabled=settings.rate_storage != "memory://",
+        in_memory_fallback_enabled=bool(settings.rate_storage),
+        swallow_errors=True,  # a fault of the limit costs the limit, not a prediction
         strategy="fixed-window",
     )
     app.before_request(_begin)

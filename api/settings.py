@@ -20,7 +20,7 @@ class Settings:
     api_keys: str = ""  # a file of `python api_server.py --new-key` lines, or such lines separated by commas
     insecure: bool = False  # open to everybody, without keys
     rate_limit: str = "1200/minute"  # of each key, or of each address where there is none
-    rate_storage: str = "memory://"  # each worker counts for itself; redis://HOST:6379 counts for all
+    rate_storage: str = ""  # each worker counts for itself; redis://HOST:6379 counts for all
     max_bytes: int = 8 * 1024 * 1024  # of a request
     max_rows: int = 100_000  # observations of a request
     max_visits: int = 2_000  # of a request, and snapshots of a trajectory

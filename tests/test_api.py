@@ -3,6 +3,8 @@
 import json
 import re
 import sqlite3
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from api.app import create_app
+from api.limits import ThreadSafeMemory
 from api.security import new_key, read_keys
 from api.settings import Settings
 from feature_pipeline import BadConfig, ProductionPipeline
@@ -225,6 +228,45 @@ def test_too_many_requests_are_told_when_to_come_back(make_client):
     answers = [client.post("/predict", json=EXAMPLE) for _ in range(3)]
     assert [a.status_code for a in answers] == [200, 200, 429]
     assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == "error"
+
+
+def test_counts_of_requests_are_exact_among_threads():
+    counts, found = ThreadSafeMemory(), []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            tasks = [pool.submit(lambda: [counts.incr("ward", 3600) for _ in range(500)]) for _ in range(8)]
+            for task in tasks:
+                found += task.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(found) == list(range(1, 4001)) and counts.get("ward") == 4000 and counts.get("other") == 0
+
+
+def test_counts_of_requests_begin_anew_with_the_window(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("api.limits.time.time", lambda: now[0])
+    monkeypatch.setattr(ThreadSafeMemory, "MOST_KEYS", 3)
+    counts = ThreadSafeMemory()
+    assert [counts.incr("ward", 60) for _ in range(2)] == [1, 2] and counts.get_expiry("ward") == 1060
+    now[0] = 1059.9
+    assert counts.incr("ward", 60) == 3
+    now[0] = 1060.0
+    assert counts.get("ward") == 0 and counts.incr("ward", 60) == 1
+    for name in "abcd":
+        counts.incr(name, 60 if name == "d" else 1)
+        now[0] += 2
+    assert counts.get("d") == 1 and counts.get("ward") == 1 and counts.reset() <= 3  # the expired ones were dropped
+
+
+def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch):
+    def broken(*_, **__):
+        raise ConnectionError("the store of counts is away")
+
+    client = make_client(rate_limit="2/hour")
+    monkeypatch.setattr(ThreadSafeMemory, "incr", broken)
+    assert [client.post("/predict", json=EXAMPLE).status_code for _ in range(3)] == [200] * 3
 
 
 def test_logs_hold_no_value_and_no_name(client, tmp_path):
