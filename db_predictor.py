@@ -429,23 +429,21 @@ class DatabasePredictor:
     ):
         if not 1 <= batch_size <= MOST_VISITS:
             raise ValueError(f"batch_size is {batch_size}, expected 1 to {MOST_VISITS}")
-        self.config_path, self.model_path = Path(config_path), Path(model_path)
         self.mapping = tables or DEFAULT_MAPPING
         self.batch_size, self.clock, self.monitor = batch_size, clock, monitor
-        self.load()
+        self._use(ProductionPipeline(config_path, model_path))
         self.engine = connect(db_url)
         self._tables: Tables | None = None
 
-    def load(self) -> None:
-        """Reads config and model again."""
-        self._config = self.config_path.read_bytes() if self.config_path.exists() else b""
-        self.pipeline = ProductionPipeline(self.config_path, self.model_path)
-        self.prediction_log = PredictionLog.open(self.monitor, self.pipeline, "database")
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        self.pipeline = pipeline
+        self.prediction_log = PredictionLog.open(self.monitor, pipeline, "database")
 
     def load_if_changed(self) -> None:
-        if self.config_path.read_bytes() != self._config:
-            self.load()
-            log.info("model %s loaded", self.pipeline.model_version)
+        """Takes up what was deployed since. Raises `BadConfig`, `BadModel`."""
+        if successor := self.pipeline.successor():
+            self._use(successor)
+            log.info("model %s is loaded", successor.model_version)
 
     @property
     def tables(self) -> Tables:

@@ -1577,6 +1577,15 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def _stamp(path: str | Path) -> tuple[int, ...]:
+    """Tells a file from what it was before it was replaced or written to."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
 def to_micros(moment: Any) -> int:
     """One moment (ISO 8601 text, datetime, Timestamp) as microseconds since 1970 UTC."""
     times, _ = parse_times(pd.Series([moment]))
@@ -1806,6 +1815,8 @@ class ProductionPipeline:
     """
 
     def __init__(self, config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL):
+        self._files = Path(config_path), Path(model_path)
+        self._stamp = _stamp(config_path)  # before it is read: what is deployed meanwhile is seen as new
         self.reproducer = FeatureReproducer(config_path)
         self.config = self.reproducer.config
         self.feature_names = self.reproducer.feature_names
@@ -1840,6 +1851,14 @@ class ProductionPipeline:
         if not isinstance(model, ScoreModel):
             raise BadModel(f"{where} holds a {type(model).__name__}, not a ScoreModel")
         return model
+
+    def outdated(self) -> bool:
+        """Was the config file replaced since? One look at its date, so that a service may ask often."""
+        return _stamp(self._files[0]) != self._stamp
+
+    def successor(self) -> ProductionPipeline | None:
+        """The pipeline that was deployed to the same files since; None where there is none. Raises as loading does."""
+        return ProductionPipeline(*self._files) if self.outdated() else None
 
     def _check_golden_example(self) -> None:
         golden = self.config["golden"]

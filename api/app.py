@@ -226,8 +226,9 @@ def _not_a_list() -> Response:
 def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
     bundle = read_json(request, current_app.settings, ("application/fhir+json", "application/json"))
-    found = fhir.observations_of(bundle, current_app.service.pipeline())
-    scored = current_app.service.score(found.records)
+    deployed = current_app.service.deployed()
+    found = fhir.observations_of(bundle, deployed.pipeline)
+    scored = current_app.service.score(found.records, deployed)
     _audit("scored", scored)
     return fhir.response(fhir.risk_assessments(found, scored))
 
@@ -239,10 +240,11 @@ def cds_services() -> Response:
 
 def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
-    found = cds_hooks.observations_of(read_json(request, current_app.settings), current_app.service.pipeline())
+    deployed = current_app.service.deployed()
+    found = cds_hooks.observations_of(read_json(request, current_app.settings), deployed.pipeline)
     if not found.records:
         return jsonify({"cards": []})
-    scored = current_app.service.score(found.records)
+    scored = current_app.service.score(found.records, deployed)
     _audit("scored", scored)
     return jsonify({"cards": cds_hooks.cards(scored)})
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from prediction_log import PredictionLog
 
 MOST_REASONS = 20
 MOST_POINTS = 100
+LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
 
 class NoModel(Exception):
@@ -38,55 +39,91 @@ class TooMuch(Exception):
     """The request asks for more than the service's limits; the text says which."""
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """A model and the log of its predictions: what answers one request from its beginning to its end."""
+
+    pipeline: ProductionPipeline
+    prediction_log: PredictionLog
+
+
 class Service:
-    """Loads the pipeline once a process, when first asked to."""
+    """Loads the pipeline once a process, when first asked to; takes up another version that is deployed meanwhile."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self._lock = threading.Lock()
         self._turn = threading.Lock()  # threads that compute at once only take the interpreter from one another
-        self._pipeline: ProductionPipeline | None = None
-        self._prediction_log: PredictionLog | None = None
-        self._problem, self._tried = "not loaded yet", None
+        self._deployed: Deployed | None = None
+        self._problem = ""
+        self._looked = -math.inf  # by the monotonic clock
+
+    def deployed(self) -> Deployed:
+        """The model as it is now. Raises `NoModel`."""
+        if self._deployed is None:
+            with self._lock:
+                if self._deployed is None:
+                    self._load_first()
+        elif time.monotonic() - self._looked > LOOK_SECONDS and self._lock.acquire(blocking=False):
+            try:
+                self._looked = time.monotonic()
+                if self._deployed.pipeline.outdated():  # requests go on with the old one meanwhile
+                    threading.Thread(target=self._renew, daemon=True).start()
+            finally:
+                self._lock.release()
+        return self._deployed
 
     def pipeline(self) -> ProductionPipeline:
-        """The pipeline. Raises `NoModel`; a failed load is tried again when the files have changed."""
-        if self._pipeline is None:
-            with self._lock:
-                if self._pipeline is None:
-                    self._load()
-        return self._pipeline
+        """The pipeline as it is now. Raises `NoModel`."""
+        return self.deployed().pipeline
 
-    def _load(self) -> None:
-        stamp = [_modified(path) for path in (self.settings.config, self.settings.model)]
-        if stamp == self._tried:
+    def _load_first(self) -> None:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
             raise NoModel(self._problem)
+        self._looked = time.monotonic()
         try:
-            pipeline = ProductionPipeline(self.settings.config, self.settings.model)
+            self._use(ProductionPipeline(self.settings.config, self.settings.model))
         except FeaturePipelineError as error:
-            self._problem, self._tried = str(error), stamp
-            log.error("error: %s", error)
+            self._tell(error)
             raise NoModel(self._problem) from None
+
+    def _renew(self) -> None:
+        with self._lock:  # until it is done nobody looks again
+            old = self._deployed.pipeline
+            try:
+                if successor := old.successor():
+                    metrics.MODEL.labels(old.model_version).set(0)
+                    self._use(successor)
+            except FeaturePipelineError as error:
+                self._tell(error)
+
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        log_ = PredictionLog.open(self.settings.monitor_url or None, pipeline, "api")
+        self._deployed, self._problem = Deployed(pipeline, log_), ""
         metrics.MODEL.labels(pipeline.model_version).set(1)
-        self._prediction_log = PredictionLog.open(self.settings.monitor_url or None, pipeline, "api")
-        self._pipeline = pipeline
         log.info("model %s is loaded", pipeline.model_version)
 
-    def score(self, source: Sequence[Any]) -> Scored:
-        """Reads, scores and logs observations. Raises `BadObservations`, `NoModel`, `TooMuch`."""
-        pipeline = self.pipeline()
-        with self._turn:
-            return self._score(pipeline, source)
+    def _tell(self, error: FeaturePipelineError) -> None:
+        if str(error) != self._problem:
+            self._problem = str(error)
+            log.error("error: %s%s", error, "; the service goes on as it was" if self._deployed else "")
 
-    def _score(self, pipeline: ProductionPipeline, source: Sequence[Any]) -> Scored:
-        start = time.perf_counter()
+    def score(self, source: Sequence[Any], deployed: Deployed | None = None) -> Scored:
+        """Reads, scores and logs observations, with the model as it is now unless given. Raises `BadObservations`,
+        `NoModel`, `TooMuch`."""
+        deployed = deployed or self.deployed()
+        with self._turn:
+            return self._score(deployed, source)
+
+    def _score(self, deployed: Deployed, source: Sequence[Any]) -> Scored:
+        start, pipeline = time.perf_counter(), deployed.pipeline
         if len(source) > self.settings.max_rows:
             raise TooMuch(f"{len(source):,} observations; a request may hold {self.settings.max_rows:,}")
         try:
             observations = pipeline.reproducer.read(source)
         except BadObservations as error:
             count_set_aside(error.set_aside)
-            self._prediction_log.record_error("unusable")
+            deployed.prediction_log.record_error("unusable")
             raise
         if observations.n_visits > self.settings.max_visits:
             raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
@@ -100,15 +137,8 @@ class Service:
                 metrics.SCORE.observe(p)
         count_set_aside(observations.set_aside)
         seconds = time.perf_counter() - start
-        self._prediction_log.record(observations, visit, moments, probability, features, seconds)
+        deployed.prediction_log.record(observations, visit, moments, probability, features, seconds)
         return Scored(pipeline, observations, moments, probability, levels, self.settings.max_visits)
-
-
-def _modified(path: str) -> int:
-    try:
-        return Path(path).stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def count_set_aside(set_aside: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from command_line import log
+from feature_pipeline import BadConfig
 from stream.alerts import AlertBook, AlertSinks
 from stream.journal import Journal
 from stream.processor import StreamProcessor
@@ -38,10 +39,18 @@ class Feed:
             self._restore()
 
     def _restore(self) -> None:
-        observations, alerts = self.journal.load()
+        entries = self.journal.load()
+        observations = entries["observation"]
+        if any(synonyms != self.processor.pipeline.config["synonyms"] for synonyms in entries["synonyms"]):
+            raise BadConfig(
+                f"state file {str(self.journal.path)!r} was written with a model that gives codes other meanings; "
+                "deploy that model again until its visits have ended, or move the file away and lose them"
+            )
         self.processor.add_observations(observations)
         self.processor.settle()
-        for alert in alerts:
+        for visit in entries["visit"]:
+            self.processor.restrict((visit["client"], visit["visit_id"]), visit["full"], visit["folded"])
+        for alert in entries["alert"]:
             self.book.note_alert(alert)
             self._remember(alert)
         if observations:

@@ -18,7 +18,8 @@ from stream.processor import StreamProcessor
 
 
 class Journal:
-    """A file of JSON lines: the accepted observations, and the alerts that were given.
+    """A file of JSON lines: the accepted observations, the alerts that were given; and, where it was written anew,
+    which visits are not whole and what the codes meant (units are converted by it).
 
     Lines are written with one system call before they are acknowledged, so a process that is killed leaves at most a
     torn last line of what it never acknowledged. `compact` writes the file anew with the open visits alone.
@@ -30,9 +31,9 @@ class Journal:
         self._file: int | None = None
         self.lines = 0
 
-    def load(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """(observations, alerts) of an earlier process."""
-        observations, alerts = [], []
+    def load(self) -> dict[str, list[Any]]:
+        """What an earlier process left, by kind: ``observation``, ``alert``, ``visit``, ``synonyms``."""
+        entries: dict[str, list[Any]] = {"observation": [], "alert": [], "visit": [], "synonyms": []}
         torn = 0
         with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -41,13 +42,13 @@ class Journal:
                 except ValueError:
                     torn += 1
                     continue
-                (alerts if kind == "alert" else observations).append(content)
+                entries[kind].append(content)
                 self.lines += 1
         if torn:
             log.warning("%s: %d torn lines, never acknowledged, are left out", self.path.name, torn)
             with self.path.open("a") as file:
                 file.write("\n")
-        return observations, alerts
+        return entries
 
     def append(self, kind: str, entries: Iterable[Mapping[str, Any]]) -> None:
         """Writes ``observation`` or ``alert`` entries."""
@@ -63,14 +64,18 @@ class Journal:
 
     def compact(self, processor: StreamProcessor, alerts: Iterable[Mapping[str, Any]]) -> None:
         """Keeps the observations of open visits, and their alerts."""
+        kinds = {
+            "synonyms": [processor.pipeline.config["synonyms"]],
+            "observation": open_observations(processor),
+            "visit": incomplete_visits(processor),
+            "alert": alerts,
+        }
         with atomic_file(self.path) as file:
             self.lines = 0
-            for observation in open_observations(processor):
-                file.write((json.dumps(["observation", observation]) + "\n").encode())
-                self.lines += 1
-            for alert in alerts:
-                file.write((json.dumps(["alert", alert]) + "\n").encode())
-                self.lines += 1
+            for kind, entries in kinds.items():
+                for entry in entries:
+                    file.write((json.dumps([kind, entry]) + "\n").encode())
+                    self.lines += 1
         self.close()
 
     def close(self) -> None:
@@ -98,3 +103,10 @@ def open_observations(processor: StreamProcessor) -> Iterable[dict[str, Any]]:
                     "reference_range_min": low,
                     "reference_range_max": high,
                 }
+
+
+def incomplete_visits(processor: StreamProcessor) -> Iterable[dict[str, Any]]:
+    """The open visits whose observations are not all kept."""
+    for (client, visit_id), visit in processor.visits.items():
+        if visit.full or visit.folded is not None:
+            yield {"client": client, "visit_id": visit_id, "full": visit.full, "folded": visit.folded}

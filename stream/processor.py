@@ -21,6 +21,7 @@ from feature_pipeline import (
     SET_ASIDE_REASONS,
     BadObservations,
     Concept,
+    FeaturePipelineError,
     Observations,
     ProductionPipeline,
     as_text,
@@ -37,6 +38,7 @@ REASONS = {
     "visit_full": "the visit has more observations than --max-observations; it is no longer scored",
 }
 WAITING = 1000  # observations that are validated together at the latest
+LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Visit:
     rows: list[np.ndarray] = field(default_factory=list)
     changed: bool = False  # since its last score
     full: bool = False
+    folded: float | None = None  # observations older than so many hours may be no longer here
     seen: float = 0.0  # by the processor's clock
     level: str | None = None  # of the last score
     origin: Any = None
@@ -82,7 +85,9 @@ class StreamProcessor:
         clock: Callable[[], float] = time.time,
         prediction_log: str = OFF,
     ):
-        self.pipeline = ProductionPipeline(config_path, model_path)
+        self._monitor = prediction_log
+        self._use(ProductionPipeline(config_path, model_path))
+        self._looked, self._problem = time.monotonic(), ""
         self.min_observations = min_observations
         self.max_visits, self.max_observations = max_visits, max_observations
         self.idle_hours, self.future_hours, self.clock = idle_hours, future_hours, clock
@@ -94,8 +99,57 @@ class StreamProcessor:
         self.codes: list[str] = []  # in order of arrival; rows hold places in it
         self._concepts: list[Concept | None] = []
         self._place: dict[str, int] = {}
-        self._fold_hours = _fold_hours(self.pipeline)
-        self._log = PredictionLog.open(prediction_log, self.pipeline, "stream")
+
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        self.pipeline = pipeline
+        self._fold_hours = _fold_hours(pipeline)
+        self._log = PredictionLog.open(self._monitor, pipeline, "stream")
+
+    def renew(self) -> None:
+        """Takes up the model that was deployed since. Where that cannot be, the old one goes on, and the log says why.
+
+        `predict_due` does it every few seconds.
+        """
+        self._looked = time.monotonic()
+        try:
+            successor = self.pipeline.successor()
+        except FeaturePipelineError as error:
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.error("error: %s; the stream goes on with model %s", error, self.pipeline.model_version)
+            return
+        if successor is None:
+            return
+        if successor.config["synonyms"] != self.pipeline.config["synonyms"]:
+            # units were converted by what the codes meant when they came
+            if self._problem != successor.model_version:
+                self._problem = successor.model_version
+                log.error("error: model %s gives codes other meanings; restart the stream", successor.model_version)
+            return
+        self._use(successor)
+        for visit in self.visits.values():
+            self._check_folded(visit)
+        log.info("model %s is loaded", successor.model_version)
+
+    def restrict(self, key: Key, full: bool, folded: float | None) -> None:
+        """Says of an open visit that an earlier process had given it up, or folded it."""
+        visit = self.visits[key]
+        visit.folded = folded
+        if full:
+            self._give_up(visit)
+        self._check_folded(visit)
+
+    def _check_folded(self, visit: Visit) -> None:
+        """Gives up a visit that would be scored from a part of what the model looks at."""
+        if visit.folded is not None and (self._fold_hours is None or self._fold_hours > visit.folded):
+            self._give_up(visit)
+
+    def _give_up(self, visit: Visit) -> None:
+        if visit.full:
+            return
+        visit.full, visit.changed = True, False
+        self._count({"visit_full": visit.n_rows})
+        visit.rows = [visit.rows[0][:1]]
 
     # ------------------------------------------------------------------------------------------ observations
 
@@ -196,10 +250,9 @@ class StreamProcessor:
         if self._fold_hours is not None:
             rows = self._folded(rows)
             visit.rows = [rows]
+            visit.folded = min(self._fold_hours, visit.folded or self._fold_hours)
         if len(rows) > self.max_observations:
-            visit.full, visit.changed = True, False
-            visit.rows = [rows[:1]]
-            self._count({"visit_full": len(rows)})
+            self._give_up(visit)
 
     def _folded(self, rows: np.ndarray) -> np.ndarray:
         """Without the rows older than any window, but for the latest of each code."""
@@ -249,6 +302,8 @@ class StreamProcessor:
         """The scores of all visits that changed since their last one, in one vectorised call; and the last scores of
         visits that were dropped meanwhile. `where` may leave visits for later."""
         self.settle()
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self.renew()
         due = [key for key, visit in self.visits.items() if visit.changed and self._due(visit) and where(visit)]
         results = self._late_results + self._score(due)
         self._late_results = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from api.app import create_app
 from api.limits import ThreadSafeMemory
 from api.security import new_key, read_keys
 from api.settings import Settings
+from artifacts import write_atomic
 from feature_pipeline import BadConfig, ProductionPipeline
+from tests.test_api_server import until
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
@@ -164,6 +167,30 @@ def test_without_a_model_the_service_lives_but_is_not_ready(make_client, tmp_pat
     for answer in (client.get("/ready"), client.post("/predict", json=EXAMPLE)):
         assert answer.status_code == 503 and "Retry-After" in answer.headers
         assert str(tmp_path) not in answer.get_data(as_text=True)  # no path leaves the process
+
+
+def test_another_model_is_taken_up_while_the_service_runs(make_client, models_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("api.service.LOOK_SECONDS", -1)
+    folder = shutil.copytree(models_dir, tmp_path / "models")
+    path = folder / "best_model_config.json"
+    config = json.loads(path.read_text())
+    client = make_client(config=str(path), model=str(folder / "best_model.pkl"))
+
+    def answered():
+        answer = client.post("/predict", json=EXAMPLE)
+        assert answer.status_code == 200
+        return answer.get_json()["model_version"]
+
+    assert answered() == config["model_version"]
+    write_atomic(path, json.dumps({**config, "model_version": "another"}))
+    until(lambda: answered() == "another", "the other model is there")
+    write_atomic(path, json.dumps({**config, "model_sha256": "0" * 64}))
+    for _ in range(20):
+        assert answered() == "another"  # what cannot be loaded changes nothing
+    database = sqlite3.connect(tmp_path / "log.db")
+    logged = database.execute("select model_version, count(*) from predictions group by 1").fetchall()
+    assert dict(logged).keys() == {config["model_version"], "another"}
+    database.close()
 
 
 def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch):

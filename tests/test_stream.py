@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from hl7.client import MLLPClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_pipeline import FeaturePlan, resolve_snapshots
+from artifacts import write_atomic
+from feature_pipeline import BadConfig, FeaturePlan, resolve_snapshots
 from stream import mllp
 from stream.alerts import AlertBook, AlertSinks
 from stream.feed import Feed
@@ -193,6 +195,76 @@ def test_old_observations_are_folded_away_where_no_feature_sees_them(make, recor
     )
 
 
+@pytest.fixture
+def deployed(make, models_dir, tmp_path):
+    """A processor with models of its own, and a function that deploys the same model with changes in its config."""
+    folder = shutil.copytree(models_dir, tmp_path / "models")
+    config = json.loads((folder / "best_model_config.json").read_text())
+
+    def deploy(**changes):
+        write_atomic(folder / "best_model_config.json", json.dumps(config | changes))
+
+    return StreamProcessor(folder / "best_model_config.json", folder / "best_model.pkl", 1), deploy
+
+
+def test_another_model_is_taken_up_between_scores(deployed, monkeypatch):
+    processor, deploy = deployed
+    monkeypatch.setattr("stream.processor.LOOK_SECONDS", -1)
+    old, versions = processor.pipeline.model_version, []
+    for n in range(3):
+        processor.add_observation({**EXAMPLE[0], "observation_value": n + 1})
+        versions += [result["model_version"] for result in processor.predict_due()]
+        deploy(**({"model_version": "another"} if n == 0 else {"feature_names": []}))
+    assert versions == [old, "another", "another"]  # what cannot be loaded changes nothing
+
+
+def test_a_model_with_other_meanings_of_codes_waits_for_a_restart(deployed, tmp_path):
+    processor, deploy = deployed
+    old = processor.pipeline.model_version
+    deploy(model_version="another", synonyms={**processor.pipeline.config["synonyms"], "XHR": "heart_rate"})
+    processor.add_observations(EXAMPLE)
+    for _ in range(2):
+        processor.renew()
+    assert {result["model_version"] for result in processor.predict_due()} == {old}
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.finish()
+    files = processor.pipeline._files
+    with pytest.raises(BadConfig, match="other meanings"):
+        Feed(StreamProcessor(*files, 1), AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+
+
+def test_a_folded_visit_is_not_scored_by_a_model_that_looks_further_back(deployed, tmp_path):
+    processor, deploy = deployed
+    processor._fold_hours, processor.max_observations = 24.0, 10
+    row = {**EXAMPLE[0], "observation_date": "2024-01-09T00:00:00"}
+    processor.add_observations([{**row, "observation_date": f"2024-01-0{d}T00:00:00"} for d in range(1, 9)] * 2)
+    processor.add_observations([{**row, "observation_value": v} for v in range(5)])
+    processor.settle()
+    [visit] = processor.visits.values()
+    assert visit.folded == 24 and not visit.full
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed._compact()
+    restarted = StreamProcessor(*processor.pipeline._files, 1)
+    Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    deploy(model_version="another")
+    processor.renew()
+    for after in (processor, restarted):
+        after.add_observation(row | {"observation_value": 6})
+        assert after.predict_due() == [] and after.set_aside["visit_full"]
+
+
+def test_a_visit_that_was_given_up_stays_so_after_a_restart(make, tmp_path):
+    processor = make(max_observations=10)
+    rows = [row for row in EXAMPLE if row["visit_id"] == EXAMPLE[0]["visit_id"]]
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.accept(rows)
+    feed.finish()
+    restarted = make()
+    Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    restarted.add_observations(rows[:12])
+    assert restarted.predict_due() == []
+
+
 def test_dates_of_the_far_future_are_set_aside(make):
     processor = make(clock=lambda: 1_704_067_200.0, future_hours=24)  # 1 January 2024
     dates = ("2024-01-01T23:00:00", "2024-01-02T01:00:00", "2094-01-01T00:00:00")
@@ -295,13 +367,19 @@ def test_a_restart_goes_on_where_it_ended_and_alerts_nobody_twice(models_dir, pi
     assert (tmp_path / "state.jsonl").stat().st_mode & 0o077 in (0, 0o040)
 
 
-def test_a_killed_process_has_kept_what_it_took(models_dir, pipeline, tmp_path):
-    state = tmp_path / "state.jsonl"
+def fed(models_dir, state):
+    """A stream with the example's lines in its stdin, which stays open."""
     command = [sys.executable, str(ROOT / "stream_processor.py"), "--monitor", "off", "--min-observations", "1"]
     command += ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
     process = subprocess.Popen([*command, "--state", str(state)], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
     process.stdin.write(lines_of(EXAMPLE).encode())
     process.stdin.flush()
+    return process
+
+
+def test_a_killed_process_has_kept_what_it_took(models_dir, pipeline, tmp_path):
+    state = tmp_path / "state.jsonl"
+    process = fed(models_dir, state)
     seen = set()
     while len(seen) < 8:  # every visit has been scored at least once
         seen.add(json.loads(process.stdout.readline())["visit_id"])
@@ -319,11 +397,7 @@ def test_a_killed_process_has_kept_what_it_took(models_dir, pipeline, tmp_path):
 
 def test_sigterm_finishes_what_was_accepted(models_dir, pipeline, tmp_path):
     state = tmp_path / "state.jsonl"
-    command = [sys.executable, str(ROOT / "stream_processor.py"), "--monitor", "off", "--min-observations", "1"]
-    command += ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
-    process = subprocess.Popen([*command, "--state", str(state)], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
-    process.stdin.write(lines_of(EXAMPLE).encode())
-    process.stdin.flush()
+    process = fed(models_dir, state)
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
