@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,20 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes `content` whole or not at all."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_tables(tables: Mapping[Path, Any]) -> None:
+    """Writes each frame to its path (format by suffix), all of them whole or none at all; equal frames give equal
+    bytes."""
+    with contextlib.ExitStack() as stack:
+        for path, frame in tables.items():
+            file = stack.enter_context(atomic_file(path))
+            if path.name.endswith(".parquet"):
+                frame.to_parquet(file, index=False)
+            elif path.name.endswith(".gz"):
+                frame.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
+            else:
+                frame.to_csv(file, index=False)
 
 
 def write_json(path: str | Path, content: Any) -> None:

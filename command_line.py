@@ -43,6 +43,16 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return read
 
 
+TABLES = (".csv", ".csv.gz", ".parquet")
+
+
+def table_path(text: str) -> Path:
+    """The value of an option that names a table; its format is told by its name."""
+    if not text.endswith(TABLES):
+        raise argparse.ArgumentTypeError(f"{text!r}: the name must end in {', '.join(TABLES)}")
+    return Path(text)
+
+
 def make_parser(description: str, example: str, *options: str) -> argparse.ArgumentParser:
     """A parser with the named shared options (without dashes) and those that every script has."""
     parser = argparse.ArgumentParser(

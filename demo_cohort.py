@@ -6,13 +6,20 @@ less clearly, and other illnesses that look like it. Figures reached on it say n
 
     observations, labels = make_demo_cohort()
 
-The same arguments give the same cohort on every machine.
+or, as files, ``python demo_cohort.py --observations observations.parquet --labels labels.csv``. The same arguments give
+the same cohort on every machine.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+
+from artifacts import write_tables
+from command_line import DONE, log, make_parser, number, run, table_path
 
 DEMO_NOTICE = "synthetic demo cohort (no real patients)"
 
@@ -425,11 +432,11 @@ def _rows(visits: Visits, code: str, visit: np.ndarray, hour: np.ndarray, value:
 def _reference_ranges() -> np.ndarray:
     """Low and high by unit and code, shape (n_units, n_codes, 2); NaN where the unit gives none."""
     ranges = np.full((len(UNITS), len(CODES), 2), np.nan)
-    for number, unit in enumerate(UNITS):
+    for index, unit in enumerate(UNITS):
         for code, limits in unit.ranges.items():
             if code == "Temp" and unit.fahrenheit:
                 limits = np.round(np.array(limits) * 1.8 + 32, 1)
-            ranges[number, CODE_INDEX[unit.temperature_code if code == "Temp" else code]] = limits
+            ranges[index, CODE_INDEX[unit.temperature_code if code == "Temp" else code]] = limits
     return ranges
 
 
@@ -490,3 +497,31 @@ def _clients(visits: Visits) -> pd.Series:
 
 def _dates(minutes: np.ndarray) -> np.ndarray:
     return (YEAR_START + minutes.astype("timedelta64[m]")).astype("datetime64[us]")
+
+
+def work(arguments: argparse.Namespace) -> int:
+    observations, labels = make_demo_cohort(arguments.patients, arguments.seed)
+    if arguments.client_prefix:
+        observations["client"], labels["client"] = (
+            arguments.client_prefix + table["client"] for table in (observations, labels)
+        )
+    write_tables({arguments.observations: observations, arguments.labels: labels})
+    log.info("%d visits (%d septic), %d observations", len(labels), labels["sepsis"].sum(), len(observations))
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        "Writes a synthetic cohort: data to try the scripts on. No real patient is in it.",
+        "python demo_cohort.py --patients 300 --seed 7 --observations new.parquet --labels new_labels.csv",
+    )
+    for name in ("observations", "labels"):
+        parser.add_argument(f"--{name}", required=True, type=table_path, metavar="OUT", help=f"{name} to write")
+    parser.add_argument("--patients", type=number(int, 1), default=1000, help="some of them have two visits")
+    parser.add_argument("--seed", type=number(int, 0), default=2019, help="another one gives other patients")
+    parser.add_argument("--client-prefix", metavar="TEXT", default="", help="put before every client, for another site")
+    return run(work, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

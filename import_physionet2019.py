@@ -18,19 +18,17 @@ Files: doi 10.13026/v64v-d857 (CC BY 4.0).
 """
 
 import argparse
-import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
+from artifacts import write_tables
+from command_line import DONE, SOME_FAILED, log, make_parser, progress, run, table_path
 from feature_pipeline import BadConfig
 from pseudonyms import lasting_pseudonyms, pseudonymized
 
@@ -76,15 +74,10 @@ REFERENCE_RANGES: dict[str, tuple[float, float] | None] = {
 }
 PSV_COLUMNS = (*REFERENCE_RANGES, *STATIC_CODES, "ICULOS", "SepsisLabel")  # in the order of the files
 CODES = PSV_COLUMNS[:-2]
-SUFFIXES = (".parquet", ".csv", ".csv.gz")
 
 
 class BadPsvFile(ValueError):
     """A file that is not one patient of the challenge; the message says why, and quotes no measured value."""
-
-
-class BadArguments(ValueError):
-    """What was asked for can't be started."""
 
 
 class Patient(NamedTuple):
@@ -174,23 +167,24 @@ def _first_non_number(rows: list[list[str]]) -> str:
 
 
 def read_folders(
-    folders: Iterable[Path], prefix: str | None = None, progress: bool = False
+    folders: Iterable[Path], prefix: str | None = None, quiet: bool = True
 ) -> tuple[list[Patient], list[str]]:
     """Read every patient in the folders, in order of file name.
 
-    Returns the patients and one line for each file or folder that could not be used. `progress` shows a bar
-    where stderr is a terminal.
+    Returns the patients and one line for each file or folder that could not be used.
     """
     patients: list[Patient] = []
     failures: list[str] = []
     seen: set[str] = set()
     files: list[tuple[Path, str]] = []
     for folder in folders:
+        if not folder.is_dir():
+            raise BadConfig(f"{folder}: no such folder")
         found = sorted(folder.glob("*.psv"))
         if not found:
             failures.append(f"{folder}: no .psv files in this folder")
         files += [(path, default_prefix(folder) if prefix is None else prefix) for path in found]
-    for path, client_prefix in tqdm(files, unit="file", disable=None if progress else True):
+    for path, client_prefix in progress(files, len(files), quiet, unit="file"):
         try:
             patient = read_patient(path, client_prefix)
             if patient.client in seen:
@@ -243,105 +237,46 @@ def _dates(hours: np.ndarray) -> np.ndarray:
     return ADMISSION + hours.astype("timedelta64[h]")
 
 
-def write_frames(frames: dict[Path, pd.DataFrame]) -> None:
-    """Write each frame to its path (format by suffix), all of them whole or none at all."""
-    with ExitStack() as stack:
-        ready = []
-        for path, frame in frames.items():
-            # Beside the target, so that the rename stays on one file system.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".import-"))
-            temporary = Path(folder) / path.name
-            if path.name.endswith(".parquet"):
-                frame.to_parquet(temporary, index=False)
-            else:
-                # mtime 0: the same data give the same bytes.
-                packing = {"method": "gzip", "mtime": 0} if path.name.endswith(".gz") else None
-                frame.to_csv(temporary, index=False, compression=packing)
-            ready.append((temporary, path))
-        for temporary, path in ready:
-            os.replace(temporary, path)
+def work(arguments: argparse.Namespace) -> int:
+    if arguments.observations.resolve() == arguments.labels.resolve():
+        raise BadConfig("--observations and --labels are the same file")
+    names = lasting_pseudonyms() if arguments.pseudonymize else None
+    patients, failures = read_folders(arguments.folders, arguments.client_prefix, arguments.quiet)
+    for line in failures:
+        log.error("error: %s", line)
+    if not patients:
+        raise BadConfig("no usable .psv file, nothing was written")
+    observations, labels = to_frames(patients)
+    if names:
+        observations = pseudonymized(observations, names)
+        labels = pseudonymized(labels, names, also=("first_hour", "last_hour"))
+    write_tables({arguments.observations: observations, arguments.labels: labels})
+    septic, n = labels["sepsis"].sum(), len(labels)
+    log.info("%d patients (%d septic), %d observations; %d inputs failed", n, septic, len(observations), len(failures))
+    return SOME_FAILED if failures else DONE
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="import_physionet2019.py",
-        description="Turn the .psv files of the PhysioNet/CinC Challenge 2019 into observations and labels.",
-        epilog="""example:
-  python import_physionet2019.py training_setA training_setB \\
-      --observations observations.parquet --labels labels.parquet
-
-exit status: 0 done, 1 some files were broken (they are listed, the others are written), 2 nothing was written
-data: https://doi.org/10.13026/v64v-d857 (Reyna et al., Crit Care Med 2020;48:210-217)""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        "Turns the .psv files of the PhysioNet/CinC Challenge 2019 (Reyna et al., Crit Care Med 2020;48:210-217, "
+        "doi 10.13026/v64v-d857) into observations and labels.",
+        "python import_physionet2019.py training_setA --observations observations.parquet --labels labels.parquet",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="PSV_FOLDER", help="folder of .psv files")
     for name in ("observations", "labels"):
-        parser.add_argument(
-            f"--{name}",
-            required=True,
-            type=Path,
-            metavar="OUT",
-            help=f"{name} to write ({', '.join(SUFFIXES)}; required)",
-        )
+        parser.add_argument(f"--{name}", required=True, type=table_path, metavar="OUT", help=f"{name} to write")
     parser.add_argument(
         "--client-prefix",
         metavar="TEXT",
-        help="what stands before the patient number in `client`, for every folder (default: the letter of a "
-        "folder named like training_setA, else the folder's name and a dash)",
+        help="what stands before the patient number in `client`, for every folder; else the letter of a folder named "
+        "like training_setA, or the folder's name and a dash",
     )
     parser.add_argument(
         "--pseudonymize",
         action="store_true",
-        help="client and visit as keyed hashes, dates shifted by client; the key is in SEPSIS_PSEUDONYM_KEY "
-        "(default: as they are)",
+        help="client and visit as keyed hashes, dates shifted by client; the key is in SEPSIS_PSEUDONYM_KEY",
     )
-    parser.add_argument(
-        "--quiet",
-        action="store_true",
-        help="no progress bar and no summary, only errors (default: show them)",
-    )
-    return parser
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise BadArguments for what would fail only after the long read."""
-    for folder in arguments.folders:
-        if not folder.is_dir():
-            raise BadArguments(f"{folder}: no such folder")
-    for path in (arguments.observations, arguments.labels):
-        if not path.name.endswith(SUFFIXES):
-            raise BadArguments(f"{path}: can't tell the format, the name must end in {', '.join(SUFFIXES)}")
-        if not path.parent.is_dir():
-            raise BadArguments(f"{path}: the folder to write to does not exist")
-    if arguments.observations.resolve() == arguments.labels.resolve():
-        raise BadArguments("--observations and --labels are the same file")
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    try:
-        check_arguments(arguments)
-        names = lasting_pseudonyms() if arguments.pseudonymize else None
-        patients, failures = read_folders(arguments.folders, arguments.client_prefix, progress=not arguments.quiet)
-        for line in failures:
-            print(line, file=sys.stderr)
-        if not patients:
-            raise BadArguments("no usable .psv file, nothing was written")
-        observations, labels = to_frames(patients)
-        if names:
-            observations = pseudonymized(observations, names)
-            labels = pseudonymized(labels, names, also=("first_hour", "last_hour"))
-        write_frames({arguments.observations: observations, arguments.labels: labels})
-    except (BadArguments, BadConfig, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not arguments.quiet:
-        print(
-            f"{len(labels)} patients ({labels['sepsis'].sum()} septic), {len(observations)} observations; "
-            f"{len(failures)} inputs failed",
-            file=sys.stderr,
-        )
-    return 1 if failures else 0
+    return run(work, parser, argv)
 
 
 if __name__ == "__main__":

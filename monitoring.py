@@ -27,8 +27,8 @@ import pandas as pd
 import sqlalchemy as sa
 from scipy.stats import chi2, norm
 
-from artifacts import write_atomic
-from command_line import DONE, SOME_FAILED, log, make_parser, number, post_json, run
+from artifacts import write_atomic, write_tables
+from command_line import DONE, SOME_FAILED, log, make_parser, number, post_json, run, table_path
 from feature_pipeline import BadConfig, BadObservations, load_config
 from metrics import calibration_table, figures
 from pages import frame_table, heading, image, listing, page, paragraph
@@ -476,10 +476,10 @@ def export(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     rows = read_rows(engine, until - timedelta(days=arguments.days), until, None)
     if arguments.pseudonymize:
         rows = detached(rows, Pseudonyms.from_environment())
-    if arguments.out.endswith(".parquet"):
-        rows.to_parquet(arguments.out, index=False)
+    if arguments.out:
+        write_tables({arguments.out: rows})
     else:
-        rows.to_csv(sys.stdout if arguments.out == "-" else arguments.out, index=False)
+        rows.to_csv(sys.stdout, index=False)
     log.info("%d rows", len(rows))
     return DONE
 
@@ -537,7 +537,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "check":
             command.add_argument("--webhook", metavar="URL", help="POST the alerts there as JSON")
         if name == "export":
-            command.add_argument("--out", default="-", metavar="FILE", help=".csv or .parquet; - is stdout")
+            command.add_argument(
+                "--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet (default: stdout)"
+            )
             command.add_argument(
                 "--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit"
             )

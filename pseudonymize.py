@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from artifacts import atomic_file
-from command_line import DONE, log, make_parser, run
+from artifacts import write_tables
+from command_line import DONE, log, make_parser, run, table_path
 from feature_pipeline import BadConfig, BadObservations
 from pseudonyms import lasting_pseudonyms, pseudonymized
 
@@ -31,22 +31,16 @@ def read_cells(path: Path) -> pd.DataFrame:
 
 def work(arguments: argparse.Namespace) -> int:
     names, out = lasting_pseudonyms(), Path(arguments.out_dir)
-    paths = [Path(path) for path in arguments.files]
+    paths = arguments.files
     if len({path.name for path in paths}) < len(paths):
         raise BadConfig("two of the files have the same name; they would overwrite one another")
     for path in paths:
-        if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
-            raise BadConfig(f"{str(path)!r}: the name must end in .csv, .csv.gz or .parquet")
         if (out / path.name).exists() and (out / path.name).samefile(path):
             raise BadConfig(f"{str(path)!r} would be overwritten; choose another --out-dir")
     for path in paths:
         frame = read_cells(path)
         table = pseudonymized(frame, names)
-        with atomic_file(out / path.name) as file:
-            if path.name.endswith(".parquet"):
-                table.to_parquet(file, index=False)
-            else:
-                table.to_csv(file, index=False, compression="gzip" if path.name.endswith(".gz") else None)
+        write_tables({out / path.name: table})
         dropped = [column for column in frame.columns if column not in table.columns]
         log.info("%s: %d rows%s", out / path.name, len(table), f"; left out: {', '.join(dropped)}" if dropped else "")
     return DONE
@@ -54,7 +48,9 @@ def work(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python pseudonymize.py observations.csv labels.csv --out-dir shared")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="observations or labels; .csv, .csv.gz or .parquet")
+    parser.add_argument(
+        "files", nargs="+", type=table_path, metavar="FILE", help="observations or labels; .csv, .csv.gz or .parquet"
+    )
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where the results go, under the same names")
     return run(work, parser, argv)
 

@@ -18,7 +18,7 @@ PACKAGES = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.
 # project modules that a module may import
 MAY_IMPORT = {
     "feature_pipeline": set(),
-    "demo_cohort": set(),
+    "demo_cohort": {"artifacts", "command_line"},
     "training_data": {"feature_pipeline", "demo_cohort"},
     "pseudonyms": {"feature_pipeline"},
     "pages": set(),
