@@ -1,0 +1,153 @@
+"""The README from top to bottom, as a new user would: every command and all Python, in one folder, with their output.
+
+What is run: ``bash`` (must succeed), ``console`` (lines after ``$`` are run, the lines below are what they print) and
+``python``. ``shell`` is not: it needs what a test has not (a broker, other data), or is run elsewhere. Times, model
+versions and ports differ from run to run; other numbers may differ by a twentieth, since another processor or library
+rounds otherwise. ``README_REWRITE=1`` puts what was printed into the README instead of comparing.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BLOCK = re.compile(r"```(bash|console|python)\n(.*?)```", re.DOTALL)
+VERSION = re.compile(r"\b\d{8}_\d{6}\b")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00|[\d.]+ (?:ms|s|min)\b")
+VARYING = re.compile(rf"{VERSION.pattern}|{TIME.pattern}|fingerprint: \w+")
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?")
+HERE = {"python3 -m venv .venv", ".venv/bin/pip install -q -r requirements.txt"}  # this environment serves
+
+
+class Reader:
+    """A user with a copy of the project: runs what is to be run there, in order, and keeps what it needs to go on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.versions: dict[str, str] = {}  # model version in the README: model version here
+        self.services: list[subprocess.Popen] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = str(free.getsockname()[1])
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SEPSIS_", "PYTEST_"))}
+        self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.environment["PYTHONUNBUFFERED"] = "1"
+
+    def run(self, command: str) -> str:
+        """What the command prints on either stream. It must succeed."""
+        command = VERSION.sub(lambda found: self.versions.get(found[0], found[0]), command)
+        command = re.sub(r"(localhost|127\.0\.0\.1):5000\b", rf"\1:{self.port}", command)
+        if command.endswith("&"):
+            return self.serve(command.rstrip("& "))
+        name = command.removeprefix("export ").partition("=")[0] if command.startswith("export ") else None
+        whole = f'{command} && printf %s "${name}"' if name else command
+        options = {"cwd": self.folder, "env": self.environment, "text": True, "timeout": 900}
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", whole], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        if name:
+            self.environment[name] = done.stdout
+            return ""
+        return done.stdout
+
+    def serve(self, command: str) -> str:
+        log = (self.folder / "service.log").open("w")
+        self.services.append(
+            subprocess.Popen(command.split(), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+        )
+        log.close()
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5).close()
+                return ""
+            except OSError:
+                assert self.services[-1].poll() is None, (self.folder / "service.log").read_text()
+                time.sleep(0.1)
+        raise AssertionError("the service does not get ready")
+
+    def stop(self) -> None:
+        for service in self.services:
+            service.terminate()
+            service.wait(timeout=60)
+
+    def learn_versions(self, shown: str, printed: str) -> None:
+        self.versions |= dict(zip(VERSION.findall(shown), VERSION.findall(printed), strict=False))
+
+
+def commands(block: str):
+    """(command, the output that is shown) of a console block."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        yield command, shown.strip("\n")
+
+
+def difference(shown: str, printed: str) -> str | None:
+    """The first lines that differ by more than what varies, or None."""
+    shown_lines, printed_lines = (VARYING.sub("~", text).splitlines() for text in (shown, printed))
+    for one, two in zip(shown_lines, printed_lines, strict=False):
+        numbers = [[float(number.replace(",", "")) for number in NUMBER.findall(line)] for line in (one, two)]
+        same_words = NUMBER.sub("#", one).split() == NUMBER.sub("#", two).split()
+        if not same_words or numbers[0] != pytest.approx(numbers[1], rel=0.05, abs=0.005):
+            return f"README: {one}\nprinted: {two}"
+    if len(shown_lines) != len(printed_lines):
+        return f"README: {len(shown_lines)} lines, printed:\n{printed}"
+    return None
+
+
+@pytest.fixture
+def reader(tmp_path):
+    folder = tmp_path / "sepsis-risk"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in filter(None, subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    reader = Reader(folder)
+    yield reader
+    reader.stop()
+
+
+@pytest.mark.slow
+def test_every_command_prints_what_the_readme_shows(reader):
+    text = README.read_text(encoding="utf-8")
+    differences = []
+    for language, block in BLOCK.findall(text):
+        if language == "bash":
+            parts = [part for part in block.strip().split(" && ") if part not in HERE]
+            reader.run(" && ".join(parts).replace(".venv/bin/python", "python"))
+        elif language == "python":
+            (reader.folder / "block.py").write_text(block)
+            reader.run("python block.py")
+        for command, shown in commands(block) if language == "console" else ():
+            printed = reader.run(command).strip("\n")
+            reader.learn_versions(shown, printed)
+            different = difference(shown, printed)
+            if different and os.environ.get("README_REWRITE"):
+                old = f"$ {command}\n{shown}\n" if shown else f"$ {command}\n"
+                assert text.count(old) == 1, command
+                text = text.replace(old, f"$ {command}\n{printed}\n" if printed else old)
+            elif different:
+                differences.append(f"$ {command}\n{different}")
+    if os.environ.get("README_REWRITE"):
+        for shown, here in reader.versions.items():  # in the commands
+            text = text.replace(shown, here)
+        README.write_text(text, encoding="utf-8")
+    assert not differences, "\n\n".join(differences)
+
+
+def test_a_difference_is_seen():
+    assert difference("scored 20 visits in 0.1 s", "scored 20 visits in 3.4 s") is None
+    assert difference("Model 20261124_005656: 0.9040", "Model 20261124_005701: 0.9041") is None
+    assert difference("20 visits", "21 visits, one empty")
+    assert difference("ROC AUC 0.90", "ROC AUC 0.80")
+    assert difference("one\ntwo", "one")
