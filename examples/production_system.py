@@ -74,7 +74,7 @@ class System:
 
 def train(system: System) -> str:
     if system.model.exists():
-        return f"model taken from {system.models}"
+        return f"model taken from {os.path.relpath(system.models)}"
     quick = ["--feature-sets", "clinical,windows", "--models", "lightgbm_shallow", "--finalists", "1"]
     system.script("generate_features.py", "--models-dir", system.models, *quick, "--risk-thresholds", "0.05,0.2")
     system.script("train_best_model.py", "--models-dir", system.models, "--full")
@@ -236,7 +236,8 @@ def production_system(arguments: argparse.Namespace) -> int:
     with engine.connect() as connection:
         counted = connection.execute(sa.text("select source, count(*) from predictions group by source")).all()
     engine.dispose()
-    print("prediction log: " + ", ".join(f"{n} from {source}" for source, n in sorted(counted)) + f"; report: {page}")
+    print("prediction log: " + ", ".join(f"{n} from {source}" for source, n in sorted(counted)))
+    print(f"report: {os.path.relpath(page)}")
     print(f"done in {time.perf_counter() - start:.0f} s")
     return DONE if same else SOME_FAILED
 

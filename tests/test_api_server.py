@@ -123,8 +123,8 @@ def load(server, threads=4):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
 def test_curl_as_in_the_readme(server, pipeline):
-    command = re.search(r"^curl -X POST http://localhost:5000/predict .*$", (ROOT / "README.md").read_text(), re.M)[0]
-    command = command.replace("localhost:5000", f"localhost:{server.port}").replace("curl", "curl -s", 1)
+    command = re.search(r"^\$ (curl -s -X POST \S+/predict .*?) \|", (ROOT / "README.md").read_text(), re.M)[1]
+    command = command.replace("localhost:5000", f"localhost:{server.port}")
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
     expected = pipeline.predict(json.loads(EXAMPLE.read_text()))["sepsis_probability"].tolist()

@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_continuous_integration_runs_the_readmes_test_line():
-    line = next(block.strip() for block in blocks("bash") if "requirements-test.txt" in block)
+    line = next(block.strip() for block in blocks("shell") if "requirements-test.txt" in block)
     assert line in (ROOT / ".ci" / "run").read_text()
 
 
