@@ -317,6 +317,34 @@ class Observations:
             remarks={"duplicate": duplicates} if duplicates else {},
         )
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Observations]) -> Observations:
+        """The visits of several readings, one after the other; a visit of two readings stands there twice.
+
+        What was set aside stays with the parts.
+        """
+        concept = {code: c for part in parts for code, c in zip(part.codes, part.concepts, strict=True)}
+        place = {code: i for i, code in enumerate(sorted(concept))}
+        own = [np.array([place[code] for code in part.codes]) for part in parts]
+        first_visit, first_row = (
+            np.cumsum([0, *counts[:-1]])
+            for counts in ([part.n_visits for part in parts], [len(part.time) for part in parts])
+        )
+        last = [np.array([first_row[-1] + len(parts[-1].time)])]
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        return cls(
+            codes=tuple(place),
+            concepts=tuple(concept[code] for code in place),
+            group_visit=np.concatenate([p.group_visit + n for p, n in zip(parts, first_visit, strict=True)]),
+            group_code=np.concatenate([codes[p.group_code] for p, codes in zip(parts, own, strict=True)]),
+            group_start=np.concatenate([p.group_start[:-1] + n for p, n in zip(parts, first_row, strict=True)] + last),
+            **{name: joined(name) for name in ("visit_id", "client", "visit_text", "client_text")},
+            **{name: joined(name) for name in ("time", "value", "low", "high")},
+        )
+
     def without(self, groups: np.ndarray) -> Observations:
         """The same visits as if the codes of these groups (n_groups,) had never been measured there."""
         keep = ~groups
@@ -442,14 +470,13 @@ _LONG = 1000  # from here on distinct cells are sorted out first: quicker for ma
 
 
 def _distinct(column: Column) -> tuple[np.ndarray, list[Any]]:
-    """(index of each row's cell, cells); a long column gives each distinct cell once, the empty ones as the last."""
+    """(index of each row's cell, cells); where that is quick to tell each distinct cell stands once."""
     if isinstance(column, list):
-        kinds = set(map(type, column)) if len(column) >= _LONG else ()
-        if kinds != {str} and kinds != {int}:
+        if set(map(type, column)) not in ({str}, {int}):  # among others True and 1.0 would pass for the same
             return np.arange(len(column)), column
-        index, distinct = pd.factorize(np.array(column, dtype=object))
-        return index, distinct.tolist()
-    if len(column) < _LONG or column.dtype == object:  # among objects True and 1.0 would pass for the same
+        place = {cell: i for i, cell in enumerate(dict.fromkeys(column))}
+        return np.array([place[cell] for cell in column]), list(place)
+    if len(column) < _LONG or column.dtype == object:
         return np.arange(len(column)), column.tolist()
     index, distinct = pd.factorize(column)
     return index, [*distinct.tolist(), None]

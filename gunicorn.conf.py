@@ -14,7 +14,7 @@ import tempfile
 bind = "127.0.0.1:5000"
 workers = min(os.cpu_count() or 1, 8)
 # Threads wait for slow clients; scoring itself keeps one core busy a worker.
-worker_class = "gthread"
+worker_class = "api.workers.Worker"
 threads = 16
 timeout = 60  # a worker that shows no life is replaced
 graceful_timeout = 30  # to answer what was accepted, at a stop or a reload

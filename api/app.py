@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, current_app, g, jsonify, request, send_from_directory
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from werkzeug.exceptions import HTTPException, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from api import cds_hooks, fhir, metrics
-from api.bodies import read_json
+from api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from api.limits import ThreadSafeMemory
 from api.openapi import document
 from api.records import Lines
 from api.security import Gate, Refused
-from api.service import NoModel, Service, TooMuch, described_set_aside
+from api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
 from api.settings import Settings
 from command_line import log
 from feature_pipeline import COLUMNS, BadObservations
@@ -58,6 +59,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     )
     app.before_request(_begin)
     app.after_request(_finish)
+    app.teardown_request(_leave)
     app.register_error_handler(Exception, _error)
 
     limited = limiter.limit(settings.rate_limit)
@@ -120,6 +122,22 @@ def _finish(response: Response) -> Response:
             milliseconds=round(seconds * 1e3, 2),
         )
     return response
+
+
+def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:
+    return read_body(request, current_app.settings, types)
+
+
+def _take_turn(records: Callable[[], list[Any]] | None = None) -> Waiting:
+    """This request's turn, which lasts to its end; see `Service.take_turn`."""
+    waiting = current_app.service.take_turn(records)
+    g.has_turn = not waiting.settled
+    return waiting
+
+
+def _leave(_: BaseException | None) -> None:
+    if g.pop("has_turn", False):
+        current_app.service.leave()
 
 
 def _audit(outcome: str, scored: Any = None) -> None:
@@ -192,10 +210,8 @@ def _number(name: str, most: int) -> int:
 def predict() -> Response:
     """Observations to scores; ``?explain=N`` adds reasons, ``?trajectory=N`` the score at earlier moments."""
     top, points = _number("explain", 20), _number("trajectory", 100)
-    records = read_json(request, current_app.settings)
-    if not isinstance(records, list):
-        return _not_a_list()
-    scored = current_app.service.score(records)
+    service, body = current_app.service, _read_body()
+    scored = service.scored(_take_turn(lambda: _records(body)))
     predictions, remarks = scored.predictions(), scored.warnings()
     if top:
         reasons, remark = scored.reasons(top)
@@ -217,18 +233,20 @@ def predict() -> Response:
     )
 
 
-def _not_a_list() -> Response:
-    response = jsonify({"status": "error", "message": f"expected a JSON list of observations: {', '.join(COLUMNS)}"})
-    response.status_code = 400
-    return response
+def _records(body: bytes) -> list[Any]:
+    records = parse_json(body)
+    if not isinstance(records, list):
+        raise BadRequest(f"expected a JSON list of observations: {', '.join(COLUMNS)}")
+    return records
 
 
 def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
-    bundle = read_json(request, current_app.settings, ("application/fhir+json", "application/json"))
-    deployed = current_app.service.deployed()
-    found = fhir.observations_of(bundle, deployed.pipeline)
-    scored = current_app.service.score(found.records, deployed)
+    service, body = current_app.service, _read_body(FHIR_TYPES)
+    turn = _take_turn()
+    found = fhir.observations_of(parse_json(body), turn.deployed.pipeline)
+    turn.records = lambda: found.records
+    scored = service.scored(turn)
     _audit("scored", scored)
     return fhir.response(fhir.risk_assessments(found, scored))
 
@@ -240,11 +258,13 @@ def cds_services() -> Response:
 
 def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
-    deployed = current_app.service.deployed()
-    found = cds_hooks.observations_of(read_json(request, current_app.settings), deployed.pipeline)
+    service, body = current_app.service, _read_body()
+    turn = _take_turn()
+    found = cds_hooks.observations_of(parse_json(body), turn.deployed.pipeline)
     if not found.records:
         return jsonify({"cards": []})
-    scored = current_app.service.score(found.records, deployed)
+    turn.records = lambda: found.records
+    scored = service.scored(turn)
     _audit("scored", scored)
     return jsonify({"cards": cds_hooks.cards(scored)})
 

@@ -15,14 +15,19 @@ JSON_TYPES = ("application/json",)
 FHIR_TYPES = ("application/fhir+json", "application/json")
 
 
-def read_json(request: Request, settings: Settings, types: tuple[str, ...] = JSON_TYPES) -> Any:
-    """The JSON value of a request. Raises werkzeug's 400, 408, 413 and 415."""
+def read_body(request: Request, settings: Settings, types: tuple[str, ...] = JSON_TYPES) -> bytes:
+    """The body of a request that shall hold JSON. Raises werkzeug's 408, 413 and 415."""
     if request.mimetype not in types:
         raise UnsupportedMediaType(f"Content-Type is {request.mimetype[:80]!r}; expected {types[0]}")
     if request.content_encoding:
         raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
+    return _body(request, settings)
+
+
+def parse_json(body: bytes) -> Any:
+    """The JSON value of a body. Raises werkzeug's 400."""
     try:
-        return json.loads(_body(request, settings).decode("utf-8-sig"), parse_constant=_refuse)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     except json.JSONDecodeError as error:

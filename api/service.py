@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from prediction_log import PredictionLog
 
 MOST_REASONS = 20
 MOST_POINTS = 100
+TOGETHER = 4000  # observations that are scored together; more would keep the first of them waiting
 LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
 
@@ -53,7 +55,10 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self._lock = threading.Lock()
-        self._turn = threading.Lock()  # threads that compute at once only take the interpreter from one another
+        # One thread works at a time: several that compute only take the interpreter from one another.
+        self._lock_of_turns = threading.Lock()
+        self._busy = False
+        self._waiting: deque[Waiting] = deque()
         self._deployed: Deployed | None = None
         self._problem = ""
         self._looked = -math.inf  # by the monotonic clock
@@ -108,42 +113,142 @@ class Service:
             self._problem = str(error)
             log.error("error: %s%s", error, "; the service goes on as it was" if self._deployed else "")
 
-    def score(self, source: Sequence[Any], deployed: Deployed | None = None) -> Scored:
-        """Reads, scores and logs observations, with the model as it is now unless given. Raises `BadObservations`,
-        `NoModel`, `TooMuch`."""
-        deployed = deployed or self.deployed()
-        with self._turn:
-            return self._score(deployed, source)
+    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None) -> Waiting:
+        """Waits until no other thread works on a request; `leave` ends the turn.
 
-    def _score(self, deployed: Deployed, source: Sequence[Any]) -> Scored:
-        start, pipeline = time.perf_counter(), deployed.pipeline
-        if len(source) > self.settings.max_rows:
-            raise TooMuch(f"{len(source):,} observations; a request may hold {self.settings.max_rows:,}")
+        Where `records`, which gives the request's observations, is known before, another thread may score the request
+        meanwhile: then it is `settled` and there is no turn to leave. Raises `NoModel`.
+        """
+        own = Waiting(self.deployed(), records)
+        with self._lock_of_turns:
+            if not self._busy:
+                self._busy = True
+                return own
+            self._waiting.append(own)
+        own.go.acquire()
+        return own
+
+    def leave(self) -> None:
+        """Passes the turn on. Whoever has it should keep it until the answer is made: meanwhile others come, and are
+        scored together."""
+        with self._lock_of_turns:
+            if self._waiting:
+                self._waiting.popleft().go.release()
+            else:
+                self._busy = False
+
+    def scored(self, own: Waiting) -> Scored:
+        """The scores of a request that has its turn. Reads, scores and logs what waits by now together with it: for a
+        few visits more the features take hardly longer. Raises what reading the records raises, `BadObservations`,
+        `TooMuch`."""
+        if not own.settled:
+            self._work_off(own)
+        if own.error is not None:
+            raise own.error
+        return own.scored
+
+    def _work_off(self, own: Waiting) -> None:
+        """Scores a request and others of the same model that wait, up to `TOGETHER` observations."""
+        batch = [own]
         try:
-            observations = pipeline.reproducer.read(source)
-        except BadObservations as error:
-            count_set_aside(error.set_aside)
-            deployed.prediction_log.record_error("unusable")
-            raise
-        if observations.n_visits > self.settings.max_visits:
-            raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
+            rows = self._read(own)
+            while rows < TOGETHER and (other := self._next_like(own)):
+                batch.append(other)
+                rows += self._read(other)
+            readable = [waiting for waiting in batch if waiting.observations is not None]
+            try:
+                self._score(readable)
+            except Exception as error:
+                if len(readable) == 1:
+                    readable[0].error = error
+                else:  # the fault of one is not the others'
+                    for waiting in readable:
+                        try:
+                            self._score([waiting])
+                        except Exception as error:
+                            waiting.error = error
+        finally:
+            for waiting in batch:
+                if not waiting.settled:
+                    waiting.error = RuntimeError("the worker was stopped")
+            for waiting in batch[1:]:
+                waiting.go.release()
+
+    def _next_like(self, own: Waiting) -> Waiting | None:
+        with self._lock_of_turns:
+            for waiting in self._waiting:
+                if waiting.records is not None and waiting.deployed is own.deployed:
+                    self._waiting.remove(waiting)
+                    return waiting
+        return None
+
+    def _read(self, waiting: Waiting) -> int:
+        """The number of observations that were read; 0 where an error is in the way."""
+        try:
+            records = waiting.records()
+            if len(records) > self.settings.max_rows:
+                raise TooMuch(f"{len(records):,} observations; a request may hold {self.settings.max_rows:,}")
+            observations = waiting.deployed.pipeline.reproducer.read(records)
+            if observations.n_visits > self.settings.max_visits:
+                raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
+        except Exception as error:
+            if isinstance(error, BadObservations):
+                count_set_aside(error.set_aside)
+                waiting.deployed.prediction_log.record_error("unusable")
+            waiting.error = error
+            return 0
+        waiting.observations = observations
+        return len(observations.time)
+
+    def _score(self, batch: Sequence[Waiting]) -> None:
+        if not batch:
+            return
+        start, deployed = time.perf_counter(), batch[0].deployed
+        pipeline, parts = deployed.pipeline, [waiting.observations for waiting in batch]
+        observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
         visit, moments, _ = resolve_snapshots(observations)
         probability, features = pipeline.evaluate(observations, visit, moments)
         levels = pipeline.risk_level(probability).tolist()
+        seconds = time.perf_counter() - start
+        deployed.prediction_log.record(observations, visit, moments, probability, features, seconds)
         for level in levels:
             metrics.PREDICTIONS.labels(level).inc()
         for p in probability.tolist():
             if p == p:
                 metrics.SCORE.observe(p)
-        count_set_aside(observations.set_aside)
-        seconds = time.perf_counter() - start
-        deployed.prediction_log.record(observations, visit, moments, probability, features, seconds)
-        return Scored(pipeline, observations, moments, probability, levels, self.settings.max_visits)
+        first = 0
+        for waiting, own in zip(batch, parts, strict=True):
+            count_set_aside(own.set_aside)
+            rows = slice(first, first + own.n_visits)
+            waiting.scored = Scored(
+                pipeline, own, moments[rows], probability[rows], levels[rows], self.settings.max_visits
+            )
+            first += own.n_visits
 
 
 def count_set_aside(set_aside: dict[str, int]) -> None:
     for reason, n in set_aside.items():
         metrics.SET_ASIDE.labels(reason).inc(n)
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A request that is to be scored: what it brings, and what came of it."""
+
+    deployed: Deployed
+    records: Callable[[], Sequence[Any]] | None
+    observations: Observations | None = None
+    scored: Scored | None = None
+    error: Exception | None = None
+    go: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        self.go.acquire()
+
+    @property
+    def settled(self) -> bool:
+        """Has another thread scored it already? Then its own has no turn."""
+        return self.scored is not None or self.error is not None
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,61 @@ def test_without_a_model_the_service_lives_but_is_not_ready(make_client, tmp_pat
         assert str(tmp_path) not in answer.get_data(as_text=True)  # no path leaves the process
 
 
+def asked_together(client, bodies, monkeypatch):
+    """Answers to requests that all wait while another one has its turn; then they are scored together."""
+    service = client.application.service
+    turn, scored = service.take_turn(), []
+    score = service._score
+    monkeypatch.setattr(service, "_score", lambda batch: scored.append(len(batch)) or score(batch))
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [pool.submit(client.application.test_client().post, "/predict", json=body) for body in bodies]
+        until(lambda: len(service._waiting) == len(bodies), "all requests wait")
+        assert not turn.settled
+        service.leave()
+        return [answer.result() for answer in answers], scored
+
+
+def visits_of(rows):
+    return [[row for row in rows if row["visit_id"] == visit] for visit in dict.fromkeys(r["visit_id"] for r in rows)]
+
+
+def test_requests_that_wait_are_scored_together_and_alike(client, pipeline, tmp_path, monkeypatch):
+    bodies = visits_of(EXAMPLE)
+    answers, scored = asked_together(client, bodies, monkeypatch)
+    assert scored == [len(bodies)]
+    for body, answer in zip(bodies, answers, strict=True):
+        (prediction,) = answer.get_json()["predictions"]
+        assert prediction["visit_id"] == body[0]["visit_id"]
+        assert prediction["sepsis_probability"] == pipeline.predict(body)["sepsis_probability"].item()
+    logged = sqlite3.connect(tmp_path / "log.db").execute("select count(*) from predictions").fetchone()
+    assert logged == (len(bodies),)
+    assert len(lines_of(tmp_path / "audit.jsonl")) == len(bodies)
+    assert client.post("/predict", json=EXAMPLE).status_code == 200  # no turn is left over
+
+
+def test_the_fault_of_one_request_is_not_the_others(client, monkeypatch):
+    one, two, *_ = visits_of(EXAMPLE)
+    bodies = [one, [{**two[0], "observation_value": "?"}], "not a list", two, [{"a": 1}]]
+    answers, scored = asked_together(client, bodies, monkeypatch)
+    assert [answer.status_code for answer in answers] == [200, 422, 400, 200, 422]
+    assert scored == [2] or scored == [0, 2]  # whoever came first, by the threads' chance
+    assert client.post("/predict", json=EXAMPLE).status_code == 200
+
+
+def test_a_visit_that_cannot_be_scored_does_not_take_others_with_it(client, pipeline, monkeypatch):
+    bodies = visits_of(EXAMPLE)[:3]
+    evaluate = ProductionPipeline.evaluate
+
+    def failing(self, observations, visit, as_of):
+        if bodies[1][0]["client"] in observations.client:
+            raise RuntimeError("a fault in the features")
+        return evaluate(self, observations, visit, as_of)
+
+    monkeypatch.setattr(ProductionPipeline, "evaluate", failing)
+    answers, _ = asked_together(client, bodies, monkeypatch)
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+
+
 def test_another_model_is_taken_up_while_the_service_runs(make_client, models_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("api.service.LOOK_SECONDS", -1)
     folder = shutil.copytree(models_dir, tmp_path / "models")

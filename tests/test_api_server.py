@@ -17,6 +17,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +141,23 @@ def test_metrics_are_the_sum_over_workers(server):
     with ThreadPoolExecutor(8) as pool:
         assert {status for status, _ in pool.map(lambda _: server.predict(), range(40))} == {200}
     assert total() - before == 40
+
+
+def test_connections_that_stay_open_are_shared_among_the_workers(server):
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(8)]
+    try:
+        for connection in connections:
+            connection.request("GET", "/health")
+        for connection in connections:
+            connection.getresponse().read()
+        local = {connection.sock.getsockname() for connection in connections}
+        held = [
+            sum(c.raddr in local for c in psutil.Process(worker).net_connections("tcp")) for worker in server.workers()
+        ]
+        assert sum(held) == 8 and min(held) >= 2
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def test_a_killed_worker_is_replaced_and_the_others_answer(server):

@@ -1,5 +1,6 @@
 """Features: against a naive oracle, under changes that must not matter, and by hand."""
 
+import itertools
 import math
 import pickle
 from datetime import datetime, timedelta
@@ -153,6 +154,18 @@ def test_other_visits_in_the_call_do_not_matter(records):
     for key, together in features(records, moments).items():
         alone = features([r for r in records if (r["client"], r["visit_id"]) == key], moments)
         assert_same({key: together}, alone)
+
+
+@few
+@given(st.lists(strategies.cohorts(), min_size=2, max_size=4))
+def test_readings_that_are_stacked_keep_their_numbers(readings):
+    parts = [fp.read_observations(records) for records in readings]
+    stacked = fp.Observations.stacked(parts)
+    assert stacked.keys() == [*itertools.chain(*(part.keys() for part in parts))]
+    assert stacked.codes == tuple(sorted({code for part in parts for code in part.codes}))
+    moments = [strategies.START + timedelta(hours=6), strategies.START + timedelta(hours=60)]
+    alone = [PLAN.evaluate(part, *every_snapshot(part.n_visits, moments)) for part in parts]
+    assert same(PLAN.evaluate(stacked, *every_snapshot(stacked.n_visits, moments)), np.concatenate(alone))
 
 
 @few
