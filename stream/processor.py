@@ -43,7 +43,7 @@ LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
 @dataclass
 class Visit:
-    """One open visit. `rows` are its validated observations, in pieces; `origin` is what a feed wants to remember."""
+    """One open visit. `rows` are its validated observations, in pieces without copies; `origin` is the feed's own."""
 
     client: Any  # as given
     visit_id: Any
@@ -282,11 +282,11 @@ class StreamProcessor:
         return key is not None and self._due(self.visits[key])
 
     def _due(self, visit: Visit) -> bool:
-        # counting pieces first: what is repeated is only sorted out where it decides
-        return visit.changed and (
-            (visit.n_rows >= self.min_observations and len(visit.rows) == 1)
-            or (visit.n_rows >= self.min_observations and len(self._distinct(visit)) >= self.min_observations)
-        )
+        if not visit.changed:
+            return False
+        # within a piece no row stands twice; several pieces are only compared where it decides
+        least = self.min_observations
+        return max(map(len, visit.rows)) >= least or (visit.n_rows >= least and len(self._distinct(visit)) >= least)
 
     def predict_visit(self, visit_id: Any, client: Any = None) -> dict[str, Any]:
         """The score of one open visit: ``visit_id, client, sepsis_probability, risk_level, num_observations,
