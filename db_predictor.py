@@ -640,10 +640,15 @@ class DatabasePredictor:
         if old:
             same = _among(connection, columns, old, "observations")
             connection.execute(sa.delete(predictions).where(of_version, same))
-        insert = sa.insert(predictions)
-        if connection.dialect.insert_executemany_returning:  # then SQLAlchemy makes one statement of many rows
-            insert = insert.returning(columns["client"])
-        connection.execute(insert, [{columns[name].key: value for name, value in row.items()} for row in scored])
+        if connection.dialect.name == "postgresql":
+            own = [columns[name] for name in scored[0]]
+            rows = _unnested(own, [tuple(row.values()) for row in scored])
+            connection.execute(sa.insert(predictions).from_select(own, rows))
+        else:
+            insert = sa.insert(predictions)
+            if connection.dialect.insert_executemany_returning:  # then SQLAlchemy makes one statement of many rows
+                insert = insert.returning(columns["client"])
+            connection.execute(insert, [{columns[name].key: value for name, value in row.items()} for row in scored])
         changed = connection.execute(
             sa.update(visits["client"].table)
             .where(_same_visit(columns, visits), of_version, _among(connection, columns, keys, "observations"))
@@ -683,11 +688,13 @@ def _among(
 ) -> sa.ColumnElement[bool]:
     """(client, visit_id, `more`...) is one of `keys`."""
     own = [columns[name] for name in ("client", "visit_id", *more)]
-    if connection.dialect.name == "postgresql":  # a parameter a column: thousands of them are slow to handle
-        parts = zip(own, zip(*keys, strict=True), strict=True)
-        lists = [sa.func.unnest(sa.literal(list(part), postgresql.ARRAY(column.type))) for column, part in parts]
-        return sa.tuple_(*own).in_(sa.select(*lists))
-    return sa.tuple_(*own).in_(keys)
+    return sa.tuple_(*own).in_(_unnested(own, keys) if connection.dialect.name == "postgresql" else keys)
+
+
+def _unnested(columns: Sequence[sa.Column[Any]], rows: Sequence[tuple[Any, ...]]) -> sa.Select[Any]:
+    """The rows as a query with one parameter a column: PostgreSQL's driver is slow with thousands of them."""
+    parts = zip(columns, zip(*rows, strict=True), strict=True)
+    return sa.select(*(sa.func.unnest(sa.literal(list(part), postgresql.ARRAY(column.type))) for column, part in parts))
 
 
 def _skips_locked(connection: sa.Connection) -> bool:
