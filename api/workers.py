@@ -7,8 +7,8 @@ import time
 
 from gunicorn.workers.gthread import ThreadWorker
 
-SECONDS_A_CONNECTION = 0.0005
-MOST_SECONDS = 0.02
+SECONDS_A_CONNECTION = 0.0005  # an idle worker needs less to wake up
+MOST_SECONDS = 0.002
 
 
 class Worker(ThreadWorker):

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -17,8 +18,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
+
+from api.workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"
@@ -143,20 +145,20 @@ def test_metrics_are_the_sum_over_workers(server):
     assert total() - before == 40
 
 
-def test_connections_that_stay_open_are_shared_among_the_workers(server):
-    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(8)]
-    try:
-        for connection in connections:
-            connection.request("GET", "/health")
-        for connection in connections:
-            connection.getresponse().read()
-        local = {connection.sock.getsockname() for connection in connections}
-        held = [
-            sum(c.raddr in local for c in psutil.Process(worker).net_connections("tcp")) for worker in server.workers()
-        ]
-        assert sum(held) == 8 and min(held) >= 2
-    finally:
-        for connection in connections:
+@pytest.mark.parametrize("at_hand", [0, 3])
+def test_a_worker_with_connections_leaves_a_new_one_to_another(at_hand, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as theirs:
+        listener.setblocking(False)
+        ours = []
+        worker = Worker.__new__(Worker)  # without a master process
+        worker.nr_conns, worker.cfg, worker.enqueue_req = at_hand, None, ours.append
+        with socket.create_connection(listener.getsockname()):
+            until(lambda: select.select([listener], [], [], 0)[0], "the connection is there")
+            # while it waits another worker comes
+            monkeypatch.setattr(time, "sleep", lambda seconds: theirs.enter_context(listener.accept()[0]))
+            worker.accept(listener)
+        assert (len(ours), worker.nr_conns) == ((1, 1) if at_hand == 0 else (0, 3))
+        for connection in ours:
             connection.close()
 
 
