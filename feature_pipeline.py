@@ -779,7 +779,7 @@ class Snapshots:
     def _first_row_after(self, moment: np.ndarray) -> np.ndarray:
         """For each pair the first row of its group later than its snapshot's `moment`."""
         since_start = np.where(self.usable, moment - np.where(self.usable, self.start_time, 0), -1)
-        place = np.clip(since_start, -1, self._width - 2) + 1
+        place = np.minimum(np.maximum(since_start, -1), self._width - 2) + 1
         query = (self.group - self._first_group) * self._width + place[self.snapshot]
         return self._first_row + np.searchsorted(self._key, query, side="right")
 
@@ -1449,6 +1449,15 @@ _PAIRS_AT_ONCE = 1 << 17  # bounds the memory of one chunk; the numbers do not d
 _ROWS_AT_ONCE = 1 << 17
 
 
+def _parts(sizes: np.ndarray, at_once: int) -> list[tuple[int, int]]:
+    """Neighbours whose sizes add up to about `at_once`: (start, end) of each part."""
+    if not len(sizes):
+        return []
+    chunk = np.cumsum(sizes) // at_once
+    cuts = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
+    return list(pairwise([0, *cuts.tolist(), len(sizes)]))
+
+
 class FeaturePlan:
     """What a list of feature names asks for, sorted out once: `evaluate` computes just that."""
 
@@ -1473,6 +1482,10 @@ class FeaturePlan:
                 )
                 of_codes[place[feature.code]] = column
                 self.empty[column] = STATISTICS[feature.name].empty
+        self._of_every_code = {
+            window: {name for name, columns in statistics.items() if columns.min() >= 0}
+            for window, statistics in self.columns.items()
+        }
 
     def evaluate(
         self,
@@ -1511,9 +1524,7 @@ class FeaturePlan:
                 fill((middle, part[1]))
 
         n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
-        chunk = np.cumsum(n_groups) // _PAIRS_AT_ONCE
-        cuts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(visit)]
-        for part in pairwise(cuts):
+        for part in _parts(n_groups, _PAIRS_AT_ONCE):
             fill(part)
         if order is not None:
             out[:, order] = out.copy()
@@ -1529,20 +1540,18 @@ class FeaturePlan:
             pairs = np.flatnonzero((length > 0) & (code >= 0))
             # code after code: neighbouring results then stand side by side in the column-major output
             pairs = pairs[np.argsort(code[pairs].astype(np.int16), kind="stable")]
-            chunk = np.cumsum(length[pairs]) // _ROWS_AT_ONCE
-            for some in np.split(pairs, np.flatnonzero(np.diff(chunk)) + 1):
-                if not len(some):
-                    continue
+            for start, end in _parts(length[pairs], _ROWS_AT_ONCE):
+                some = pairs[start:end]
                 segments = shots.segments(some, window)
                 snapshot, own = shots.snapshot[some], code[some]
                 for name, columns in statistics.items():
                     value = STATISTICS[name].function(segments)
                     column = columns[own]
-                    if columns.min() < 0:
+                    if name in self._of_every_code[window]:
+                        out[column, snapshot] = value
+                    else:
                         wanted = column >= 0
                         out[column[wanted], snapshot[wanted]] = value[wanted]
-                    else:
-                        out[column, snapshot] = value
         if self.clinical:
             concepts = Concepts(shots)
             for name, column in self.clinical.items():
