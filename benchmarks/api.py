@@ -1,13 +1,14 @@
 """Requests a second and latency of the REST service under gunicorn on loopback, beside a first draft of it.
 
 Load comes from wrk (a C program: it leaves the cores to the server), 8 connections that each wait for their answer.
-Latency at a given rate comes from 8 clients of this script that send at fixed moments and count waiting as latency.
+Latency at a given rate comes from 8 connections of this script that send at fixed moments and count waiting as latency.
 The service runs as it is deployed: access log, audit log and prediction log are written.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,30 +127,27 @@ def at_rate(port: int, body: bytes, rate: float, seconds: float) -> tuple[np.nda
     """(latencies in ms, failed) of requests sent at fixed moments; one that had to wait its turn counts its waiting."""
     latencies: list[float] = []
     failed = 0
-    start = time.perf_counter() + 0.5
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    message = head.encode() + b"\r\n\r\n" + body
 
-    def client(k: int) -> None:
+    async def client(k: int, start: float) -> None:
         nonlocal failed
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for n in range(k, int(rate * seconds), CONNECTIONS):
             due = start + n / rate
-            if (wait := due - time.perf_counter()) > 0:
-                time.sleep(wait)
-            try:
-                connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-                answer = connection.getresponse()
-                answer.read()
-                failed += answer.status != 200
-            except OSError:
-                failed += 1
-                connection.close()
+            await asyncio.sleep(max(due - time.perf_counter(), 0))
+            writer.write(message)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", answer)[1]))
             latencies.append((time.perf_counter() - due) * 1e3)
+            failed += not answer.startswith(b"HTTP/1.1 200")
+        writer.close()
 
-    threads = [threading.Thread(target=client, args=(k,)) for k in range(CONNECTIONS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    async def clients() -> None:
+        start = time.perf_counter() + 0.5
+        await asyncio.gather(*(client(k, start) for k in range(CONNECTIONS)))
+
+    asyncio.run(clients())
     return np.array(latencies), failed
 
 
