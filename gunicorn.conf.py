@@ -53,15 +53,18 @@ def when_ready(server):
 def post_worker_init(worker):
     """Loads the model before the first request; without one the worker still answers /health and says 503."""
     from api.service import NoModel
+    from command_line import spare_the_loaded
 
     with contextlib.suppress(NoModel):
         worker.wsgi.service.pipeline()
+    spare_the_loaded()
 
 
 def child_exit(server, worker):
     from prometheus_client import multiprocess
 
     multiprocess.mark_process_dead(worker.pid)
+    worker.forget()
 
 
 def on_exit(server):

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from command_line import DONE, SOME_FAILED, log, make_parser, number, run
+from command_line import DONE, SOME_FAILED, log, make_parser, number, run, spare_the_loaded
 from prediction_log import url_of
 from stream.alerts import AlertBook, AlertSinks
 from stream.feed import Feed, read_lines
@@ -44,6 +44,7 @@ def stream(arguments: argparse.Namespace) -> int:
             future_hours=arguments.future_hours,
             prediction_log=url_of(arguments.monitor),
         )
+        spare_the_loaded()
         book = AlertBook(arguments.cooldown_hours)
         sinks = AlertSinks(arguments.alerts, arguments.webhook)
         if arguments.kafka:

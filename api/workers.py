@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
 import time
+from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-SECONDS_A_CONNECTION = 0.0005  # an idle worker needs less to wake up
-MOST_SECONDS = 0.002
+SLOTS = 128
+# Of each worker the connections it holds and one, 0 where there is none; made in the master, shared by all it forks.
+_held = memoryview(mmap.mmap(-1, 2 * SLOTS)).cast("H")
+WAIT_SECONDS, MOST_WAITS = 0.0005, 10  # for a freer worker to take a new connection
+MOVE_SECONDS = 0.05  # between looks whether a connection should be given up to a freer worker
 
 
 class Worker(ThreadWorker):
-    """A threaded worker that leaves a new connection to one that has fewer.
+    """A threaded worker that shares its clients evenly with the others.
 
     Connections that are kept open stay with the worker that accepted them. gunicorn's workers accept whatever comes
-    as soon as they can, so one may end up with all the clients of a service and the others with none.
+    as soon as they can, so one may end up with all the clients of a service, and a renewed one with none.
     """
 
+    _looked = 0.0
+
+    @property
+    def slot(self) -> int:
+        return self.age % SLOTS
+
+    def _tell(self) -> None:
+        _held[self.slot] = min(self.nr_conns, 2**16 - 2) + 1 if self.alive else 0
+
+    def forget(self) -> None:
+        """Says in the master that the worker is no more."""
+        _held[self.slot] = 0
+
+    def _more_than_others(self) -> int:
+        """How many connections more it holds than the worker that has the fewest."""
+        others = [n - 1 for slot, n in enumerate(_held) if n and slot != self.slot]
+        return self.nr_conns - min(others, default=self.nr_conns)
+
+    def run(self) -> None:
+        self._tell()
+        super().run()
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        super().wait_for_and_dispatch_events(timeout)
+        self._tell()
+
     def accept(self, listener: socket.socket) -> None:
-        """Waits in proportion to the connections at hand; by then a freer worker has taken the new one."""
-        if self.nr_conns:
-            time.sleep(min(self.nr_conns * SECONDS_A_CONNECTION, MOST_SECONDS))
+        """Leaves a new connection to a freer worker, unless none comes."""
+        for _ in range(MOST_WAITS):
+            if self._more_than_others() <= 0:
+                break
+            time.sleep(WAIT_SECONDS)
         super().accept(listener)
+        self._tell()
+
+    def handle_request(self, req: Any, conn: Any) -> bool:
+        """Asks a client now and then to connect anew where another worker has fewer."""
+        if (now := time.monotonic()) - self._looked > MOVE_SECONDS:
+            self._looked = now
+            if self._more_than_others() > 1:
+                req.force_close()
+        return super().handle_request(req, conn)

@@ -24,7 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.features import clean
-from command_line import DONE, SOME_FAILED, make_parser, number, run
+from command_line import DONE, SOME_FAILED, make_parser, number, run, spare_the_loaded
 from demo_cohort import make_demo_cohort
 from feature_pipeline import COLUMNS, ProductionPipeline, read_observations, resolve_snapshots
 from stream_processor import StreamProcessor
@@ -95,6 +95,7 @@ def synthetic(arguments: argparse.Namespace) -> int:
     process = psutil.Process()
     visits = open_visits(arguments.visits, arguments.length)
     processor = StreamProcessor(arguments.config, arguments.model, 1)
+    spare_the_loaded()  # as the script does
     split = arguments.length - arguments.length // 8
     processor.add_observations(visits[0][:split])
     processor.predict_due()

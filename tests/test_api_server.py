@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from api.workers import Worker
+from api import workers
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"
@@ -145,21 +145,65 @@ def test_metrics_are_the_sum_over_workers(server):
     assert total() - before == 40
 
 
-@pytest.mark.parametrize("at_hand", [0, 3])
-def test_a_worker_with_connections_leaves_a_new_one_to_another(at_hand, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as theirs:
+@pytest.fixture
+def colleagues(monkeypatch):
+    """Two workers without a master process; `held` of each is the connections it holds."""
+    monkeypatch.setattr(workers, "_held", memoryview(bytearray(2 * workers.SLOTS)).cast("H"))
+
+    def make(age, held):
+        worker = workers.Worker.__new__(workers.Worker)
+        worker.age, worker.nr_conns, worker.alive, worker.cfg = age, held, True, None
+        worker.accepted = []
+        worker.enqueue_req = worker.accepted.append
+        worker._tell()
+        return worker
+
+    return make
+
+
+@pytest.mark.parametrize(("own", "other", "taken"), [(0, 0, True), (3, 3, True), (3, 5, True), (3, 1, False)])
+def test_a_worker_leaves_a_new_connection_to_one_that_has_fewer(own, other, taken, colleagues, monkeypatch):
+    worker, freer = colleagues(7, own), colleagues(8, other)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        ours = []
-        worker = Worker.__new__(Worker)  # without a master process
-        worker.nr_conns, worker.cfg, worker.enqueue_req = at_hand, None, ours.append
         with socket.create_connection(listener.getsockname()):
             until(lambda: select.select([listener], [], [], 0)[0], "the connection is there")
-            # while it waits another worker comes
-            monkeypatch.setattr(time, "sleep", lambda seconds: theirs.enter_context(listener.accept()[0]))
+            # the other one comes while this one waits
+            monkeypatch.setattr(time, "sleep", lambda seconds: freer.accepted or freer.accept(listener))
             worker.accept(listener)
-        assert (len(ours), worker.nr_conns) == ((1, 1) if at_hand == 0 else (0, 3))
-        for connection in ours:
+            assert (bool(worker.accepted), worker.nr_conns) == (taken, own + taken)
+            assert (bool(freer.accepted), freer.nr_conns) == (not taken, other + (not taken))
+        for connection in worker.accepted + freer.accepted:
             connection.close()
+
+
+def test_a_worker_alone_takes_every_connection_in_the_end(colleagues, monkeypatch):
+    worker, stuck = colleagues(7, 3), colleagues(8, 0)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(workers.ThreadWorker, "accept", lambda self, listener: waits.append("accepted"))
+    worker.accept(None)  # the other one does not come
+    assert waits[-1] == "accepted" and len(waits) == workers.MOST_WAITS + 1
+    stuck.forget()
+    waits.clear()
+    worker.accept(None)
+    assert waits == ["accepted"]
+
+
+def test_a_worker_with_too_many_connections_gives_some_up(colleagues, monkeypatch):
+    class Request:
+        closed = False
+
+        def force_close(self):
+            self.closed = True
+
+    monkeypatch.setattr(workers.ThreadWorker, "handle_request", lambda self, req, conn: not req.closed)
+    worker, _, now = colleagues(7, 5), colleagues(8, 3), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert [worker.handle_request(Request(), None) for _ in range(3)] == [False, True, True]  # one at a time
+    now[0] += 1
+    worker.nr_conns = 4
+    assert worker.handle_request(Request(), None)  # another would only change sides
 
 
 def test_a_killed_worker_is_replaced_and_the_others_answer(server):
