@@ -73,7 +73,7 @@ def open_engine(url: str) -> sa.Engine:
             cursor.execute("PRAGMA busy_timeout = 10000")
             cursor.execute("PRAGMA journal_mode = WAL")
             cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
-            cursor.execute("PRAGMA wal_autocheckpoint = 4000")  # pages, 16 MB: each checkpoint waits for the disk
+            cursor.execute("PRAGMA wal_autocheckpoint = 16000")  # pages, 64 MB: each checkpoint waits for the disk
             cursor.close()
 
     for attempt in range(OPENING_TRIES):
