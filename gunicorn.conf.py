@@ -63,8 +63,11 @@ def post_worker_init(worker):
 def child_exit(server, worker):
     from prometheus_client import multiprocess
 
+    from api.workers import Worker
+
     multiprocess.mark_process_dead(worker.pid)
-    worker.forget()
+    if isinstance(worker, Worker):  # --worker-class may name another
+        worker.forget()
 
 
 def on_exit(server):
