@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ URL_VARIABLE = "SEPSIS_MONITOR_URL"
 DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
 OPENING_TRIES = 8
+WAL_PAGES = 16_000  # of SQLite's write-ahead log, 64 MB: each checkpoint waits for the disk
 
 metadata = sa.MetaData()
 predictions = sa.Table(
@@ -73,7 +75,7 @@ def open_engine(url: str) -> sa.Engine:
             cursor.execute("PRAGMA busy_timeout = 10000")
             cursor.execute("PRAGMA journal_mode = WAL")
             cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
-            cursor.execute("PRAGMA wal_autocheckpoint = 16000")  # pages, 64 MB: each checkpoint waits for the disk
+            cursor.execute(f"PRAGMA wal_autocheckpoint = {4 * WAL_PAGES}")  # should `_checkpoint` not come to it
             cursor.close()
 
     for attempt in range(OPENING_TRIES):
@@ -234,6 +236,7 @@ class PredictionLog:
         self._profile = Profile(pipeline.config)
         self._pseudonyms = Pseudonyms.from_environment()
         self._failing = False
+        self._pages, self._checkpointing = 0, threading.Lock()
         if engine is not None and not self._pseudonyms.lasting:
             log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
 
@@ -318,7 +321,22 @@ class PredictionLog:
         if self._failing:
             log.warning("the prediction log is written again")
         self._failing = False
+        if self._engine.dialect.name == "sqlite":
+            self._pages += 3 + len(rows) // 10  # about so many go to the write-ahead log
+            if self._pages >= WAL_PAGES and self._checkpointing.acquire(blocking=False):
+                self._pages = 0
+                threading.Thread(target=self._checkpoint, daemon=True).start()
         return True
+
+    def _checkpoint(self) -> None:
+        """Brings the write-ahead log into the database. Left to SQLite, a request would wait for the disk meanwhile."""
+        try:
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+        except sa.exc.SQLAlchemyError:  # it is tried again later
+            pass
+        finally:
+            self._checkpointing.release()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 import monitoring
+import prediction_log
 from demo_cohort import make_demo_cohort
 from feature_pipeline import ProductionPipeline
 from monitoring import Findings, Rows, jensen_shannon, look, look_for_drift, main, psi, psi_limit
@@ -105,6 +107,21 @@ def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, ca
     assert not log.record(*everything) and not log.record(*everything)
     assert not PredictionLog.open("sqlite:////proc/nowhere/log.db", pipeline, "api").record(*everything)
     assert not PredictionLog.open("off", pipeline, "api").record(*everything)
+
+
+def test_the_write_ahead_log_goes_into_the_database(pipeline, ward, tmp_path, monkeypatch):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "api")
+    monkeypatch.setattr(prediction_log, "WAL_PAGES", 20)  # far fewer than SQLite itself, opened before, goes by
+    before = (tmp_path / "log.db").stat().st_size
+    for _ in range(1000):
+        assert log.record(data.observations, data.visit[:1], data.as_of[:1], probability[:1], features[:1], 0.1)
+        if (tmp_path / "log.db").stat().st_size > before:
+            break
+        time.sleep(0.01)
+    assert (tmp_path / "log.db").stat().st_size > before
+    log.close()
 
 
 WRITER = """
