@@ -13,11 +13,23 @@ import pandas as pd
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
+td:first-child { white-space: nowrap; }
+.number { text-align: right; }
 .notice { background: #fff4d6; border-left: .3rem solid #d99a00; padding: .5rem 1rem; }
 .alert { background: #fbe7e8; border-left: .3rem solid #b3202c; padding: .5rem 1rem; }
 img { max-width: 100%; }
 """
+
+_NAMES = {
+    "roc_auc": "ROC AUC",
+    "roc_auc_from": "ROC AUC from",
+    "roc_auc_to": "ROC AUC to",
+    "brier": "Brier score",
+    "psi": "PSI",
+    "psi_by_chance": "PSI by chance",
+    "jensen_shannon": "Jensen-Shannon",
+}
 
 
 def page(title: str, notices: Sequence[str], *parts: str, alerts: Sequence[str] = ()) -> str:
@@ -26,7 +38,8 @@ def page(title: str, notices: Sequence[str], *parts: str, alerts: Sequence[str] 
     boxes = "".join(f'<p class="notice">{html.escape(line)}</p>' for line in notices)
     boxes += "".join(f'<p class="alert">{html.escape(line)}</p>' for line in alerts)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{head}</title>'
         f"<style>{_STYLE}</style><h1>{head}</h1>{boxes}{''.join(parts)}"
         "<p>Research software, not a medical device. Validate on local data before any patient is scored.</p></html>\n"
     )
@@ -47,9 +60,21 @@ def facts_table(facts: Mapping[str, Any]) -> str:
 
 
 def frame_table(frame: pd.DataFrame) -> str:
-    """A frame, its names with spaces for underscores."""
-    shown = frame.rename(columns=lambda name: str(name).replace("_", " "))
-    return shown.to_html(index=False, float_format="%.4f", border=0, na_rep="")
+    """A frame, its names with spaces for underscores; fractions with four digits, missing values empty."""
+    columns = [
+        ("" if frame[name].dtype.kind not in "iuf" else ' class="number"', _NAMES.get(name, str(name)), frame[name])
+        for name in frame
+    ]
+    head = "".join(f"<th{kind}>{html.escape(name.replace('_', ' '))}</th>" for kind, name, _ in columns)
+    cells = [[f"<td{kind}>{html.escape(_shown(value))}</td>" for value in column] for kind, _, column in columns]
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*cells, strict=True))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _shown(value: Any) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def image(figure: Any, alt: str) -> str:

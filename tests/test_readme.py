@@ -27,6 +27,12 @@ def test_every_script_that_is_named_exists():
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_every_link_leads_to_a_file(document):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+        assert (ROOT / target).exists(), target
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
 def test_every_top_level_file_stands_in_the_layout(script):
     assert f"`{script}`" in README
