@@ -382,7 +382,7 @@ def read_observations(
     if isinstance(source, Observations):
         return source
     if isinstance(source, str | Path):
-        table, malformed = _read_file(Path(source))
+        table, malformed = read_table(Path(source))
         where = f"file {str(source)!r}"
     elif isinstance(source, pd.DataFrame):
         table, malformed, where = source, 0, "the frame"
@@ -409,7 +409,11 @@ def _check_columns(columns: list[Any], where: str) -> None:
         raise BadObservations(f"{where}: a column stands twice; expected {', '.join(COLUMNS)}")
 
 
-def _read_file(path: Path) -> tuple[pd.DataFrame, int]:
+def read_table(path: Path) -> tuple[pd.DataFrame, int]:
+    """(a file's table before anything is checked, the number of lines with too many fields, which are left out).
+
+    The cells of a text file are texts. Raises `BadObservations` when the file cannot be read.
+    """
     where = f"file {str(path)!r}"
     try:
         if path.name.endswith(".parquet"):

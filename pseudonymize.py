@@ -1,7 +1,8 @@
 """Makes files of observations and labels fit to be handed on: hashes for client and visit, dates shifted by client.
 
 The key comes from the environment variable SEPSIS_PSEUDONYM_KEY. Files made under one key fit one another. Features,
-labels and scores stay those of the originals. Values stay as they are: a rare one may still tell who it is.
+labels and scores stay those of the originals, and so does what is set aside. Values stay as they are: a rare one may
+still tell who it is.
 """
 
 from __future__ import annotations
@@ -11,22 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from artifacts import write_tables
 from command_line import DONE, log, make_parser, run, table_path
-from feature_pipeline import BadConfig, BadObservations
+from feature_pipeline import BadConfig, read_table
 from pseudonyms import lasting_pseudonyms, pseudonymized
-
-
-def read_cells(path: Path) -> pd.DataFrame:
-    """A file as it stands, the cells of a text file as texts. Raises `BadObservations`."""
-    try:
-        if path.name.endswith(".parquet"):
-            return pd.read_parquet(path)
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, EOFError) as error:  # quotes nothing of the file
-        raise BadObservations(f"file {str(path)!r} cannot be read ({type(error).__name__})") from None
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -38,7 +27,9 @@ def work(arguments: argparse.Namespace) -> int:
         if (out / path.name).exists() and (out / path.name).samefile(path):
             raise BadConfig(f"{str(path)!r} would be overwritten; choose another --out-dir")
     for path in paths:
-        frame = read_cells(path)
+        frame, malformed = read_table(path)
+        if malformed:
+            log.warning("%s: %d lines with too many fields are left out", path, malformed)
         table = pseudonymized(frame, names)
         write_tables({out / path.name: table})
         dropped = [column for column in frame.columns if column not in table.columns]

@@ -10,14 +10,17 @@ import hmac
 import os
 import secrets
 
+import numpy as np
 import pandas as pd
 
-from feature_pipeline import COLUMNS, BadConfig, as_text
+from feature_pipeline import COLUMNS, NO_TIME, BadConfig, iso_times, parse_times, text_places
 
 KEY_VARIABLE = "SEPSIS_PSEUDONYM_KEY"
 SHORTEST_KEY = 16  # characters
 LONGEST_SHIFT = 3652  # days
 DATES = ("observation_date", "sepsis_onset")
+MICROSECONDS_PER_DAY = 86_400_000_000
+UNREADABLE = "unreadable"  # stands for what a date should have been, and may be anything
 
 
 class Pseudonyms:
@@ -68,25 +71,34 @@ def lasting_pseudonyms() -> Pseudonyms:
 def pseudonymized(frame: pd.DataFrame, pseudonyms: Pseudonyms, also: tuple[str, ...] = ()) -> pd.DataFrame:
     """A table of observations or labels with client and visit replaced and its dates shifted by client.
 
-    Intervals within a client and the hour of the day (UTC) stay, so features and labels stay the same. Columns that are
-    neither observations' nor labels' nor named in `also` are dropped; a date that cannot be read becomes empty. Raises
-    `BadConfig` where the table has no client or visit.
+    Intervals within a client and the hour of the day (UTC) stay, so features and labels stay the same. What the reader
+    sets aside stays as unusable as it was: an empty client or visit stays empty, a date that is none becomes
+    `UNREADABLE`; without a client there is no shift, and the date becomes empty. (Dates of the first ten years that the
+    reader takes, from 1900 on, may be shifted out of them.) Columns that are neither observations'
+    nor labels' nor named in `also` are dropped. Raises `BadConfig` where the table has no client or visit.
     """
-    if missing := [name for name in ("client", "visit_id") if name not in frame.columns]:
-        raise BadConfig(f"nothing can be pseudonymized without the column {missing[0]!r}")
-    # a letter before the digits: no program takes them for a number
-    clients = [as_text(cell) for cell in frame["client"].tolist()]
-    visits = [as_text(cell) for cell in frame["visit_id"].tolist()]
-    name = {client: f"c{pseudonyms.client(client)}" for client in set(clients)}
-    days = {client: pseudonyms.shift_days(client) for client in name}
-    number = {pair: f"v{pseudonyms.visit(*pair)}" for pair in set(zip(clients, visits, strict=True))}
     own = [column for column in frame.columns if column in (*COLUMNS, "sepsis", *DATES, *also)]
-    out = frame[own].assign(
-        client=[name[client] for client in clients],
-        visit_id=[number[pair] for pair in zip(clients, visits, strict=True)],
-    )
-    shift = pd.to_timedelta(pd.Series([days[client] for client in clients], index=frame.index, dtype="int64"), unit="D")
-    for column in set(DATES) & set(out.columns):
-        times = pd.to_datetime(out[column], errors="coerce", utc=True, format="ISO8601")
-        out[column] = (times - shift).dt.tz_localize(None)
+    for name in ("client", "visit_id"):
+        if name not in own:
+            raise BadConfig(f"nothing can be pseudonymized without the column {name!r}")
+    if len(set(own)) < len(own):
+        raise BadConfig("a column stands twice; which one counts cannot be told")
+    client, clients = text_places(frame["client"])
+    visit, visits = text_places(frame["visit_id"])
+    # what stands last is for empty cells, whose place is -1; with a letter before the digits they are no number
+    new_client = np.array([*(f"c{pseudonyms.client(name)}" for name in clients), None], dtype=object)
+    days = np.array([*map(pseudonyms.shift_days, clients), 0])
+    clients.append("")
+    pairs = list(zip(client.tolist(), visit.tolist(), strict=True))
+    new_visit = {(c, v): f"v{pseudonyms.visit(clients[c], visits[v])}" if v >= 0 else None for c, v in set(pairs)}
+    out = frame[own].assign(client=new_client[client], visit_id=[new_visit[pair] for pair in pairs])
+    for column in set(DATES) & set(own):
+        times, empty = parse_times(frame[column])
+        known = (times != NO_TIME) & (client >= 0)
+        times = np.where(known, times - MICROSECONDS_PER_DAY * days[client], NO_TIME)
+        unreadable = ~known & ~empty & (client >= 0)
+        moments = times.view("datetime64[us]")  # NO_TIME is its empty one
+        if unreadable.any():
+            moments = [UNREADABLE if bad else text for bad, text in zip(unreadable, iso_times(times), strict=True)]
+        out[column] = pd.Series(moments, index=frame.index)
     return out
