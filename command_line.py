@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,25 @@ def start_logging(arguments: argparse.Namespace) -> None:
     warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
 
 
+@contextlib.contextmanager
+def nothing_for_others() -> Iterator[None]:
+    """Files and folders that are made meanwhile, by whatever library, are for the owner and the group alone: with the
+    usual umask 0640 and 0750. A stricter umask stands."""
+    before = os.umask(0o077)  # there is no way to ask for it but to set it
+    os.umask(before | 0o007)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parses, runs, and turns the project's own errors into one line and an exit status."""
     arguments = parser.parse_args(argv)
     start_logging(arguments)
     try:
-        return work(arguments)
+        with nothing_for_others():
+            return work(arguments)
     except (FeaturePipelineError, OSError) as error:
         if arguments.debug:
             raise
