@@ -5,7 +5,7 @@
 Trains a small model on the synthetic demo cohort if there is none in --models-dir, starts the service under gunicorn,
 drops a file for the batch processor, fills a database (SQLite, or --db-url), streams observations (through a pipe, or
 --kafka), raises alerts, writes the monitor's report, compares the four ways' scores bit by bit, and stops cleanly. Its
-files lie in --work-dir. No real patient is in it.
+files lie in --work-dir, where each run replaces those of the one before. No real patient is in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,10 +34,24 @@ sys.path.insert(0, str(ROOT))
 from command_line import DONE, SOME_FAILED, make_parser, number, run  # noqa: E402
 from db_predictor import connect, make_tables  # noqa: E402
 from demo_cohort import make_demo_cohort  # noqa: E402
-from feature_pipeline import FeaturePipelineError  # noqa: E402
+from feature_pipeline import BadConfig, FeaturePipelineError  # noqa: E402
 
 Scores = dict[tuple[str, str], float]  # (client, visit_id) -> probability
 PATIENCE = 120
+MARK = ".production_system"  # stands in a folder whose files are this example's
+
+
+def make_empty(folder: Path, keep: Path) -> None:
+    """Makes the folder, or takes out what an earlier run left, but for `keep`. Raises `BadConfig` where it holds
+    something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = list(folder.iterdir())
+    if found and not (folder / MARK).exists():
+        raise BadConfig(f"--work-dir {str(folder)!r} holds other files than this example's; name a new or an empty one")
+    (folder / MARK).touch()
+    for path in found:
+        if path.name != MARK and not keep.is_relative_to(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class System:
@@ -44,8 +59,8 @@ class System:
 
     def __init__(self, arguments: argparse.Namespace):
         self.work = Path(arguments.work_dir).resolve()
-        self.work.mkdir(parents=True, exist_ok=True)
         models = Path(arguments.models_dir).resolve()
+        make_empty(self.work, keep=models)
         self.models, self.config, self.model = models, models / "best_model_config.json", models / "best_model.pkl"
         self.monitor = f"sqlite:///{self.work}/predictions.db"
         self.environment = {
@@ -143,6 +158,8 @@ def from_database(system: System, rows: pd.DataFrame, url: str | None) -> Scores
     dated = rows.assign(observation_date=pd.to_datetime(rows["observation_date"]))
     visits = rows[["visit_id", "client"]].drop_duplicates()
     with engine.begin() as connection:
+        if connection.execute(sa.text("select count(*) from visits")).scalar_one():
+            raise BadConfig("the tables of --db-url hold visits; name a database without")
         for table, frame in (("visits", visits), ("patient_observations", dated)):
             target = sa.Table(table, sa.MetaData(), autoload_with=connection)
             records = frame.astype(object).where(frame.notna(), None).to_dict("records")
@@ -165,7 +182,6 @@ def from_stream(system: System, rows: pd.DataFrame, brokers: str | None) -> tupl
         results, alerts = through_kafka(system, lines.splitlines(), brokers, rows)
     else:
         path = system.work / "alerts.jsonl"
-        path.unlink(missing_ok=True)
         options = ["--min-observations", 1, "--alerts", path]
         shown = system.script("stream_processor.py", *system.deployment, *options, stdin=lines)
         results = [json.loads(line) for line in shown.splitlines()]
@@ -244,7 +260,9 @@ def production_system(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python examples/production_system.py", "models-dir")
-    parser.add_argument("--work-dir", default="data/production_system", help="for everything that it makes")
+    parser.add_argument(
+        "--work-dir", default="data/production_system", help="for what it makes; replaces its last run's"
+    )
     parser.add_argument("--patients", type=number(int, 1), default=40, help="new synthetic patients")
     parser.add_argument("--db-url", help="another database than SQLite, such as postgresql+psycopg://...; empty tables")
     parser.add_argument("--kafka", metavar="BROKERS", help="stream through Kafka instead of a pipe")

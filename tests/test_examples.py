@@ -1,5 +1,6 @@
 """The examples run as they stand."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -7,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from confluent_kafka import Producer
+
+from db_predictor import connect, make_tables
+from examples import production_system
+from feature_pipeline import BadConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,13 +31,44 @@ def told(done):
     return done.stdout
 
 
-def test_the_whole_system(models_dir, tmp_path):
-    done = run_example("production_system.py", "--models-dir", models_dir, "--work-dir", tmp_path)
-    assert "alerts" in told(done) and "monitoring_report.html" in done.stdout
+def test_the_whole_system_runs_again_in_the_same_folder(models_dir, tmp_path):
+    options = ["--models-dir", models_dir, "--work-dir", tmp_path]
+    first = told(run_example("production_system.py", *options)).splitlines()
+    again = told(run_example("production_system.py", *options)).splitlines()
+    assert " alerts" in first[7] and first[9].startswith("report: ") and "monitoring_report.html" in first[9]
+    assert first[:7] == again[:7]  # how many scores the stream gives is a matter of speed
     audit = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert len(audit) == 1 and audit[0]["outcome"] == "scored"
-    again = run_example("production_system.py", "--models-dir", models_dir, "--work-dir", tmp_path / "other")
-    assert told(again).splitlines()[2:6] == done.stdout.splitlines()[2:6]
+
+
+def test_the_whole_system_touches_no_other_files(tmp_path, capsys):
+    (tmp_path / "predictions.db").write_text("the hospital's own")
+    assert production_system.main(["--work-dir", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the hospital's own"]
+
+
+def test_the_whole_system_keeps_the_models_in_its_folder(tmp_path):
+    models = tmp_path / "work" / "models"
+    for _ in range(2):
+        production_system.make_empty(tmp_path / "work", keep=models)
+        models.mkdir(exist_ok=True)
+        (models / "best_model.pkl").touch()
+        (tmp_path / "work" / "hospital.db").touch()
+    production_system.make_empty(tmp_path / "work", keep=models)
+    assert (models / "best_model.pkl").exists() and not (tmp_path / "work" / "hospital.db").exists()
+
+
+def test_the_whole_system_wants_a_database_without_visits(models_dir, tmp_path):
+    url = f"sqlite:///{tmp_path}/filled.db"
+    engine = connect(url)
+    make_tables(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.text("insert into visits (visit_id, client) values ('1', 'a')"))
+    engine.dispose()
+    system = production_system.System(argparse.Namespace(work_dir=tmp_path / "work", models_dir=models_dir))
+    with pytest.raises(BadConfig, match="hold visits"):
+        production_system.from_database(system, production_system.new_patients(1), url)
 
 
 @pytest.mark.slow
