@@ -74,7 +74,8 @@ INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/f
 UNPACKED = {".csv.gz": 8, ".csv": 1, ".parquet": 4}  # about how many bytes of text a byte of the file holds
 OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version")
 MANIFEST, LOCK = "manifest.jsonl", ".lock"
-CRONTAB = '5 * * * * cd "$HOME/sepsis-risk" && .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1'
+CRONTAB = """5 * * * * set -a && . /etc/sepsis-risk.env && cd "$HOME/sepsis-risk" && \
+.venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1"""
 
 CHUNK_ROWS = 1_000_000  # held at once by a process: about 0.6 GB
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once: 80 MB

@@ -1,5 +1,6 @@
 """The hourly job over files: same bits as `predict`, nothing lost or doubled, whatever happens."""
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ import pytest
 import batch_processor
 from batch_processor import BatchProcessor, Chunks, Manifest, main, only_run, watch
 from feature_pipeline import COLUMNS, BadObservations
+from pseudonyms import Pseudonyms
 
 ROOT = Path(batch_processor.__file__).parent
 COLUMNS_OUT = ["visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version"]
@@ -599,14 +602,20 @@ def test_the_crontab_line_works_as_it_stands(tmp_path, rows, models_dir, capsys)
     with pytest.raises(SystemExit):
         main(["--help"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("5 * * * *"))
-    command = line.strip().split(" ", 5)[5]
+    (tmp_path / "settings.env").write_text("SEPSIS_PSEUDONYM_KEY=the-key-of-this-hospital\n")
+    command = line.strip().split(" ", 5)[5].replace("/etc/sepsis-risk.env", str(tmp_path / "settings.env"))
     assert "%" not in command  # cron takes it for a line's end
     run = subprocess.run(
         ["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, cwd="/", capture_output=True
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert (home / "data/batch.log").read_text() == ""  # nothing to tell, no mail
-    assert len(predictions(home / "data/predictions/predictions_ward.csv")) == rows["visit_id"].nunique()
+    scored = predictions(home / "data/predictions/predictions_ward.csv")
+    assert len(scored) == rows["visit_id"].nunique()
+    names = Pseudonyms("the-key-of-this-hospital")  # so that every run's rows can be joined to outcomes
+    with contextlib.closing(sqlite3.connect(home / "data/predictions.db")) as log:
+        logged = {visit for (visit,) in log.execute("select visit from predictions")}
+    assert logged == {names.visit(*key) for key in zip(scored["client"], scored["visit_id"], strict=True)}
 
 
 def test_a_lost_code_is_told(place, rows, processor, caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from confluent_kafka import Producer
 from db_predictor import connect, make_tables
 from examples import production_system
 from feature_pipeline import BadConfig
+from pseudonyms import Pseudonyms
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +80,47 @@ def test_the_whole_system_trains_a_model_and_streams_through_kafka(tmp_path):
     options = ["--models-dir", tmp_path / "models", "--work-dir", tmp_path / "work", "--kafka", brokers]
     done = run_example("production_system.py", *options, "--patients", 20)
     assert "model trained on the demo cohort" in told(done)
+
+
+CRONTAB = [
+    line for line in (ROOT / "examples/deployment/crontab").read_text().splitlines() if line and line[0] not in "#"
+]
+SHELLS = [shell for shell in ("/bin/sh", "/bin/dash", "/bin/bash") if Path(shell).exists()]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("line", CRONTAB, ids=lambda line: line.split("python ")[1].split(".py")[0])
+def test_every_cron_job_has_the_settings_of_the_service(shell, line, tmp_path):
+    """With the settings' template, a program that tells its environment in Python's place, and cron's few variables."""
+    settings = (ROOT / "examples/deployment/sepsis-risk.env").read_text()
+    named = re.search(r"^EnvironmentFile=(.+)$", (ROOT / "examples/deployment/sepsis-risk.service").read_text(), re.M)[
+        1
+    ]
+    home = tmp_path / "sepsis-risk"
+    for folder in (home / ".venv/bin", home / "data"):
+        folder.mkdir(parents=True)
+    (home / ".venv/bin/python").write_text(f'#!{shell}\necho "$SEPSIS_PSEUDONYM_KEY $SEPSIS_API_KEYS" >>ran\n')
+    (home / ".venv/bin/python").chmod(0o755)
+    command = " ".join(line.split()[5:])
+    assert named in command and "%" not in command  # cron takes it for a line's end
+    command = command.replace(named, str(tmp_path / "settings.env"))
+
+    def run():
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        return subprocess.run([shell, "-c", command], env=environment, cwd="/", capture_output=True)
+
+    done = run()  # no settings: no job, and a message for cron to send
+    assert done.returncode and done.stderr and not (home / "ran").exists()
+    (tmp_path / "settings.env").write_text(settings.replace("replace-me", "'a key; with $pecial letters'"))
+    done = run()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (home / "ran").read_text() == "a key; with $pecial letters /etc/sepsis-risk.keys\n"
+
+
+def test_the_settings_template_cannot_be_used_as_it_is():
+    key = re.search(r"^SEPSIS_PSEUDONYM_KEY=(.+)$", (ROOT / "examples/deployment/sepsis-risk.env").read_text(), re.M)[1]
+    with pytest.raises(BadConfig, match="SEPSIS_PSEUDONYM_KEY"):
+        Pseudonyms(key)
 
 
 def test_the_notebook_snippets(models_dir, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_processor import CRONTAB
 from feature_pipeline import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,11 @@ def blocks(language: str) -> list[str]:
 def test_continuous_integration_runs_the_readmes_test_line():
     line = next(block.strip() for block in blocks("shell") if "requirements-test.txt" in block)
     assert line in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_crontab_line_is_the_one_of_help_and_examples():
+    crontab = (ROOT / "examples/deployment/crontab").read_text()
+    assert CRONTAB in README and CRONTAB.split(" ", 5)[5] in crontab
 
 
 def test_every_script_that_is_named_exists():
