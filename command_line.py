@@ -71,10 +71,17 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
     }
     for name in options:
         parser.add_argument(f"--{name}", **{"help": " ", **shared[name]})
-    parser.add_argument("--quiet", action="store_true", help="warnings and errors only")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    add_log_options(parser)
     return parser
+
+
+def add_log_options(parser: argparse.ArgumentParser, **settings: Any) -> None:
+    """What every script has; a command of a script with ``default=argparse.SUPPRESS``, so that it may stand before the
+    command as well as after it."""
+    parser.add_argument("--quiet", action="store_true", help="warnings and errors only", **settings)
+    about = "of the log on stderr (default: text)" if settings else "of the log on stderr"
+    parser.add_argument("--log-format", choices=("text", "json"), help=about, **{"default": "text", **settings})
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error", **settings)
 
 
 def available_cores() -> int:

@@ -10,17 +10,22 @@ but without any drift it is about (1/n + 1/m) times a chi-square variable with (
 being the numbers of visits (Yurdakul and Naranjo, J Risk Model Valid 2020;14(4):89): an alert needs both the size and
 the significance, at 1% over all features together. No drift library was taken: those that are kept up bring a data
 platform with them, for what are forty lines here.
+
+Drift is that of the deployed version; volume, latency and errors are those of all versions together, since a promotion
+changes neither how many visits there are nor how they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -28,18 +33,44 @@ import sqlalchemy as sa
 from scipy.stats import chi2, norm
 
 from artifacts import write_atomic, write_tables
-from command_line import DONE, SOME_FAILED, log, make_parser, number, post_json, run, table_path
-from feature_pipeline import BadConfig, BadObservations, load_config
+from command_line import (
+    DONE,
+    SOME_FAILED,
+    Formatter,
+    add_log_options,
+    log,
+    make_parser,
+    number,
+    post_json,
+    run,
+    table_path,
+)
+from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, load_config
 from metrics import calibration_table, figures
 from pages import frame_table, heading, image, listing, page, paragraph
-from prediction_log import Profile, bin_shares, errors, letters_of, open_engine, predictions, url_of, visit_weights
+from prediction_log import (
+    DEFAULT_URL,
+    OFF,
+    URL_VARIABLE,
+    Profile,
+    bin_shares,
+    errors,
+    letters_of,
+    open_engine,
+    predictions,
+    url_of,
+    visit_weights,
+)
 from pseudonyms import KEY_VARIABLE, Pseudonyms
 
 MODERATE, STRONG = 0.1, 0.25  # PSI
 SIGNIFICANCE = 0.01  # over all that is looked at together
 CODE_CHANGE = 0.1  # share of visits that have a code
 FEWEST_VISITS = 30  # below, nothing is said about drift
-FEWEST_POSITIVE = 20  # expected and observed together; below, nothing is said about calibration
+FEWEST_SEPTIC = 10  # septic visits; below, nothing is said about quality
+FEWEST_FAILED = 5  # unusable or failed predictions; below, nothing is said about them
+FEWEST_PERIODS, MOST_PERIODS = 2, 4  # of history, with which the volume is compared
+MOST_DAYS = 36_500
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -98,21 +129,21 @@ class Rows:
     profile: Profile
 
     @property
-    def n_visits(self) -> int:
-        return self.frame["visit"].nunique()
+    def usable(self) -> np.ndarray:
+        """(n,) whether a row has a score, and the bins of this profile."""
+        bins = self.frame["bins"].str.len().eq(len(self.profile.features))
+        return (self.frame["score"].notna() & bins).to_numpy()
 
     def distribution(self, config_profile: dict[str, Any]) -> dict[str, Any]:
-        """In the form of the config's ``reference_profile``: shares of the bins, every visit counting once."""
-        frame = self.frame[self.frame["score"].notna()]
+        """In the form of the config's ``reference_profile``: shares of the bins, every visit counting once. At least
+        one row must be `usable`."""
+        frame = self.frame[self.usable]
         weights = visit_weights(frame["visit"].to_numpy())
-        out: dict[str, Any] = {"n_visits": self.n_visits, "features": {}, "codes": {}}
-        if not len(frame):
-            return out
-        usable = frame["bins"].str.len().eq(len(self.profile.features)).to_numpy()
-        letters = letters_of(frame["bins"][usable].tolist(), len(self.profile.features))
+        out: dict[str, Any] = {"n_visits": frame["visit"].nunique(), "features": {}, "codes": {}}
+        letters = letters_of(frame["bins"].tolist(), len(self.profile.features))
         for name, column in zip(self.profile.features, letters.T, strict=True):
             n_bins = len(config_profile["features"][name]["edges"]) + 1
-            out["features"][name] = bin_shares(column, n_bins, weights[usable])
+            out["features"][name] = bin_shares(column, n_bins, weights)
         edges = config_profile["score"]["edges"]
         scores = np.searchsorted(edges, frame["score"].to_numpy(), side="right") + ord("a")
         out["score"] = bin_shares(scores, len(edges) + 1, weights)
@@ -123,7 +154,7 @@ class Rows:
         return out
 
 
-def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, version: str | None) -> pd.DataFrame:
+def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, version: str | None = None) -> pd.DataFrame:
     """The log's predictions with ``since < time <= until``, of one model version or of all."""
     query = sa.select(predictions).where(predictions.c.time <= until).order_by(predictions.c.id)
     if since is not None:
@@ -200,35 +231,59 @@ def look_for_drift(findings: Findings, reference: dict[str, Any], current: dict[
         findings.alerts.append(f"{now:.0%} of the visits have codes that the model does not know, {before:.0%} before")
 
 
+def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) -> tuple[int, list[tuple[int, int]]]:
+    """What failed in ``since < time <= until``, and (predictions, visits) of each of the periods of `days` before,
+    at most `MOST_PERIODS`, that the log covers wholly. All model versions."""
+    failed = sa.select(sa.func.coalesce(sa.func.sum(errors.c.n), 0))
+    counts = sa.select(sa.func.count(), sa.func.count(predictions.c.visit.distinct()))
+    with engine.connect() as connection:
+        n = connection.scalar(failed.where((errors.c.time > since) & (errors.c.time <= until)))
+        first = connection.scalar(sa.select(sa.func.min(predictions.c.time)))
+        covered = (since - first) // timedelta(days=days) if first else 0
+        earlier = []
+        for k in range(min(covered, MOST_PERIODS)):
+            end = since - timedelta(days=k * days)
+            period = (predictions.c.time > end - timedelta(days=days)) & (predictions.c.time <= end)
+            earlier.append(tuple(connection.execute(counts.where(period)).one()))
+    return int(n), earlier
+
+
 def look_at_service(
-    findings: Findings, rows: pd.DataFrame, failed: int, earlier: int, days: int, most_seconds: float
+    findings: Findings, rows: pd.DataFrame, failed: int, earlier: list[tuple[int, int]], days: int, most_seconds: float
 ) -> None:
-    """Volume, latency, errors. `earlier` is the number of predictions in the four periods before this one."""
+    """Volume, latency, errors of all model versions; `failed` and `earlier` as `read_counts` gives them."""
     p95 = float(rows["seconds"].quantile(0.95)) if len(rows) else float("nan")
     rate = failed / max(len(rows) + failed, 1)
+
+    def counted(name: str) -> str:
+        return ", ".join(f"{n:,} {value}" for value, n in rows[name].value_counts().items())
+
     findings.service = {
         "predictions": f"{len(rows):,} of {rows['visit'].nunique():,} visits in {days} days",
         "empty scores": f"{rows['score'].isna().mean():.2%}" if len(rows) else "",
-        "risk levels": ", ".join(f"{n:,} {level}" for level, n in rows["risk_level"].value_counts().items()),
-        "sources": ", ".join(f"{n:,} {source}" for source, n in rows["source"].value_counts().items()),
+        "risk levels": counted("risk_level"),
+        "sources": counted("source"),
+        "model versions": counted("model_version"),
         "latency": f"median {rows['seconds'].median() * 1e3:.1f} ms, p95 {p95 * 1e3:.1f} ms" if len(rows) else "",
         "errors": f"{failed:,} ({rate:.2%})",
     }
     if not len(rows):
         findings.alerts.append(f"no prediction in {days} days")
-    usual = earlier / 4
-    if usual >= 20 and abs(len(rows) - usual) > max(0.5 * usual, 5 * np.sqrt(usual)):
-        findings.alerts.append(f"volume: {len(rows):,} predictions, usually {usual:,.0f} in {days} days")
+    elif len(earlier) >= FEWEST_PERIODS:
+        usual, visits = np.median(np.array(earlier), axis=0)
+        # visits come by chance, each with several predictions
+        by_chance = 5 * np.sqrt(usual * (usual / max(visits, 1)) * (1 + 1 / len(earlier)))
+        if usual >= 20 and abs(len(rows) - usual) > max(0.5 * usual, by_chance):
+            findings.alerts.append(f"volume: {len(rows):,} predictions, usually {usual:,.0f} in {days} days")
+    if len(rows) >= FEWEST_FAILED and rows["score"].isna().all():
+        findings.alerts.append(f"no usable score in {len(rows):,} predictions")
     if p95 > most_seconds:
         findings.alerts.append(f"latency: p95 is {p95:.2f} s, allowed {most_seconds:g} s")
-    if failed >= 5 and rate > 0.05:
+    if failed >= FEWEST_FAILED and rate > 0.05:
         findings.alerts.append(f"errors: {rate:.1%} of what was asked could not be scored")
-    if not len(rows):
-        return
-    by_day = rows.assign(day=rows["time"].dt.floor("D")).groupby("day")
-    findings.daily = by_day.agg(
-        predictions=("score", "size"), mean_score=("score", "mean"), p95_seconds=("seconds", lambda s: s.quantile(0.95))
-    ).reset_index()
+    if len(rows):
+        by_day = rows.groupby(rows["time"].dt.floor("D").rename("day"))
+        findings.daily = by_day["seconds"].agg(predictions="size", p95_seconds=lambda x: x.quantile(0.95)).reset_index()
 
 
 def expected_quality(score: np.ndarray) -> dict[str, float]:
@@ -244,54 +299,94 @@ def expected_quality(score: np.ndarray) -> dict[str, float]:
     }
 
 
-def look_at_quality(findings: Findings, rows: pd.DataFrame, labels: pd.DataFrame, config: dict[str, Any]) -> None:
+def quality_of(part: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    """Sizes and figures of predictions with ``label``; ``_from`` and ``_to`` bound 95%, whole visits resampled."""
+    label, score, visit = (part[name].to_numpy() for name in ("label", "score", "visit"))
+    _, own = np.unique(visit, return_inverse=True)
+    sums = np.column_stack([np.bincount(own, x) for x in (np.ones(len(own)), score >= threshold, score, label)])
+    n, generator = len(sums), np.random.default_rng(0)
+    drawn = np.array([sums.sum(axis=0), *(sums[generator.integers(0, n, n)].sum(axis=0) for _ in range(1000))])
+    row = {"visits": n, "septic_visits": int((sums[:, 3] > 0).sum())}
+    row |= {"predictions": len(part), "positives": int(label.sum())}
+
+    def put(name: str, value: float, interval: Sequence[float]) -> None:
+        row.update({name: value, f"{name}_from": interval[0], f"{name}_to": interval[1]})
+
+    for name, values in {
+        "alert_rate": drawn[:, 1] / drawn[:, 0],
+        "expected_over_observed": drawn[:, 2] / np.maximum(drawn[:, 3], 0.5),
+    }.items():
+        put(name, float(values[0]), np.percentile(values[1:], [2.5, 97.5]).tolist())
+    if 0 < label.sum() < len(label):
+        found = figures(label, score, visit, visit)
+        put("roc_auc", found["roc_auc"], found["roc_auc_95"])
+        put("average_precision", found["average_precision"], found["average_precision_95"])
+        row["brier"] = found["brier"]
+    return row
+
+
+def look_at_quality(
+    findings: Findings,
+    rows: pd.DataFrame,
+    labels: pd.DataFrame,
+    config: dict[str, Any],
+    since: datetime | None = None,
+) -> None:
     """Quality by week, where outcomes are known: rows of the log joined to `labels` (``visit, sepsis, onset``).
 
-    A prediction is right about sepsis where onset is within the horizon after it; predictions after onset are left out
-    unless the model was trained with them. Raises nothing: what cannot be judged is remarked.
+    A prediction is right about sepsis where onset is within the horizon after it. As in training, septic visits without
+    onset are left out, and predictions after onset unless the model was trained with them. The table has all weeks;
+    alerts are only about those that reach beyond `since`, and about all predictions since then together, which judges
+    also a ward with few septic visits a week. Raises nothing: what cannot be judged is remarked.
     """
+    snapshots = config["snapshots"]
+    retrospective = snapshots.get("retrospective")
+    undated = (labels["sepsis"] == 1) & labels["onset"].isna()
+    if undated.any() and not retrospective:
+        findings.remarks.append(f"{undated.sum():,} septic visits of the labels have no onset and are left out")
+        labels = labels[~undated]
     joined = rows[rows["score"].notna() & rows["as_of"].notna()].merge(labels, on="visit", how="inner")
     if not len(joined):
         findings.remarks.append("no prediction of the log has an outcome in the labels; is the pseudonym key the same?")
         return
-    snapshots = config["snapshots"]
-    if snapshots.get("retrospective"):
+    if retrospective:
         joined["label"] = joined["sepsis"]
     else:
         ahead = (joined["onset"] - joined["as_of"]) / pd.Timedelta(hours=1)
         joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots["horizon_hours"])).astype(int)
         if not snapshots.get("after_onset"):
             joined = joined[~((joined["sepsis"] == 1) & (ahead < 0))]
-    told = config.get("metrics", {}).get("out_of_fold") or config.get("metrics", {}).get("test") or {}
+    since = since or datetime.min
+    monday = joined["time"].dt.to_period("W-SUN").dt.start_time
+    parts = [
+        (f"{week:%Y-%m-%d}", f"in the week of {week:%Y-%m-%d}", week + timedelta(days=7) > since, part)
+        for week, part in joined.groupby(monday)
+    ]
+    if sum(looked_at for _, _, looked_at, _ in parts) > 1:
+        parts.append(("together", "in all weeks together", True, joined[joined["time"] > since]))
+    told = config.get("metrics", {}).get("out_of_fold") or config.get("metrics", {}).get("test")
     table = []
-    for week, part in joined.groupby(joined["time"].dt.to_period("W-SUN").dt.start_time):
-        label, score = part["label"].to_numpy(), part["score"].to_numpy()
-        row = {
-            "week": week.date().isoformat(),
-            "predictions": len(part),
-            "positives": int(label.sum()),
-            "alert_rate": float((score >= config["decision_threshold"]).mean()),
-            "expected_over_observed": float(score.sum() / max(label.sum(), 0.5)),
-        }
-        if label.sum() + score.sum() >= FEWEST_POSITIVE and not 0.5 <= row["expected_over_observed"] <= 2:
-            findings.alerts.append(
-                f"calibration in the week of {row['week']}: {score.sum():.0f} positives expected, {label.sum()} seen"
-            )
-        if 0 < label.sum() < len(label):
-            found = figures(label, score, part["visit"].to_numpy(), part["visit"].to_numpy())
-            row |= {
-                "roc_auc": found["roc_auc"],
-                "roc_auc_from": found["roc_auc_95"][0],
-                "roc_auc_to": found["roc_auc_95"][1],
-                "average_precision": found["average_precision"],
-                "brier": found["brier"],
-            }
-            if told and found["roc_auc_95"][1] < told["roc_auc"] - 0.02:
-                findings.alerts.append(
-                    f"quality in the week of {row['week']}: ROC AUC {found['roc_auc']:.3f} "
-                    f"({found['roc_auc_95'][0]:.3f} to {found['roc_auc_95'][1]:.3f}), {told['roc_auc']:.3f} in training"
-                )
+    for week, when, looked_at, part in parts:
+        row = {"week": week, **quality_of(part, config["decision_threshold"])}
         table.append(row)
+        if not looked_at:
+            continue
+        if row["septic_visits"] < FEWEST_SEPTIC:
+            findings.remarks.append(
+                f"quality {when} is not judged: {row['septic_visits']} septic visits; {FEWEST_SEPTIC} are needed"
+            )
+        elif told and "roc_auc" in row and row["roc_auc_to"] < min(told["roc_auc"] - 0.02, told["roc_auc_95"][0]):
+            findings.alerts.append(
+                f"quality {when}: ROC AUC {row['roc_auc']:.3f} ({row['roc_auc_from']:.3f} to {row['roc_auc_to']:.3f}), "
+                f"{told['roc_auc']:.3f} in training"
+            )
+        # where the scores are calibrated, at least as many visits are septic as the visits' mean scores sum to
+        promised = part.groupby("visit")["score"].mean().sum()
+        low, high = row["expected_over_observed_from"], row["expected_over_observed_to"]
+        if row["septic_visits"] + promised >= FEWEST_SEPTIC and (low > 2 or high < 0.5):
+            findings.alerts.append(
+                f"calibration {when}: {part['score'].sum():.0f} positives expected, {row['positives']} seen"
+            )
     findings.quality = pd.DataFrame(table)
     findings.calibration = calibration_table(joined["label"].to_numpy(), joined["score"].to_numpy())
 
@@ -308,44 +403,40 @@ def look(
     labels: pd.DataFrame | None = None,
     most_seconds: float = 1.0,
 ) -> Findings:
-    """Everything there is to say about the `days` before `until` (UTC, naive) for the config's model version."""
-    findings, version = Findings(), config.get("model_version")
+    """Everything there is to say about the `days` before `until` (UTC, naive): the service as a whole, and drift and
+    quality of the config's model version."""
+    findings, version = Findings(), config.get("model_version") or "unversioned"
     since = until - timedelta(days=days)
-    rows = read_rows(engine, since, until, version)
-    with engine.connect() as connection:
-        period = (predictions.c.time > since - timedelta(days=4 * days)) & (predictions.c.time <= since)
-        earlier = connection.execute(sa.select(sa.func.count()).select_from(predictions).where(period)).scalar_one()
-        failed = connection.execute(
-            sa.select(sa.func.coalesce(sa.func.sum(errors.c.n), 0)).where(
-                (errors.c.time > since) & (errors.c.time <= until)
-            )
-        ).scalar_one()
-    look_at_service(findings, rows, int(failed), earlier, days, most_seconds)
+    everything = read_rows(engine, since, until)
+    look_at_service(findings, everything, *read_counts(engine, since, until, days), days, most_seconds)
+    rows = everything[everything["model_version"] == version]
     reference = config.get("reference_profile")
     if not reference:
         findings.remarks.append("the config has no reference profile; train again to watch drift")
-    elif len(rows):
-        profile = Profile(config)
+    elif not Rows(rows, profile := Profile(config)).usable.any():
+        findings.remarks.append(f"drift is not judged: model {version} has no usable score in {days} days")
+    else:
         current = Rows(rows, profile).distribution(reference)
         if baseline_days:
             with engine.connect() as connection:
-                first = connection.execute(
+                first = connection.scalar(
                     sa.select(sa.func.min(predictions.c.time)).where(predictions.c.model_version == version)
-                ).scalar_one()
-            first_days = read_rows(engine, None, first + timedelta(days=baseline_days), version)
-            expected = Rows(first_days, profile).distribution(reference)
+                )
+            first_days = Rows(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
+            expected = first_days.distribution(reference) if first_days.usable.any() else {"n_visits": 0}
         else:
             features = {name: watched["shares"] for name, watched in reference["features"].items()}
             expected = {**reference, "features": features, "score": reference["score"]["shares"]}
         look_for_drift(findings, expected, current)
-        findings.score = (reference["score"]["edges"], expected["score"], current["score"])
+        if "score" in expected:
+            findings.score = (reference["score"]["edges"], expected["score"], current["score"])
         promised = expected_quality(rows["score"].to_numpy())
         findings.service["estimate without outcomes"] = (
             f"ROC AUC {promised['expected_roc_auc']:.3f}, share of positives {promised['expected_share']:.2%} "
             "(from the scores alone, right only while they are calibrated)"
         )
     if labels is not None:
-        look_at_quality(findings, read_rows(engine, None, until, version), labels, config)
+        look_at_quality(findings, read_rows(engine, None, until, version), labels, config, since)
     return findings
 
 
@@ -356,7 +447,7 @@ def read_outcomes(path: str) -> pd.DataFrame:
         raise BadConfig(f"{KEY_VARIABLE} is not set: outcomes cannot be joined to the log, which holds pseudonyms")
     from training_data import read_labels
 
-    table = read_labels(path)
+    table = read_labels(path).drop_duplicates(["client", "visit_id"], keep="last")  # as in training
     table = table[table["sepsis"] >= 0]
     if not len(table):
         raise BadObservations(f"labels {path!r} hold no outcome")
@@ -376,11 +467,15 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
         parts.append(listing(findings.remarks))
     parts += [heading("Service"), frame_table(pd.DataFrame(findings.service.items(), columns=["what", "now"]))]
     figure = Figure(figsize=(13, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, middle, right = figure.subplots(1, 3)
     if len(findings.daily):
-        left.bar(findings.daily["day"].dt.strftime("%m-%d"), findings.daily["predictions"])
+        day = findings.daily["day"].dt.strftime("%m-%d")
+        left.bar(day, findings.daily["predictions"])
+        middle.plot(day, findings.daily["p95_seconds"] * 1e3, "o-")
     left.set(title="Predictions a day", ylabel="predictions")
+    middle.set(title="Latency", ylabel="p95 of the day, ms")
     left.tick_params(axis="x", rotation=60)
+    middle.tick_params(axis="x", rotation=60)
     if findings.score:
         edges, expected, actual = findings.score
         place = np.arange(len(expected) - 1)
@@ -390,9 +485,9 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
         right.tick_params(axis="x", rotation=60)
         right.legend()
     right.set(title="Scores", ylabel="share of visits")
-    parts.append(image(figure, "Predictions a day; distribution of the scores"))
+    parts.append(image(figure, "Predictions and latency by day; distribution of the scores"))
     if len(findings.quality):
-        parts += [heading("Quality by week, with outcomes"), frame_table(findings.quality)]
+        parts += [heading("Quality by week, with outcomes"), frame_table(with_intervals(findings.quality))]
         parts.append(image(quality_figure(findings), "ROC AUC by week; calibration"))
     if len(findings.drift):
         parts += [heading("Drift"), frame_table(findings.drift)]
@@ -400,6 +495,15 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
     title = f"Monitoring of model {config.get('model_version')}"
     notices = ["The model was trained on synthetic patients."] if config["data"]["synthetic"] else []
     return page(title, notices, *parts, alerts=findings.alerts)
+
+
+def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """For a person: each figure with its interval in one cell, `0.871 (0.821 to 0.913)`."""
+    out = table.copy()
+    for name in [name.removesuffix("_to") for name in table if name.endswith("_to")]:
+        ends = zip(table[name], out.pop(f"{name}_from"), out.pop(f"{name}_to"), strict=True)
+        out[name] = ["" if pd.isna(x) else f"{x:.3f} ({low:.3f} to {high:.3f})" for x, low, high in ends]
+    return out
 
 
 def quality_figure(findings: Findings) -> Any:
@@ -411,7 +515,7 @@ def quality_figure(findings: Findings) -> Any:
     if "roc_auc" in findings.quality:
         known = findings.quality.dropna(subset=["roc_auc"])
         below, above = known["roc_auc"] - known["roc_auc_from"], known["roc_auc_to"] - known["roc_auc"]
-        left.errorbar(known["week"], known["roc_auc"], [below.clip(0), above.clip(0)], fmt="o-", capsize=3)
+        left.errorbar(known["week"], known["roc_auc"], [below.clip(0), above.clip(0)], fmt="o", capsize=3)
     left.set(title="ROC AUC by week", ylabel="ROC AUC, 95% interval")
     left.tick_params(axis="x", rotation=60)
     table = findings.calibration
@@ -426,17 +530,60 @@ def quality_figure(findings: Findings) -> Any:
 
 
 def moment(text: str) -> datetime:
-    """ISO 8601 as a naive UTC time."""
+    """ISO 8601 as a naive UTC time, far enough from the calendar's ends to count days from."""
     time = datetime.fromisoformat(text)
+    if not 1970 <= time.year <= 9000:
+        raise argparse.ArgumentTypeError(f"{text} is not in the years 1970 to 9000")
     return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
 
 
-def work(arguments: argparse.Namespace) -> int:
-    engine = open_engine(url_of(arguments.monitor))
+def web_address(text: str) -> str:
+    """An http URL; the error does not quote it, since such a URL often holds a secret."""
     try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # asking for it checks it
+    except ValueError:
+        good = False
+    if not good or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError("expected http://host/... or https://host/...")
+    return text
+
+
+def work(arguments: argparse.Namespace) -> int:
+    url = url_of(arguments.monitor)
+    if url == OFF:
+        raise BadConfig(f"there is no prediction log to read: {URL_VARIABLE} or --monitor says {OFF!r}")
+    try:
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # which may quote the password
+        raise BadConfig(
+            "the URL of the prediction log cannot be read; expected sqlite:///file.db or "
+            "dialect+driver://user:password@host:port/name with special characters of the password as %40 and the like"
+        ) from None
+    engine = None
+    try:
+        engine = open_engine(address)
         return COMMANDS[arguments.command](engine, arguments)
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, pd.errors.DatabaseError, ImportError) as error:
+        raise BadConfig(_in_words(error, address)) from None
     finally:
-        engine.dispose()
+        if engine is not None:
+            engine.dispose()
+
+
+def _in_words(error: Exception, address: sa.URL) -> str:
+    """What a database's error means, in one line that quotes neither password nor data."""
+    what = f"the prediction log ({address.drivername})"
+    if isinstance(error, ImportError | sa.exc.NoSuchModuleError):
+        return f"{what} has no driver here; see requirements-database.txt"
+    if isinstance(error, pd.errors.DatabaseError):
+        error = error.__cause__ or error
+    original = getattr(error, "orig", None) or error
+    if address.get_backend_name() == "sqlite":
+        return f"{what} cannot be used: {address.database}: {original}"
+    return (
+        f"{what} cannot be used: {type(original).__name__}; is the server there, are name, password and rights right?"
+    )
 
 
 def _findings(engine: sa.Engine, arguments: argparse.Namespace) -> tuple[Findings, dict[str, Any], datetime]:
@@ -508,41 +655,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python monitoring.py check --days 1")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "report": "write a page",
-        "check": "print alerts, status 1 if there is any",
-        "export": "the log's rows",
-        "prune": "delete old rows",
+        "report": ("write a page", "--labels outcomes.csv --html report.html"),
+        "check": ("print alerts, status 1 if there is any", "--days 1 --webhook https://hooks.example.org/sepsis"),
+        "export": ("the log's rows", "--days 30 --out rows.parquet"),
+        "prune": ("delete old rows", "--older-than 365"),
     }
-    for name, text in helps.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--monitor", metavar="URL", help="database of the log; or SEPSIS_MONITOR_URL")
-        command.add_argument("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now")
+    days = number(int, 1, MOST_DAYS)
+    for name, (text, example) in helps.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  python monitoring.py {name} {example}",
+            formatter_class=Formatter,
+        )
+        option = command.add_argument
+        option(
+            "--monitor",
+            metavar="URL",
+            help=f"database of the log; {URL_VARIABLE} of the environment, else {DEFAULT_URL}",
+        )
+        option("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now if not given")
         if name in ("report", "check"):
-            command.add_argument("--config", default="models/best_model_config.json", help="of the deployed model")
-            command.add_argument("--labels", metavar="FILE", help="outcomes, for the quality by week")
-            command.add_argument(
-                "--baseline-days", type=number(int, 0), default=0, help="compare with the log's first days instead"
+            option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
+            option(
+                "--labels",
+                metavar="FILE",
+                help="outcomes, for the quality by week; alerts are about the period's weeks",
             )
-            command.add_argument(
-                "--max-seconds", type=number(float, 0), default=1.0, help="alert where the p95 latency is longer"
+            option(
+                "--baseline-days",
+                type=number(int, 0, MOST_DAYS),
+                default=0,
+                metavar="DAYS",
+                help="compare with the log's first days instead of training; 0 for training",
             )
+            option("--max-seconds", type=number(float, 0), default=1.0, help="alert where the p95 latency is longer")
         if name == "prune":
-            command.add_argument(
-                "--older-than", type=number(int, 0), required=True, metavar="DAYS", help="what is deleted"
+            option(
+                "--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="what is deleted"
             )
         else:
-            command.add_argument("--days", type=number(int, 1), default=7, help="length of the period")
+            option("--days", type=days, default=7, help="length of the period")
         if name == "report":
-            command.add_argument("--html", default="data/monitoring_report.html", metavar="FILE", help="the page")
+            option("--html", default="data/monitoring_report.html", metavar="FILE", help="the page")
         if name == "check":
-            command.add_argument("--webhook", metavar="URL", help="POST the alerts there as JSON")
+            option("--webhook", type=web_address, metavar="URL", help="POST the alerts there as JSON")
         if name == "export":
-            command.add_argument(
-                "--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet (default: stdout)"
-            )
-            command.add_argument(
-                "--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit"
-            )
+            option("--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet; stdout if not given")
+            option("--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit")
+        add_log_options(command, default=argparse.SUPPRESS)
     return run(work, parser, argv)
 
 
