@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ import pandas as pd
 import pytest
 import sqlalchemy as sa
 
+import metrics
 import monitoring
 import prediction_log
 from demo_cohort import make_demo_cohort
 from feature_pipeline import ProductionPipeline
-from monitoring import Findings, Rows, jensen_shannon, look, look_for_drift, main, psi, psi_limit
+from monitoring import Findings, Rows, jensen_shannon, look, main, psi, psi_limit
 from prediction_log import PredictionLog, Profile, open_engine, predictions
 from training_data import SnapshotSettings, make_training_data, read_labels, read_observations
 
@@ -247,29 +249,96 @@ def test_unknown_codes_are_named(pipeline, ward, tmp_path, key):
     assert any("does not know" in alert for alert in findings.alerts)
 
 
-def test_false_alerts_over_200_undrifted_days(pipeline, ward):
-    """A day is 60 visits drawn from the same ward; a day with any alert of drift counts."""
-    data = snapshots_of(*ward, pipeline)
-    profile, reference = Profile(pipeline.config), pipeline.config["reference_profile"]
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
-    codes, unknown = profile.present(data.observations, data.visit, data.as_of)
-    whole = pd.DataFrame(
-        {"visit": data.visit, "score": probability, "bins": profile.bins(features), "codes": codes, "unknown": unknown}
+def constant_ward(engine, once, start, days, visits_a_day, versions):
+    """Fills the log with days of a ward that does not change: each day other visits, drawn from the rows of `once`,
+    each scored at some time of the day. `versions`: from which day on which model version serves."""
+    generator = np.random.default_rng(0)
+    visits, parts = once["visit"].unique(), []
+    for day in range(days):
+        version = [name for first, name in versions if first <= day][-1]
+        chosen = generator.choice(visits, visits_a_day, replace=False)
+        seconds = pd.Series(generator.integers(1, 86400, visits_a_day), index=chosen)
+        rows = once[once["visit"].isin(chosen)]
+        time = start + timedelta(days=day) + pd.to_timedelta(rows["visit"].map(seconds), unit="s")
+        parts.append(rows.assign(time=time, visit=f"{day}-" + rows["visit"].str[:10], model_version=version))
+    pd.concat(parts).drop(columns="id").to_sql("predictions", engine, if_exists="append", index=False)
+
+
+@pytest.fixture
+def once(pipeline, ward, tmp_path, key):
+    """The ward's predictions as rows of the log."""
+    engine = log_of(tmp_path / "once.db", pipeline, snapshots_of(*ward, pipeline))
+    rows = monitoring.read_rows(engine, None, DAY)
+    engine.dispose()
+    return rows
+
+
+def test_false_alerts_over_200_undrifted_days(pipeline, once, tmp_path, config_path, capsys):
+    """A day on which `check` ends with status 1, for whatever reason, counts."""
+    engine, start = open_engine(f"sqlite:///{tmp_path}/log.db"), datetime(2026, 1, 1)
+    constant_ward(engine, once, start, 200, 60, [(0, pipeline.model_version)])
+    engine.dispose()
+    common = ["check", "--days", "1", "--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path)]
+    days = [start + timedelta(days=day + 1) for day in range(200)]
+    alerted = [main([*common, "--until", day.isoformat()]) for day in days]
+    shown = capsys.readouterr()
+    assert "not judged" not in shown.err and set(alerted) <= {0, 1}
+    assert sum(alerted) <= 10, shown.out  # 5%
+    print(f"false alerts: {sum(alerted)} of 200 days")
+
+
+@pytest.mark.parametrize("days", [1, 7])
+def test_a_constant_ward_is_silent_from_first_deployment_through_a_promotion(pipeline, once, tmp_path, days):
+    engine, start, promoted = open_engine(f"sqlite:///{tmp_path}/log.db"), datetime(2026, 1, 1), 30
+    constant_ward(engine, once, start, 50, 20, [(0, "20250101_000000"), (promoted, "20260131_000000")])
+    moments = [start + timedelta(days=day, hours=hour) for day in range(1, 50) for hour in (0, 13)]
+    change = start + timedelta(days=promoted)
+    for until in sorted([*moments, start + timedelta(hours=6), change + timedelta(minutes=1)]):
+        version = "20250101_000000" if until <= change else "20260131_000000"
+        findings = look(engine, {**pipeline.config, "model_version": version}, until, days=days)
+        assert findings.alerts == [], until
+    engine.dispose()
+
+
+def test_volume_and_errors_are_those_of_all_versions(pipeline, once, tmp_path):
+    engine, start = open_engine(f"sqlite:///{tmp_path}/log.db"), datetime(2026, 1, 1)
+    constant_ward(engine, once, start, 30, 40, [(0, "20250101_000000")])
+    config = {**pipeline.config, "model_version": "20260130_000000"}
+    with engine.begin() as connection:
+        row = {"source": "batch", "model_version": "20250101_000000", "kind": "file", "n": 6}
+        connection.execute(prediction_log.errors.insert(), [{"time": start + timedelta(days=29.5), **row}])
+    findings = look(engine, config, start + timedelta(days=30), days=1)
+    assert findings.alerts == [] and any("20260130_000000 has no usable score" in line for line in findings.remarks)
+    # a whole outage and a flood are told, whichever version serves
+    assert "no prediction in 1 days" in look(engine, config, start + timedelta(days=32), days=1).alerts
+    flood = pd.concat([once.assign(time=start + timedelta(days=30, hours=k), visit=f"f{k}") for k in range(1, 9)])
+    flood.drop(columns="id").to_sql("predictions", engine, if_exists="append", index=False)
+    assert any("volume" in alert for alert in look(engine, config, start + timedelta(days=31), days=1).alerts)
+    engine.dispose()
+
+
+def test_volume_is_not_judged_without_history(pipeline, once, tmp_path):
+    engine, start = open_engine(f"sqlite:///{tmp_path}/log.db"), datetime(2026, 1, 1)
+    # a few trials on the first day, then the whole ward
+    once.head(30).assign(time=start + timedelta(hours=1)).drop(columns="id").to_sql(
+        "predictions", engine, if_exists="append", index=False
     )
-    expected = {
-        **reference,
-        "features": {name: watched["shares"] for name, watched in reference["features"].items()},
-        "score": reference["score"]["shares"],
-    }
-    generator, alerted = np.random.default_rng(0), 0
-    groups = dict(list(whole.groupby("visit")))
-    for _ in range(200):
-        day = pd.concat([groups[v] for v in generator.choice(list(groups), 60, replace=False)])
-        findings = Findings()
-        look_for_drift(findings, expected, Rows(day, profile).distribution(reference))
-        alerted += bool(findings.alerts)
-    assert alerted <= 10  # 5%
-    print(f"false alerts: {alerted} of 200 days")
+    constant_ward(engine, once, start + timedelta(days=1), 10, 60, [(0, pipeline.model_version)])
+    for day in range(2, 11):
+        assert look(engine, pipeline.config, start + timedelta(days=day)).alerts == []
+    engine.dispose()
+
+
+def test_scores_that_are_all_empty_are_told(pipeline, once, tmp_path, config_path, capsys):
+    engine = open_engine(f"sqlite:///{tmp_path}/log.db")
+    empty = once.head(40).assign(score=None, risk_level="unknown").drop(columns="id")
+    empty.to_sql("predictions", engine, if_exists="append", index=False)
+    engine.dispose()
+    common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--until", DAY.isoformat()]
+    for more in ([], ["--baseline-days", "3"]):
+        assert main(["check", *common, *more]) == 1
+        assert capsys.readouterr().out.splitlines() == ["no usable score in 40 predictions"]
+    assert main(["report", *common, "--html", str(tmp_path / "page.html")]) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- quality
@@ -316,7 +385,172 @@ def test_outcomes_cannot_be_joined_without_the_key(tmp_path, ward, config_path, 
     assert "SEPSIS_PSEUDONYM_KEY" in capsys.readouterr().err
 
 
+def weekly(n_visits, scores_an_hour=6, septic=0.2, seed=0, week=0):
+    """(rows, labels) of a week of visits that were scored often, by a model whose scores are calibrated."""
+    generator = np.random.default_rng(seed)
+    time = datetime(2026, 3, 2, 12) + timedelta(weeks=week)
+    n = scores_an_hour * 5
+    risk = generator.beta(0.5, 0.5 * (1 - septic) / septic, n_visits)
+    sick = generator.random(n_visits) < risk
+    rows = pd.DataFrame(
+        {
+            "visit": np.repeat([f"{week}-{k}" for k in range(n_visits)], n),
+            "time": time,
+            "as_of": np.tile(time - pd.to_timedelta(np.arange(n) / scores_an_hour, unit="h"), n_visits),
+            "score": np.repeat(risk, n),
+        }
+    )
+    onset = pd.Series(time + timedelta(hours=0.5), index=range(n_visits)).where(sick)  # within 6 h of all
+    labels = pd.DataFrame({"visit": rows["visit"].unique(), "sepsis": sick.astype(int), "onset": onset})
+    return rows, labels
+
+
+def quality(pipeline, weeks, since=None, told=0.8):
+    findings = Findings()
+    config = {**pipeline.config, "metrics": {"test": {"roc_auc": told, "roc_auc_95": [told - 0.03, told + 0.03]}}}
+    rows, labels = (pd.concat(tables) for tables in zip(*weeks, strict=True))
+    monitoring.look_at_quality(findings, rows, labels, config, since)
+    return findings
+
+
+@pytest.mark.parametrize("n_visits", [20, 60])
+def test_quality_of_small_weeks_that_are_scored_often_is_silent(pipeline, n_visits, monkeypatch):
+    """Snapshots of a visit are no independent evidence: by them most of these weeks would seem to be off."""
+    few = partial(metrics.bootstrap_intervals, n_resamples=200)
+    monkeypatch.setattr(metrics, "bootstrap_intervals", few)
+    told = monitoring.figures(*(np.concatenate([part]) for part in _labelled(weekly(3000))))["roc_auc"]
+    alerted = sum(bool(quality(pipeline, [weekly(n_visits, seed=seed)], told=told).alerts) for seed in range(100))
+    assert alerted <= 2
+
+
+def _labelled(week):
+    rows = week[0].merge(week[1], on="visit")
+    return rows["sepsis"].to_numpy(), rows["score"].to_numpy(), rows["visit"].to_numpy(), rows["visit"].to_numpy()
+
+
+def test_quality_has_intervals_that_hold_for_visits(pipeline):
+    week = weekly(60)
+    row = quality(pipeline, [week]).quality.iloc[0]
+    for name in ("roc_auc", "average_precision", "expected_over_observed", "alert_rate"):
+        assert row[f"{name}_from"] < row[name] < row[f"{name}_to"], name
+    assert (row["visits"], row["septic_visits"], row["predictions"]) == (60, week[1]["sepsis"].sum(), len(week[0]))
+    # scoring each visit more often tells nothing new
+    rarely = quality(pipeline, [weekly(60, scores_an_hour=1)]).quality.iloc[0]
+    for name in ("roc_auc_from", "roc_auc_to", "expected_over_observed_from", "alert_rate_to"):
+        assert row[name] == pytest.approx(rarely[name], abs=1e-9), name
+
+
+def test_scores_that_promise_too_much_are_told_also_where_nobody_is_septic(pipeline):
+    rows, labels = weekly(60)
+    nobody = labels.assign(sepsis=0, onset=pd.NaT)
+    assert any("0 seen" in alert for alert in quality(pipeline, [(rows, nobody)]).alerts)
+    timid = rows.assign(score=rows["score"] / 10)
+    assert any("calibration" in alert for alert in quality(pipeline, [(timid, labels)]).alerts)
+
+
+def test_only_weeks_of_the_period_are_alerted_about(pipeline):
+    rows, labels = weekly(100)
+    bad = (rows.assign(score=1 - rows["score"]), labels)
+    weeks = [bad, *(weekly(100, seed=k, week=k) for k in range(1, 5))]
+    everything = quality(pipeline, weeks)
+    assert any("week of 2026-03-02" in alert for alert in everything.alerts)
+    recent = quality(pipeline, weeks, since=datetime(2026, 3, 29, 12))
+    assert recent.alerts == [] and "2026-03-02" in set(recent.quality["week"])
+
+
+def test_few_septic_visits_a_week_are_judged_together(pipeline):
+    weeks = [weekly(20, seed=k, week=k) for k in range(8)]
+    good = quality(pipeline, weeks)
+    assert good.alerts == [] and any("is not judged: 2 septic visits" in remark for remark in good.remarks)
+    fallen = [(rows.assign(score=1 - rows["score"]), labels) for rows, labels in weeks]
+    assert any(alert.startswith("quality in all weeks") for alert in quality(pipeline, fallen).alerts)
+
+
+def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
+    """Of repeated visits the last counts; septic visits without an onset are left out."""
+    table = pd.DataFrame(
+        {
+            "visit_id": ["1", "2", "3", "1", "2"],
+            "client": ["a", "a", "a", "a", "b"],
+            "sepsis": ["0", "1", "1", "1", "0"],
+            "sepsis_onset": ["", "2026-03-02 13:00", "", "2026-03-02 14:00", ""],
+        }
+    )
+    labels = monitoring.read_outcomes(files_of(tmp_path, table))
+    assert len(labels) == labels["visit"].nunique() == 4
+    times = {"time": datetime(2026, 3, 2, 12), "as_of": datetime(2026, 3, 2, 12)}
+    rows = labels[["visit"]].assign(**times, score=[0.1, 0.2, 0.3, 0.4])
+    findings = quality(pipeline, [(rows, labels)])
+    row = findings.quality.iloc[0]
+    assert (row["predictions"], row["positives"]) == (3, 2)
+    assert any(remark.startswith("1 septic visits") for remark in findings.remarks)
+
+
 # ---------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "--monitor", "off"], "no prediction log to read"),
+        (["check", "--monitor", "postgresql+psycopg://u:geheim@127.0.0.1:1/x"], "is the server there"),
+        (["check", "--monitor", "postgresql+psycopg://u:geheim@127.0.0.1:geheim/x"], "URL of the prediction log"),
+        (["check", "--monitor", "geheim"], "URL of the prediction log"),
+        (["check", "--monitor", "nosuch://u:geheim@h/x"], "no driver"),
+        (["export", "--monitor", "sqlite:///{tmp}/text.db"], "text.db: file is not a database"),
+        (["check", "--monitor", "sqlite:///{tmp}/torn.db"], "torn.db: database disk image is malformed"),
+        (["export", "--monitor", "sqlite:///{tmp}/torn.db"], "torn.db: database disk image is malformed"),
+        (["check", "--webhook", "hooks.example.org/geheim"], "expected http"),
+        (["check", "--webhook", "http://hooks.example.org:99999/geheim"], "expected http"),
+        (["check", "--webhook", "http://[geheim/x"], "expected http"),
+        (["check", "--days", "99999999"], "from 1 to"),
+        (["export", "--days", "99999999"], "from 1 to"),
+        (["check", "--baseline-days", "99999999"], "from 0 to"),
+        (["prune", "--older-than", "99999999"], "from 0 to"),
+        (["check", "--until", "0001-01-01"], "1970"),
+        (["check", "--until", "9999-12-31T23:59:59-05:00"], "1970"),
+    ],
+)
+def test_what_cannot_start_says_so_in_a_line(arguments, said, once, tmp_path, config_path, capsys, monkeypatch):
+    monkeypatch.setattr(prediction_log, "OPENING_TRIES", 1)
+    engine = open_engine(f"sqlite:///{tmp_path}/torn.db")
+    once.drop(columns="id").to_sql("predictions", engine, if_exists="append", index=False)
+    engine.dispose()
+    torn = bytearray((tmp_path / "torn.db").read_bytes())
+    for page in range(10, len(torn) // 4096):
+        torn[page * 4096 : page * 4096 + 2000] = b"x" * 2000
+    (tmp_path / "torn.db").write_bytes(torn)
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "--monitor" not in arguments:
+        arguments += ["--monitor", f"sqlite:///{tmp_path}/new.db"]
+    if "--until" not in arguments:
+        arguments += ["--until", DAY.isoformat()]
+    if arguments[0] == "check":
+        arguments += ["--config", str(config_path)]
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    shown = capsys.readouterr()
+    assert status == 2 and shown.out == ""
+    assert said in shown.err.splitlines()[-1] and "geheim" not in shown.err and "Traceback" not in shown.err
+
+
+def test_options_of_every_script_stand_before_and_after_the_command(once, tmp_path, config_path, capsys):
+    common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path)]
+    open_engine(common[1]).dispose()
+    for arguments in (["check", "--quiet"], ["--quiet", "check"]):
+        assert main([*arguments, *common]) == 1
+        assert capsys.readouterr() == ("no prediction in 7 days\n", "")
+    main(["--log-format", "json", "check", *common])
+    assert json.loads(capsys.readouterr().err.splitlines()[0])["level"] == "info"
+    for command in ("report", "check", "export", "prune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"python monitoring.py {command} --" in text
+        assert "(default: " in text and ("(default: 7)" in text) == (command != "prune")
 
 
 def test_report_check_export_prune(pipeline, ward, tmp_path, key, capsys, config_path):
