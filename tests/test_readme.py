@@ -39,6 +39,19 @@ def test_every_link_leads_to_a_file(document):
         assert (ROOT / target).exists(), target
 
 
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links and links <= anchors, links - anchors
+
+
+def test_versions_and_times_that_the_readme_shows_are_of_one_day():
+    """They differ from run to run and are not compared, so that parts of several runs would go unseen."""
+    days = {day.replace("-", "") for day in re.findall(r"\d{4}-\d\d-\d\d(?=T[\d:]{8}\+00:00)", README)}
+    assert days == set(re.findall(r"\b(\d{8})_\d{6}\b", README))
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
 def test_every_top_level_file_stands_in_the_layout(script):
     assert f"`{script}`" in README
