@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -38,6 +39,19 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes `content` whole or not at all."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """True for the only process that holds the lock file `path`; without `wait` False where another holds it. The
+    lock ends with its process, however that ends."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_tables(tables: Mapping[Path, Any]) -> None:

@@ -1617,6 +1617,12 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def training_source(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model was trained on: ``observations``, ``labels`` (paths, None for the demo cohort), ``synthetic``,
+    ``fingerprint``, ``description``; before training, what the search used."""
+    return {**config["data"], **config.get("trained_on", {})}
+
+
 def _stamp(path: str | Path) -> tuple[int, ...]:
     """Tells a file from what it was before it was replaced or written to."""
     try:

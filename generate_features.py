@@ -348,6 +348,7 @@ def make_config(
         "risk_thresholds": {"medium": medium, "high": high},
         "decision_threshold": evaluation.decision_threshold,
         "decision_sensitivity": arguments.sensitivity,
+        "rank_by": arguments.rank_by,
         "code_prevalence": {code: round(share, 4) for code, share in prevalence.items() if code in used},
         "loss_without_code": loss,
         "data": {
@@ -456,7 +457,7 @@ def search_features(arguments: argparse.Namespace) -> int:
     arguments.go_on = GO_ON
     synonyms = read_synonyms(arguments.synonyms)
     settings = SnapshotSettings(arguments.snapshot_every, arguments.horizon, arguments.after_onset)
-    data = load_training_data(arguments.observations, arguments.labels, settings, synonyms)
+    data = load_training_data(arguments.observations, arguments.labels, settings, synonyms, arguments.synthetic)
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
     sets, models = (QUICK_SETS, QUICK_MODELS) if arguments.quick else (tuple(FEATURE_SETS), tuple(CONFIGURATION))
@@ -538,6 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--horizon", type=number(float, 0), default=6.0, metavar="HOURS", help="positive this long before onset"
     )
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
+    parser.add_argument("--synthetic", action="store_true", help="no real patients: every report shall say so")
     parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
     parser.add_argument(
         "--risk-thresholds",

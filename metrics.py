@@ -66,9 +66,8 @@ def compared(
     """
 
     def measured(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-        called = p >= np.quantile(p, 1 - alert_rate)
-        scores = ranking_scores(y, p)
-        return np.array([scores["roc_auc"], scores["average_precision"], brier_score(y, p), called[y == 1].mean()])
+        scores, sensitivity = ranking_scores(y, p), sensitivity_at_alert_rate(y, p, alert_rate)
+        return np.array([scores["roc_auc"], scores["average_precision"], brier_score(y, p), sensitivity])
 
     _, own = np.unique(group, return_inverse=True)
     rows_of = np.split(np.argsort(own, kind="stable"), np.cumsum(np.bincount(own))[:-1])
@@ -86,6 +85,16 @@ def compared(
             names, before.tolist(), after.tolist(), low.tolist(), high.tolist(), strict=True
         )
     }
+
+
+def sensitivity_at_alert_rate(label: np.ndarray, probability: np.ndarray, alert_rate: float) -> float:
+    """Share of the positive rows among the share `alert_rate` of all rows with the highest probability. Of equal
+    ones at its edge as many count as fit, each with the share that is positive."""
+    called = alert_rate * len(label)
+    edge = np.sort(probability)[::-1][max(int(np.ceil(called)), 1) - 1]
+    above, equal = probability > edge, probability == edge
+    taken = (called - above.sum()) / equal.sum()
+    return float((label[above].sum() + taken * label[equal].sum()) / label.sum())
 
 
 def brier_score(label: np.ndarray, probability: np.ndarray) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
+import contextlib
+import hashlib
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import numpy as np
 import pandas as pd
 
 import generate_features
-from artifacts import write_atomic, write_json
+from artifacts import locked, write_atomic, write_json, write_tables
 from command_line import DONE, SOME_FAILED, log
 from demo_cohort import make_demo_cohort
-from feature_pipeline import COLUMNS, BadConfig, BadObservations, as_text, load_config
-from training_data import SnapshotSettings, make_training_data, read_labels, read_observations
-from versions import CONFIG, compare, fingerprint_of_files
+from feature_pipeline import COLUMNS, BadConfig, as_text, load_config, training_source
+from training_data import SnapshotSettings, read_cells, read_labels
+from versions import CONFIG, compare, fingerprint_of_files, switch
 
 HELD_OUT = 0.3  # of the new data's clients
 FEWEST_POSITIVE = 5  # held-out visits
+SEARCH_REPORTS = ("optimization_log.json", "optimization_summary.txt")
 
 
 def retrain(arguments: argparse.Namespace, train: Any) -> int:
@@ -36,104 +38,132 @@ def retrain(arguments: argparse.Namespace, train: Any) -> int:
         raise BadConfig("--retrain needs the new data: --observations and --labels")
     directory = Path(arguments.models_dir)
     champion = load_config(directory / CONFIG)
-    with open(directory / ".retrain.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked(directory / ".retrain.lock", wait=False) as alone:
+        if not alone:
             log.warning("another retraining is at work; nothing done")
             return DONE
         fingerprint = fingerprint_of_files(arguments.observations, arguments.labels)
         if fingerprint in champion.get("retrained_with", []):
             print("the deployed model has learned from these data already; nothing to do")
             return DONE
-        with tempfile.TemporaryDirectory(prefix=".retrain-", dir=directory) as folder:
-            return _retrain(arguments, train, directory, champion, fingerprint, Path(folder))
+        own = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
+        with (
+            working_folder(directory / ".retrain") as folder,
+            working_folder(Path(arguments.data_dir) / f".retrain-{own}") as rows,
+        ):
+            return _retrain(arguments, train, directory, champion, fingerprint, folder, rows)
 
 
-def _retrain(arguments, train, directory, champion, fingerprint, folder) -> int:
-    old, new = raw_data(champion["data"]), read_raw(arguments.observations, arguments.labels)
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder that is removed at the end, or, where its process was killed, by the next that comes here."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, mode=0o750)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _retrain(arguments, train, directory, champion, fingerprint, folder, rows) -> int:
+    source = training_source(champion)
+    old, new = raw_data(source), read_raw(arguments.observations, arguments.labels)
     held_out = held_out_clients(old, new)
     learned = tuple(frame[~frame["client"].map(as_text).isin(held_out)] for frame in new)
     rest = tuple(pd.concat([a, b]).drop_duplicates() for a, b in zip(old, learned, strict=True))
     everything = tuple(pd.concat([a, b]).drop_duplicates() for a, b in zip(old, new, strict=True))
     challenger = folder / "challenger"
     challenger.mkdir()
-    paths = write_raw(folder, "rest", rest)
+    searched = write_raw(rows, f"searched_{fingerprint[:12]}", rest)
+    named = ["--observations", searched[0], "--labels", searched[1]]
     if arguments.keep_config:
-        write_json(challenger / CONFIG, recipe(champion, paths))
+        write_json(challenger / CONFIG, recipe(champion, searched, source["synthetic"]))
     else:
-        search = ["--observations", paths[0], "--labels", paths[1], "--models-dir", str(challenger)]
-        search += ["--seed", str(champion["seed"]), "--jobs", str(arguments.jobs), "--quiet"]
-        search += search_options(champion)
+        search = [*named, "--models-dir", str(challenger), "--seed", str(champion["seed"])]
+        search += ["--jobs", str(arguments.jobs), "--quiet", *search_options(champion, rows)]
+        if source["synthetic"]:
+            search.append("--synthetic")
         if arguments.quick:
             search.append("--quick")
         if generate_features.main(search) == 2:
             raise BadConfig("the search on old and new data could not start; see above")
     common = ["--full", "--jobs", str(arguments.jobs), "--quiet"]
-    if train(["--models-dir", str(challenger), "--observations", paths[0], "--labels", paths[1], *common]) != DONE:
+    if train(["--models-dir", str(challenger), *named, *common]) != DONE:
         raise BadConfig("the challenger could not be trained; see above")
 
     settings = {k: v for k, v in champion["snapshots"].items() if k != "retrospective"}
-    new_labels = read_labels(new[1])
-    test = make_training_data(
-        read_observations(new[0][new[0]["client"].map(as_text).isin(held_out)], champion["synonyms"]),
-        new_labels[new_labels["client"].isin(held_out)],
+    observations, labels = (frame[frame["client"].map(as_text).isin(held_out)] for frame in new)
+    comparison = compare(
+        directory,
+        challenger,
+        observations,
+        read_labels(labels),
         SnapshotSettings(**settings),
+        "new patients that neither has learned from",
     )
-    comparison = compare(directory, challenger, test, "new patients that neither has learned from")
-    objections = comparison.objections
-    decision = "promoted" if not objections else "promoted by --force" if arguments.force else "not promoted"
+    decision = comparison.decision(arguments.force)
     for line in comparison.lines():
         print(line)
-    write_atomic(directory / "comparison.html", comparison.html(decision))
-    if objections and not arguments.force:
+    if comparison.objections and not arguments.force:
+        write_atomic(directory / "comparison.html", comparison.html(decision))
         print("not promoted: the new model is worse; --force promotes it all the same")
         return SOME_FAILED
 
     # the recipe that won, on everything, beside the deployed one until it is whole
-    version_data = Path(arguments.data_dir)
-    paths = write_raw(version_data, f"training_{fingerprint[:12]}", everything)
-    final = folder / "final"
+    final, kept = folder / "final", Path(arguments.data_dir)
     final.mkdir()
-    config = recipe(load_config(challenger / CONFIG), paths)
+    paths = write_raw(kept, f"training_{fingerprint[:12]}", everything)
+    config = recipe(load_config(challenger / CONFIG), paths, source["synthetic"])
+    if not arguments.keep_config:  # the figures of the search are of these files: they stay beside it
+        searched = tuple(str(Path(path).replace(kept / Path(path).name)) for path in searched)
+        config["data"] |= {"observations": searched[0], "labels": searched[1]}
     config["retrained_with"] = [*champion.get("retrained_with", []), fingerprint]
     config["risk_thresholds"] = champion["risk_thresholds"]
     write_json(final / CONFIG, config)
     if train(["--models-dir", str(final), "--observations", paths[0], "--labels", paths[1], *common]) != DONE:
         raise BadConfig("the final model could not be trained; the deployed one stays")
-    check_and_adopt(final, directory)
-    print(f"{decision}: model {load_config(directory / CONFIG)['model_version']}; see {directory / 'comparison.html'}")
+    version = check_and_adopt(final, directory)
+    for name in SEARCH_REPORTS:
+        if (challenger / name).is_file():
+            write_atomic(directory / name, (challenger / name).read_bytes())
+    text = f"{decision} as model {version}: the new recipe, trained on these patients too"
+    write_atomic(directory / "comparison.html", comparison.html(text))
+    print(f"{decision}: model {version}; see {directory / 'comparison.html'}")
     return DONE
 
 
-def check_and_adopt(final: Path, directory: Path) -> None:
-    """Runs the pipeline check on the new deployment, moves its archive folder over, switches."""
+def check_and_adopt(final: Path, directory: Path) -> str:
+    """Runs the pipeline check on the new deployment, moves its archive folder over, switches. Gives the version."""
     import run_tests
-    from versions import switch
 
     check = ["pipeline", "--config", str(final / CONFIG), "--model", str(final / "best_model.pkl"), "--quiet"]
     if run_tests.main([*check, "--sample", str(final / "sample.csv")]) != DONE:
         raise BadConfig("the new model does not pass run_tests.py pipeline; the deployed one stays")
     version = load_config(final / CONFIG)["model_version"]
     (directory / "archive").mkdir(exist_ok=True)
-    shutil.move(final / "archive" / version, directory / "archive" / version)
+    (final / "archive" / version).rename(directory / "archive" / version)
     switch(directory, version)
+    return version
 
 
-def recipe(config: dict[str, Any], paths: tuple[str, str]) -> dict[str, Any]:
-    """The config as the search left it, for other data: no version, no model yet."""
-    keep = {k: v for k, v in config.items() if k not in ("trained_at", "trained_on", "reference_profile")}
-    data = {**config["data"], "observations": paths[0], "labels": paths[1], "synthetic": config["data"]["synthetic"]}
+def recipe(config: dict[str, Any], paths: tuple[str, str], synthetic: bool) -> dict[str, Any]:
+    """The config as the search left it, to be trained on other data: no version, no model yet."""
+    keep = {k: v for k, v in config.items() if k not in ("trained_at", "reference_profile")}
     metrics = {k: v for k, v in config["metrics"].items() if k != "out_of_fold"}
-    return {**keep, "data": data, "metrics": metrics, "model_version": None, "model_sha256": None}
+    trained_on = {"observations": paths[0], "labels": paths[1], "synthetic": synthetic}
+    return {**keep, "metrics": metrics, "trained_on": trained_on, "model_version": None, "model_sha256": None}
 
 
-def search_options(config: dict[str, Any]) -> list[str]:
-    """The options that the champion's search had."""
+def search_options(config: dict[str, Any], folder: Path) -> list[str]:
+    """The options that the champion's search had; a file that they need is written to `folder`."""
     snapshots, levels = config["snapshots"], config["risk_thresholds"]
     options = ["--snapshot-every", str(snapshots["every_hours"]), "--horizon", str(snapshots["horizon_hours"])]
     options += ["--risk-thresholds", f"{levels['medium']},{levels['high']}"]
-    options += ["--sensitivity", str(config["decision_sensitivity"])]
+    options += ["--sensitivity", str(config["decision_sensitivity"]), "--rank-by", config.get("rank_by", "score")]
+    if config["synonyms"]:
+        table = pd.DataFrame(config["synonyms"].items(), columns=["code", "concept"])
+        write_tables({folder / "synonyms.csv": table})
+        options += ["--synonyms", str(folder / "synonyms.csv")]
     return [*options, "--after-onset"] if snapshots.get("after_onset") else options
 
 
@@ -141,26 +171,22 @@ def search_options(config: dict[str, Any]) -> list[str]:
 
 
 def raw_data(source: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Observations and labels that the deployed model was made with. Raises `BadObservations`."""
+    """Observations and labels that the deployed model was trained on. Raises `BadObservations`."""
     if source["synthetic"] and not source["observations"]:
         return tuple(as_cells(frame) for frame in make_demo_cohort())
     return read_raw(source["observations"], source["labels"])
 
 
+def training_clients(config: dict[str, Any]) -> set[str]:
+    """The clients that a deployed model was trained on. Raises `BadObservations` where their labels are gone."""
+    source = training_source(config)
+    demo = source["synthetic"] and not source["labels"]
+    return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
+
+
 def read_raw(observations: str, labels: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    return read_cells(observations), read_cells(labels)
-
-
-def read_cells(path: str) -> pd.DataFrame:
-    """A file's columns that count, every cell a text as it stands."""
-    try:
-        if path.endswith(".parquet"):
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise BadObservations(f"file {path!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    return as_cells(frame)
+    """The columns that count, every cell a text as it stands. Raises `BadObservations`."""
+    return tuple(as_cells(read_cells(path, f"file {path!r}")) for path in (observations, labels))
 
 
 def as_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -176,10 +202,8 @@ def _cell(cell: Any) -> str:
 
 def write_raw(folder: Path, name: str, frames: tuple[pd.DataFrame, pd.DataFrame]) -> tuple[str, str]:
     """Writes both as parquet; gives their paths."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o750)
     paths = tuple(str(folder / f"{name}_{kind}.parquet") for kind in ("observations", "labels"))
-    for path, frame in zip(paths, frames, strict=True):
-        frame.astype(str).to_parquet(path, index=False)
+    write_tables({Path(path): frame.astype(str) for path, frame in zip(paths, frames, strict=True)})
     return paths
 
 

@@ -8,6 +8,7 @@ an archived version. Probabilities are calibrated on out-of-fold predictions eit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ from candidates import FeatureTable, ModelConfiguration, cross_validate, filled,
 from command_line import DONE, SOME_FAILED, log, make_parser, run
 from feature_pipeline import (
     BadConfig,
+    BadObservations,
     FeatureReproducer,
     ScoreModel,
     describe_set_aside,
@@ -36,8 +38,8 @@ from feature_pipeline import (
 from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
 from model_card import model_card
 from prediction_log import make_profile
-from retraining import retrain
-from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, split_parts
+from retraining import retrain, training_clients
+from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, read_labels, split_parts
 from training_report import report_page
 from versions import CONFIG, archive_of, compare, list_versions, switch
 
@@ -71,10 +73,12 @@ def load_data(config: dict[str, Any], observations: str | None, labels: str | No
     source = config.get("data")
     if not (isinstance(source, dict) and {"observations", "labels", "synthetic", "fingerprint"} <= set(source)):
         raise BadConfig("config: 'data' does not name the data of the search; search again")
-    if observations is None and labels is None and not source["synthetic"]:
+    if observations is None and labels is None:
         observations, labels = source["observations"], source["labels"]
-    data = load_training_data(observations, labels, settings_of(config), config["synonyms"])
-    if data.fingerprint != source["fingerprint"]:
+    of_training = config.get("trained_on", {})
+    synthetic = any(s.get("synthetic") and s.get("observations") == observations for s in (source, of_training))
+    data = load_training_data(observations, labels, settings_of(config), config["synonyms"], synthetic)
+    if data.fingerprint != source["fingerprint"] and of_training.get("observations") != observations:
         log.warning("warning: these are not the data of the search; the config's test figure is of other data")
     return data
 
@@ -97,20 +101,22 @@ def train(
 
 
 def new_version(archive: Path) -> str:
-    """A version name YYYYMMDD_HHMMSS (UTC) that the archive does not have yet."""
-    while (archive / (version := datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))).exists():
-        time.sleep(0.2)
-    return version
+    """A version name YYYYMMDD_HHMMSS (UTC) that the archive does not have yet; its folder is made, so that nobody
+    else takes it."""
+    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
+    while True:
+        version = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
+        try:
+            (archive / version).mkdir(mode=0o750)
+            return version
+        except FileExistsError:
+            time.sleep(0.2)
 
 
 def deploy(
     directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str, card: str = ""
 ) -> None:
-    """Writes the files of a version to its archive folder, then to `directory`; the config comes last.
-
-    The archive folder gets its name when it is whole. The config names the model file's SHA-256, so that a pipeline
-    loaded in between refuses to start and never mixes two versions.
-    """
+    """Writes the files of a version to its archive folder, all of them or none, and deploys it from there."""
     buffer = io.BytesIO()
     joblib.dump(model, buffer, compress=3)
     content = buffer.getvalue()
@@ -127,17 +133,21 @@ def deploy(
     }
     archive = directory / "archive"
     archive.mkdir(parents=True, exist_ok=True, mode=0o750)
-    if not (archive / version).exists():  # else an earlier try got this far
+    if not (archive / version / CONFIG).exists():  # else an earlier try got this far
         _archive(archive, version, files)
-    for name, text in files.items():
-        write_atomic(directory / name, text)
+    switch(directory, version)
 
 
 def _archive(archive: Path, version: str, files: dict[str, bytes | str]) -> None:
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
-        for name, text in files.items():
-            write_atomic(Path(unfinished) / "version" / name, text)
-        Path(unfinished, "version").replace(archive / version)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
+            for name, text in files.items():
+                write_atomic(Path(unfinished) / "version" / name, text)
+            Path(unfinished, "version").replace(archive / version)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            (archive / version).rmdir()  # the empty one that keeps the name
+        raise
 
 
 def golden_probability(config: dict[str, Any], model: ScoreModel) -> list[float]:
@@ -184,11 +194,11 @@ def work(arguments: argparse.Namespace) -> int:
             "%d versions in %s; * is deployed; ROC AUC and average precision out-of-fold", len(versions), directory
         )
         return DONE
-    if arguments.rollback:
+    if arguments.rollback is not None:
         switch(directory, arguments.rollback)
         print(f"deployed: model {arguments.rollback}")
         return DONE
-    if arguments.compare or arguments.promote:
+    if arguments.compare is not None or arguments.promote is not None:
         return compare_and_promote(arguments, directory)
     if arguments.retrain:
         return retrain(arguments, main)
@@ -198,33 +208,43 @@ def work(arguments: argparse.Namespace) -> int:
 def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
     """The deployed version and an archived one on labelled patients that neither has learned from.
 
-    Those are the patients of --observations and --labels. Data that one of them was trained on would flatter it and are
-    refused: by their fingerprint, so what is new to both is for the caller to see to. --promote deploys the archived
-    version where it is not worse, or with --force.
+    Those are the patients of --observations and --labels. Clients whom one of the two was trained on would flatter it
+    and are left out. --promote deploys the archived version where it is not worse, or with --force.
     """
-    version = arguments.promote or arguments.compare
+    version = arguments.compare if arguments.promote is None else arguments.promote
     folder = archive_of(directory, version)
-    if not arguments.observations:
+    if not (arguments.observations and arguments.labels):
         raise BadConfig("--compare and --promote need --observations and --labels of patients that neither has seen")
-    config = load_config(directory / CONFIG)
-    data = load_training_data(arguments.observations, arguments.labels, settings_of(config), config["synonyms"])
+    config, labels = load_config(directory / CONFIG), read_labels(arguments.labels)
     for trained in (config, load_config(folder / CONFIG)):
-        if trained.get("trained_on", {}).get("fingerprint") == data.fingerprint:
+        labels = labels[~labels["client"].isin(learned_clients(trained))]
+        if labels.empty:
             raise BadConfig(f"model {trained['model_version']} was trained on these patients; compare on others")
-    comparison = compare(directory, folder, data, "patients of --observations")
+    comparison = compare(
+        directory, folder, arguments.observations, labels, settings_of(config), "patients of --observations"
+    )
     for line in comparison.lines():
         print(line)
     refused = bool(comparison.objections) and not arguments.force
-    decision = "compared" if not arguments.promote else "not promoted" if refused else "promoted"
+    decision = "compared" if arguments.promote is None else comparison.decision(arguments.force)
     write_atomic(directory / "comparison.html", comparison.html(decision))
-    if not arguments.promote:
+    if arguments.promote is None:
         return DONE
     if refused:
         print("not promoted: the new model is worse; --force promotes it all the same")
         return SOME_FAILED
     switch(directory, version)
-    print(f"promoted: model {version}")
+    print(f"{decision}: model {version}")
     return DONE
+
+
+def learned_clients(config: dict[str, Any]) -> set[str]:
+    """The clients that a deployed model was trained on, where the labels of its training are still there."""
+    try:
+        return training_clients(config)
+    except BadObservations as error:
+        log.warning("warning: which patients model %s has seen cannot be told: %s", config["model_version"], error)
+        return set()
 
 
 def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
@@ -277,7 +297,13 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
         )
         config["library_versions"] = library_versions()
         config["trained_at"] = facts["Trained at"]
-        config["trained_on"] = {"fingerprint": data.fingerprint, "description": data.describe()}
+        config["trained_on"] = {
+            "observations": arguments.observations or config["data"]["observations"],
+            "labels": arguments.labels or config["data"]["labels"],
+            "synthetic": data.synthetic,
+            "fingerprint": data.fingerprint,
+            "description": data.describe(),
+        }
         config["reference_profile"] = make_profile(
             config, table.plain, probability, data.observations, data.visit, data.as_of
         )

@@ -141,18 +141,7 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     Reads .csv, .csv.gz and .parquet. Raises `BadObservations` when a column is missing or the file cannot be read.
     """
     where = "labels" if isinstance(source, pd.DataFrame) else f"labels {str(source)!r}"
-    if isinstance(source, pd.DataFrame):
-        table = source
-    else:
-        try:
-            if str(source).endswith(".parquet"):
-                table = pd.read_parquet(source)
-            else:
-                table = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise BadObservations(f"{where} do not exist") from None
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise BadObservations(f"{where} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    table = source if isinstance(source, pd.DataFrame) else read_cells(source, where)
     missing = [name for name in LABEL_COLUMNS if name not in table.columns]
     if missing:
         # the other names are not shown: in a file without a header they are a patient's data
@@ -172,18 +161,36 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def read_cells(path: str | Path, where: str) -> pd.DataFrame:
+    """A file as it stands, the cells of a text file as texts. Raises `BadObservations`, which names it as `where`."""
+    try:
+        if str(path).endswith(".parquet"):
+            return pd.read_parquet(path)
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadObservations(f"{where} does not exist") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        plain = isinstance(error, OSError | pd.errors.ParserError | pd.errors.EmptyDataError)  # others quote the file
+        reason = " ".join(str(error).split())[:200] if plain else type(error).__name__
+        raise BadObservations(f"{where} cannot be read: {reason}") from error
+
+
 def load_training_data(
     observations: str | Path | pd.DataFrame | None = None,
     labels: str | Path | pd.DataFrame | None = None,
     settings: SnapshotSettings | None = None,
     synonyms: dict[str, str] | None = None,
+    synthetic: bool = False,
 ) -> TrainingData:
-    """Reads observations and labels, or makes the demo cohort where neither is named. Raises `BadObservations`."""
+    """Reads observations and labels, or makes the demo cohort where neither is named. Raises `BadObservations`.
+
+    `synthetic` says that those named are not real patients', as the demo cohort's never are.
+    """
     settings = settings or SnapshotSettings()
     if (observations is None) != (labels is None):
         raise BadObservations("observations and labels go together: name both, or neither for the demo cohort")
-    synthetic = observations is None
-    if synthetic:
+    if observations is None:
+        synthetic = True
         observations, labels = make_demo_cohort()
     return make_training_data(
         read_observations(observations, synonyms), read_labels(labels), settings, synthetic=synthetic

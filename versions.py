@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from artifacts import write_atomic
+from artifacts import locked, write_atomic
+from command_line import log
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
 from metrics import compared
-from pages import facts_table, frame_table, page, paragraph
-from training_data import TrainingData
+from pages import facts_table, frame_table, listing, page, paragraph
+from training_data import SnapshotSettings, make_training_data
 
 CONFIG = "best_model_config.json"
 REPORTS = ("production_model_info.txt", "training_report.html", "MODEL_CARD.md")
@@ -38,7 +39,11 @@ def list_versions(directory: Path) -> list[dict[str, Any]]:
         current = None
     found = []
     for path in sorted((directory / "archive").glob(f"*/{CONFIG}"), reverse=True):
-        config = load_config(path)
+        try:
+            config = load_config(path)
+        except BadConfig as error:
+            log.warning("warning: %s", error)
+            continue
         scores = config.get("metrics", {}).get("out_of_fold", {})
         found.append(
             {
@@ -59,9 +64,10 @@ def switch(directory: Path, version: str) -> None:
     other (see `ProductionPipeline`). Raises `BadConfig`, `BadModel` where the version is not fit to be served."""
     folder = archive_of(directory, version)
     ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
-    for name in DEPLOYED:
-        if (folder / name).is_file():
-            write_atomic(directory / name, (folder / name).read_bytes())
+    with locked(directory / ".deploy.lock"):  # two that deploy at once must not mix their files
+        for name in DEPLOYED:
+            if (folder / name).is_file():
+                write_atomic(directory / name, (folder / name).read_bytes())
 
 
 # ------------------------------------------------------------------------------------------------ comparison
@@ -83,17 +89,22 @@ class Comparison:
     def objections(self) -> list[str]:
         """Why the new version is worse; empty where it is not.
 
-        Worse means: a loss of ROC AUC or average precision beyond `TOLERANCE`, or one that is beyond chance.
+        Worse means: a loss of ROC AUC or average precision beyond `TOLERANCE`, or in any figure one beyond chance.
         """
-        out = []
+        worse = {name: f["high"] < 0 for name, f in self.figures.items()}
+        worse["brier"] = self.figures["brier"]["low"] > 0  # the lower the better
         for name in ("roc_auc", "average_precision"):
-            f = self.figures[name]
-            if f["difference"] < -TOLERANCE or f["high"] < 0:
-                out.append(
-                    f"{name.replace('_', ' ')} {f['new']:.4f} against {f['old']:.4f} "
-                    f"(difference {f['difference']:+.4f}, 95% {f['low']:+.4f} to {f['high']:+.4f})"
-                )
-        return out
+            worse[name] |= self.figures[name]["difference"] < -TOLERANCE
+        return [
+            f"{name.replace('_', ' ')} {f['new']:.4f} against {f['old']:.4f} "
+            f"(difference {f['difference']:+.4f}, 95% {f['low']:+.4f} to {f['high']:+.4f})"
+            for name, f in self.figures.items()
+            if worse[name]
+        ]
+
+    def decision(self, force: bool) -> str:
+        """Whether the new version is to be deployed."""
+        return "promoted" if not self.objections else "promoted by --force" if force else "not promoted"
 
     def lines(self) -> list[str]:
         return [
@@ -108,7 +119,7 @@ class Comparison:
         ]
 
     def html(self, decision: str) -> str:
-        table = pd.DataFrame([{"figure": name, **f} for name, f in self.figures.items()])
+        table = pd.DataFrame([{"figure": name.replace("_", " "), **f} for name, f in self.figures.items()])
         facts = {
             "old": self.old_version,
             "new": self.new_version,
@@ -118,32 +129,43 @@ class Comparison:
             "decision": decision,
         }
         explained = "Differences are new minus old; intervals are paired, 95%, resampled by client."
-        return page("Champion and challenger", [], facts_table(facts), frame_table(table), paragraph(explained))
+        worse = [paragraph("The new model is worse:"), listing(self.objections)] if self.objections else []
+        return page("Champion and challenger", [], facts_table(facts), *worse, frame_table(table), paragraph(explained))
 
 
 def compare(
-    old: Path, new: Path, data: TrainingData, basis: str, alert_rate: float = 0.05, seed: int = 0
+    old: Path,
+    new: Path,
+    observations: Any,
+    labels: pd.DataFrame,
+    settings: SnapshotSettings,
+    basis: str,
+    alert_rate: float = 0.05,
+    seed: int = 0,
 ) -> Comparison:
-    """Scores the same snapshots with two deployments (folders of config and model).
+    """Scores the same snapshots with two deployments (folders of config and model), each of which reads the
+    observations in its own way, as it would in service.
 
-    The figures are honest only where neither has learned from these patients: that is for the caller to see to.
+    `observations` are what `read_observations` takes, `labels` what `read_labels` gives; the moments are those of the
+    old one's reading. The figures are honest only where neither has learned from these patients: that is for the
+    caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
     """
-    probability, versions = [], []
-    for folder in (old, new):
-        pipeline = ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
-        probability.append(pipeline.score(data.observations, data.visit, data.as_of))
-        versions.append(pipeline.model_version)
+    champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
+    data = make_training_data(champion.reproducer.read(observations), labels, settings)
+    read = challenger.reproducer.read(observations)
+    keys, place = data.observations.keys(), {key: i for i, key in enumerate(read.keys())}
+    visit = np.array([place[key] for key in keys], dtype=np.int64)[data.visit]
+    probability = [
+        champion.score(data.observations, data.visit, data.as_of),
+        challenger.score(read, visit, data.as_of),
+    ]
     usable = ~np.isnan(probability[0]) & ~np.isnan(probability[1])
     label, group = data.label[usable], data.group[usable]
     if not 0 < label.sum() < len(label):
         raise BadConfig("the held-out patients are all septic or all not: nothing can be compared; give more data")
     figures = compared(label, *(p[usable] for p in probability), group, alert_rate, seed=seed)
+    versions = champion.model_version, challenger.model_version
     return Comparison(*versions, figures, len(label), int(label.sum()), basis, alert_rate)
-
-
-def clients_of(data: TrainingData) -> np.ndarray:
-    """(n_snapshots,) client of each snapshot, as text."""
-    return data.observations.client_text[data.visit]
 
 
 def fingerprint_of_files(*paths: str) -> str:

@@ -23,7 +23,7 @@ from api.security import Gate, Refused
 from api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
 from api.settings import Settings
 from command_line import log
-from feature_pipeline import COLUMNS, BadObservations
+from feature_pipeline import COLUMNS, BadObservations, training_source
 from pseudonyms import Pseudonyms
 
 STATIC = Path(__file__).with_name("static")
@@ -282,6 +282,7 @@ def ready() -> Response:
 def model() -> Response:
     """What the model is, what it was trained on, and how good it was on patients that no choice was made on."""
     config = current_app.service.pipeline().config
+    source = training_source(config)
     return jsonify(
         {
             "model_version": config["model_version"],
@@ -289,8 +290,8 @@ def model() -> Response:
             "n_features": len(config["feature_names"]),
             "model": config["model"]["name"],
             "trained_at": config.get("trained_at"),
-            "trained_on": config.get("trained_on", {}).get("description"),
-            "synthetic": config["data"]["synthetic"],
+            "trained_on": source["description"],
+            "synthetic": source["synthetic"],
             "horizon_hours": config["snapshots"].get("horizon_hours"),
             "retrospective": config["snapshots"].get("retrospective", False),
             "risk_thresholds": config["risk_thresholds"],

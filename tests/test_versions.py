@@ -1,6 +1,7 @@
 """Versions: the list, rollback, promotion, retraining; whoever loads while they are switched has one whole version."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,8 @@ import pytest
 import train_best_model
 from demo_cohort import make_demo_cohort
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
-from metrics import compared
+from generate_features import golden_example
+from metrics import compared, sensitivity_at_alert_rate
 from tests.test_api_server import Server
 from versions import CONFIG, Comparison, list_versions, switch
 
@@ -79,6 +82,43 @@ def test_list_and_rollback(models, capsys):
         assert pipeline.model_version == version and scores == scored.setdefault(version, scores)
     assert scored[first] != scored[second]
     assert [v["deployed"] for v in list_versions(directory)] == [False, True]
+
+
+def test_a_broken_archived_config_does_not_hide_the_others(models, capsys):
+    directory, first, second = models
+    (directory / "archive" / first / CONFIG).write_text("{")
+    assert run(directory, "--list") == 0
+    shown = capsys.readouterr()
+    assert second in shown.out and first not in shown.out and first in shown.err
+
+
+@pytest.mark.parametrize("option", ["--rollback", "--compare", "--promote"])
+def test_an_empty_version_is_refused(models, option, capsys):
+    """As `--rollback "$UNSET"` gives it."""
+    assert run(models[0], option, "") == 2
+    assert "no version" in capsys.readouterr().err
+
+
+def test_models_that_are_deployed_at_once_get_versions_of_their_own(models):
+    """Whichever comes last is deployed whole, and both are archived."""
+    directory, first, second = models
+    configs = [load_config(directory / "archive" / v / CONFIG) for v in (first, second)]
+    fitted = [joblib.load(directory / "archive" / v / "best_model.pkl") for v in (first, second)]
+
+    def deploy(k):
+        version = train_best_model.new_version(directory / "archive")
+        train_best_model.deploy(directory, configs[k], fitted[k], "", "", version)
+        return version
+
+    with ThreadPoolExecutor(2) as pool:
+        versions = list(pool.map(deploy, range(2)))
+    assert len(set(versions)) == 2
+    for version, config in zip(versions, configs, strict=True):
+        pipeline = ProductionPipeline(
+            directory / "archive" / version / CONFIG, directory / "archive" / version / "best_model.pkl"
+        )
+        assert pipeline.model_version == version and pipeline.config["seed"] == config["seed"]
+    assert ProductionPipeline(directory / CONFIG, directory / "best_model.pkl").model_version in versions
 
 
 @pytest.mark.parametrize("version", ["20000101_000000", "../models", ""])
@@ -191,6 +231,19 @@ def test_paired_intervals_of_a_known_difference():
     assert better["roc_auc"]["low"] > 0.1 and better["sensitivity"]["low"] > 0 and better["brier"]["high"] < 0
 
 
+def test_sensitivity_at_an_alert_rate_does_not_gain_by_ties():
+    generator = np.random.default_rng(0)
+    label = (generator.random(2000) < 0.1).astype(int)
+    assert sensitivity_at_alert_rate(label, np.full(2000, 0.3), 0.05) == pytest.approx(0.05)
+    probability = generator.random(2000)
+    highest = np.argsort(-probability)[:100]
+    assert sensitivity_at_alert_rate(label, probability, 0.05) == pytest.approx(label[highest].sum() / label.sum())
+    # equal ones in any order: the mean over what breaking the ties at random would give
+    rounded = probability.round(1)
+    broken = [sensitivity_at_alert_rate(label, rounded + 1e-6 * generator.random(2000), 0.07) for _ in range(2000)]
+    assert sensitivity_at_alert_rate(label, rounded, 0.07) == pytest.approx(np.mean(broken), abs=0.002)
+
+
 def figures_of(difference, low, high):
     one = {"old": 0.8, "new": 0.8 + difference, "difference": difference, "low": low, "high": high}
     return {name: one for name in ("roc_auc", "average_precision", "brier", "sensitivity")}
@@ -210,25 +263,72 @@ def test_what_counts_as_worse(difference, low, high, worse):
     assert bool(comparison.objections) == worse
 
 
+def use_synonyms(config, synonyms):
+    config["synonyms"] = synonyms
+    probability = config["golden"].get("probability")
+    config["golden"] = golden_example(config["feature_names"], synonyms, config["fill_value"])
+    if probability:
+        config["golden"]["probability"] = probability
+
+
+def add_version(directory, like, version, change):
+    """Archives a changed copy of a version."""
+    folder, scratch = directory / "archive" / like, directory / f"scratch_{version}"
+    model = joblib.load(folder / "best_model.pkl")
+    config = load_config(folder / CONFIG)
+    change(config, model)
+    train_best_model.deploy(scratch, config, model, "", "", version)
+    shutil.copytree(scratch / "archive" / version, directory / "archive" / version)
+
+
+def test_ruined_probabilities_are_not_promoted(models, tmp_path, capsys):
+    """The ranking is the same: only the Brier score tells."""
+    directory, first, second = models
+
+    def shout(config, model):
+        model.intercept += 6
+
+    add_version(directory, first, "20010101_000000", shout)
+    assert run(directory, "--promote", "20010101_000000", *files(tmp_path, new_patients(77))) == 1
+    assert "worse: brier" in capsys.readouterr().out and load_config(directory / CONFIG)["model_version"] == second
+    page = (directory / "comparison.html").read_text()
+    assert "not promoted" in page and "The new model is worse" in page and "brier" in page
+
+
+def test_each_version_reads_with_its_own_synonyms(models, tmp_path, capsys):
+    """What a version's hospital calls its codes decides units and limits: no version is judged by another's reading."""
+    directory, _, second = models
+
+    def strange(config, model):
+        use_synonyms(config, {"HR": "spo2"})  # heart rates above 100 are set aside
+
+    add_version(directory, second, "20010101_000000", strange)
+    options = ["--force", *files(tmp_path, new_patients(77))]
+    figures = []
+    for option, version in (("--compare", "20010101_000000"), ("--promote", "20010101_000000"), ("--compare", second)):
+        assert run(directory, option, version, *options) == 0
+        line = next(text for text in capsys.readouterr().out.splitlines() if text.strip().startswith("roc auc"))
+        figures.append(re.findall(r"0\.\d{4}", line)[:2])
+    assert figures[0] == figures[1] == figures[2][::-1] and figures[0][0] != figures[0][1]
+
+
 def test_promotion_needs_a_model_that_is_not_worse(models, tmp_path, capsys):
     directory, first, second = models
     new = files(tmp_path, new_patients(77))
     assert run(directory, "--compare", first, *new) == 0
     assert f"{first} against {second}" in capsys.readouterr().out and (directory / "comparison.html").exists()
-    # a version that knows nothing: all its patients' scores are turned round
-    folder = directory / "archive" / first
-    config = load_config(folder / CONFIG)
-    import joblib
 
-    model = joblib.load(folder / "best_model.pkl")
-    model.slope = -model.slope
-    train_best_model.deploy(tmp_path / "worse", config, model, "", "", "20010101_000000")
-    shutil.copytree(tmp_path / "worse" / "archive" / "20010101_000000", directory / "archive" / "20010101_000000")
+    # a version that knows nothing: all its patients' scores are turned round
+    def turn(config, model):
+        model.slope = -model.slope
+
+    add_version(directory, first, "20010101_000000", turn)
     assert run(directory, "--promote", "20010101_000000", *new) == 1
     assert "not promoted" in capsys.readouterr().out and load_config(directory / CONFIG)["model_version"] == second
     assert "not promoted" in (directory / "comparison.html").read_text()
     assert run(directory, "--promote", "20010101_000000", "--force", *new) == 0
     assert load_config(directory / CONFIG)["model_version"] == "20010101_000000"
+    assert "promoted by --force" in (directory / "comparison.html").read_text()
 
 
 def test_comparing_on_the_training_patients_is_refused(models, cohort_files, capsys):
@@ -237,6 +337,15 @@ def test_comparing_on_the_training_patients_is_refused(models, cohort_files, cap
     assert run(directory, "--compare", first, "--observations", observations, "--labels", labels) == 2
     assert "trained on these patients" in capsys.readouterr().err
     assert run(directory, "--promote", first) == 2
+
+
+def test_clients_that_were_trained_on_are_left_out_of_a_comparison(models, cohort, tmp_path, capsys):
+    directory, first, _ = models
+    new, all_ = new_patients(77), []
+    for frames in (new, [pd.concat([a, b]) for a, b in zip(new, cohort, strict=True)]):
+        assert run(directory, "--compare", first, *files(tmp_path, frames)) == 0
+        all_.append(capsys.readouterr().out)
+    assert all_[0] == all_[1]
 
 
 # --------------------------------------------------------------------------------------------------- retraining
@@ -253,13 +362,40 @@ def test_retraining_promotes_once_and_keeps_the_deployed_model_where_it_must(mod
     config = load_config(directory / CONFIG)
     assert config["model_version"] != before and len(config["retrained_with"]) == 1
     assert (directory / "archive" / config["model_version"]).is_dir() and (directory / "comparison.html").exists()
-    clients = pd.read_parquet(config["data"]["labels"])["client"]
+    assert config["model_version"] in (directory / "comparison.html").read_text()
+    clients = pd.read_parquet(config["trained_on"]["labels"])["client"]
     assert clients.str.startswith("n").any() and not clients.str.startswith("n").all()
     ProductionPipeline(directory / CONFIG, directory / "best_model.pkl")
     # the same data once more: nothing to do
     assert run(directory, *options) == 0 and "already" in capsys.readouterr().out
     assert load_config(directory / CONFIG)["model_version"] == config["model_version"]
-    assert not list(directory.glob(".retrain-*"))
+    assert not (directory / ".retrain").exists() and not list((tmp_path / "training").glob(".*"))
+
+
+@pytest.mark.slow
+def test_retraining_with_a_search_keeps_what_the_hospital_has_set(models, cohort, cohort_files, tmp_path, capsys):
+    """Synonyms, that the first data were synthetic, thresholds; the search's reports are those of the new search."""
+    directory = models[0]
+    config = load_config(directory / CONFIG)
+    synonyms = {"Puls": "heart_rate"}
+    config["synonyms"], config["trained_on"]["synthetic"] = synonyms, True
+    (directory / CONFIG).write_text(json.dumps(config))
+    before = (directory / "optimization_summary.txt").read_text()
+    # what a killed retraining left
+    (directory / ".retrain").mkdir()
+    (directory / ".retrain" / "rest_observations.parquet").write_bytes(b"patients")
+    options = ["--retrain", "--quick", "--force", "--data-dir", str(tmp_path / "training")]
+    assert run(directory, *options, *files(tmp_path, new_patients(78))) == 0, capsys.readouterr()
+    config = load_config(directory / CONFIG)
+    assert config["synonyms"] == synonyms and config["trained_on"]["synthetic"]
+    assert "synthetic" in (directory / "MODEL_CARD.md").read_text().casefold()
+    summary = (directory / "optimization_summary.txt").read_text()
+    assert summary != before and config["feature_set"] in summary
+    assert "warning: these are not the data" not in capsys.readouterr().err
+    assert run(directory, "--seed", "1") == 0  # figures of the search's own test part can be repeated
+    assert "not the data of the search" not in capsys.readouterr().err
+    modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "training").iterdir()}
+    assert modes == {"0o640"} and not (directory / ".retrain").exists()
 
 
 def test_retraining_with_too_little_or_nothing_says_so(models, tmp_path, capsys):
