@@ -33,18 +33,7 @@ import sqlalchemy as sa
 from scipy.stats import chi2, norm
 
 from artifacts import write_atomic, write_tables
-from command_line import (
-    DONE,
-    SOME_FAILED,
-    Formatter,
-    add_log_options,
-    log,
-    make_parser,
-    number,
-    post_json,
-    run,
-    table_path,
-)
+from command_line import DONE, SOME_FAILED, add_log_options, log, make_parser, number, post_json, run, table_path
 from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, load_config
 from metrics import calibration_table, figures
 from pages import frame_table, heading, image, listing, page, paragraph
@@ -363,7 +352,7 @@ def look_at_quality(
         for week, part in joined.groupby(monday)
     ]
     if sum(looked_at for _, _, looked_at, _ in parts) > 1:
-        parts.append(("together", "in all weeks together", True, joined[joined["time"] > since]))
+        parts.append(("whole period", "in the whole period", True, joined[joined["time"] > since]))
     told = config.get("metrics", {}).get("out_of_fold") or config.get("metrics", {}).get("test")
     table = []
     for week, when, looked_at, part in parts:
@@ -660,14 +649,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": ("the log's rows", "--days 30 --out rows.parquet"),
         "prune": ("delete old rows", "--older-than 365"),
     }
-    days = number(int, 1, MOST_DAYS)
     for name, (text, example) in helps.items():
         command = commands.add_parser(
             name,
             help=text,
             description=text,
             epilog=f"example:\n  python monitoring.py {name} {example}",
-            formatter_class=Formatter,
+            formatter_class=parser.formatter_class,
         )
         option = command.add_argument
         option(
@@ -690,13 +678,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 metavar="DAYS",
                 help="compare with the log's first days instead of training; 0 for training",
             )
-            option("--max-seconds", type=number(float, 0), default=1.0, help="alert where the p95 latency is longer")
+            option(
+                "--max-seconds",
+                type=number(float, 0),
+                default=1.0,
+                metavar="SECONDS",
+                help="alert where the p95 latency is longer",
+            )
         if name == "prune":
             option(
                 "--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="what is deleted"
             )
         else:
-            option("--days", type=days, default=7, help="length of the period")
+            option("--days", type=number(int, 1, MOST_DAYS), default=7, help="length of the period")
         if name == "report":
             option("--html", default="data/monitoring_report.html", metavar="FILE", help="the page")
         if name == "check":

@@ -247,7 +247,7 @@ class PredictionLog:
         if url != OFF:
             try:
                 engine = open_engine(url)
-            except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+            except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
                 log.error("error: the prediction log cannot be opened: %s", type(error).__name__)
         return cls(engine, pipeline, source)
 

@@ -108,6 +108,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, ca
     database.close()
     assert not log.record(*everything) and not log.record(*everything)
     assert not PredictionLog.open("sqlite:////proc/nowhere/log.db", pipeline, "api").record(*everything)
+    assert not PredictionLog.open("postgresql://u:p@host:port/x", pipeline, "api").record(*everything)
     assert not PredictionLog.open("off", pipeline, "api").record(*everything)
 
 
@@ -268,7 +269,7 @@ def constant_ward(engine, once, start, days, visits_a_day, versions):
 def once(pipeline, ward, tmp_path, key):
     """The ward's predictions as rows of the log."""
     engine = log_of(tmp_path / "once.db", pipeline, snapshots_of(*ward, pipeline))
-    rows = monitoring.read_rows(engine, None, DAY)
+    rows = monitoring.read_rows(engine, None, DAY, None)
     engine.dispose()
     return rows
 
@@ -463,7 +464,7 @@ def test_few_septic_visits_a_week_are_judged_together(pipeline):
     good = quality(pipeline, weeks)
     assert good.alerts == [] and any("is not judged: 2 septic visits" in remark for remark in good.remarks)
     fallen = [(rows.assign(score=1 - rows["score"]), labels) for rows, labels in weeks]
-    assert any(alert.startswith("quality in all weeks") for alert in quality(pipeline, fallen).alerts)
+    assert any(alert.startswith("quality in the whole period") for alert in quality(pipeline, fallen).alerts)
 
 
 def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
