@@ -166,6 +166,7 @@ def read_synonyms(path: str | None) -> dict[str, str]:
 
 def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
     """POSTs JSON to a webhook; tries twice. Raises `OSError` with one line that does not name the URL's secrets."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -178,6 +179,6 @@ def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
         except urllib.error.HTTPError as error:
             if last or error.code < 500:
                 raise OSError(f"the webhook answers {error.code}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if last:
                 raise OSError(f"the webhook cannot be reached ({type(error).__name__})") from None

@@ -458,11 +458,10 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     if len(findings.daily):
-        day = findings.daily["day"].dt.strftime("%m-%d")
-        left.bar(day, findings.daily["predictions"])
-        middle.plot(day, findings.daily["p95_seconds"] * 1e3, "o-")
+        left.bar(findings.daily["day"], findings.daily["predictions"])
+        middle.plot(findings.daily["day"], findings.daily["p95_seconds"] * 1e3, "o-")
     left.set(title="Predictions a day", ylabel="predictions")
-    middle.set(title="Latency", ylabel="p95 of the day, ms")
+    middle.set(title="Latency", ylabel="p95 of the day, ms", ylim=(0, None))
     left.tick_params(axis="x", rotation=60)
     middle.tick_params(axis="x", rotation=60)
     if findings.score:
@@ -487,11 +486,11 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
 
 
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """For a person: each figure with its interval in one cell, `0.871 (0.821 to 0.913)`."""
+    """For a person: each figure in one cell with its interval."""
     out = table.copy()
     for name in [name.removesuffix("_to") for name in table if name.endswith("_to")]:
         ends = zip(table[name], out.pop(f"{name}_from"), out.pop(f"{name}_to"), strict=True)
-        out[name] = ["" if pd.isna(x) else f"{x:.3f} ({low:.3f} to {high:.3f})" for x, low, high in ends]
+        out[name] = ["" if pd.isna(x) else f"{x:.3f} ({low:.3f}\N{EN DASH}{high:.3f})" for x, low, high in ends]
     return out
 
 

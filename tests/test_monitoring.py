@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -565,10 +567,29 @@ def test_report_check_export_prune(pipeline, ward, tmp_path, key, capsys, config
     assert (
         "drift of feature Resp" in text and text.count("data:image/png") == 2 and "http" not in text.split("base64")[0]
     )
+    assert "latency by day" in text
+    assert (
+        text.count("ROC AUC</th>") == 1 and len(re.findall(r"<td>\d\.\d{3} \(\d\.\d{3}–\d+\.\d{3}\)</td>", text)) >= 4
+    )
     capsys.readouterr()
     assert main(["check", *common, "--config", str(config_path), "--webhook", "http://127.0.0.1:9/x"]) == 1
     shown = capsys.readouterr()
     assert all(line for line in shown.out.splitlines()) and "webhook cannot be reached" in shown.err
+    with socket.create_server(("127.0.0.1", 0)) as server:  # something that speaks no HTTP
+
+        def answer():
+            for _ in range(2):
+                with server.accept()[0] as caller:
+                    caller.recv(65536)
+                    caller.sendall(b"220 ready\r\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        webhook = f"http://127.0.0.1:{server.getsockname()[1]}/geheim"
+        assert main(["check", *common, "--config", str(config_path), "--webhook", webhook]) == 1
+        answering.join()
+    shown = capsys.readouterr()
+    assert "webhook cannot be reached" in shown.err and "geheim" not in shown.err
     assert main(["export", *common, "--out", str(tmp_path / "rows.csv")]) == 0
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(data.label)
     capsys.readouterr()
