@@ -18,7 +18,7 @@ from api import cds_hooks, fhir, metrics
 from api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from api.limits import ThreadSafeMemory
 from api.openapi import document
-from api.records import Lines
+from api.records import Lines, code_places
 from api.security import Gate, Refused
 from api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
 from api.settings import Settings
@@ -167,7 +167,7 @@ def _error(error: Exception) -> Response:
     if request.endpoint in PROTECTED and "client" in g and request.method == "POST":
         _audit(f"error {status}")
     if request.path.startswith("/fhir"):
-        response = fhir.outcome_response(status, message, more.get("set_aside"))
+        response = fhir.outcome_response(status, message, more)
     else:
         response = jsonify({"status": "error", "message": message, **more})
         response.status_code = status
@@ -193,7 +193,7 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, st
             return 429, f"more than {error.description}; ask again later", {}, {}
         headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
         return error.code or 500, error.description or error.name, {}, headers
-    log.exception("request %s failed", g.get("request_id"))
+    log.error("error: request %s failed: %s", g.get("request_id"), code_places(error))
     return 500, "an error of this service", {"request_id": g.get("request_id")}, {}
 
 
@@ -261,12 +261,13 @@ def cds_card() -> Response:
     service, body = current_app.service, _read_body()
     turn = _take_turn()
     found = cds_hooks.observations_of(parse_json(body), turn.deployed.pipeline)
-    if not found.records:
+    if not found.rows:
+        _audit("no observations")
         return jsonify({"cards": []})
     turn.records = lambda: found.records
     scored = service.scored(turn)
     _audit("scored", scored)
-    return jsonify({"cards": cds_hooks.cards(scored)})
+    return jsonify({"cards": cds_hooks.cards(found, scored)})
 
 
 def health() -> Response:

@@ -8,8 +8,12 @@ sure is set aside and reported, never guessed.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from fhir.resources.R4B.bundle import Bundle
 from fhir.resources.R4B.observation import Observation
@@ -19,31 +23,98 @@ from flask import Response
 from pydantic import ValidationError
 from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
-from api.service import Scored
+from api.service import Scored, count_set_aside
 from feature_pipeline import ProductionPipeline
 from units import own_terms
 
 MIME = "application/fhir+json"
 LOINC = "http://loinc.org"
+UCUM = "http://unitsofmeasure.org"
 SEPSIS = {"system": "http://snomed.info/sct", "code": "91302008", "display": "Sepsis"}
 RISK_CODES = {"low": "low", "medium": "moderate", "high": "high"}
 NOT_A_RESULT = {"entered-in-error", "cancelled", "registered", "unknown"}
 MOST_ISSUES = 50
+# why something of a bundle is not used; the keys are the metrics' reasons
+NOT_USED = {
+    "malformed": "no resource",
+    "bad_resource": "not a valid R4 Observation",
+    "source_failed": "the source reports an error",
+    "no_result": "its status says that it is no result",
+    "no_subject": "no subject that says which Patient: Patient/ID, its URL, urn:uuid or an identifier",
+    "no_encounter": "its encounter does not say which: Encounter/ID, its URL, urn:uuid or an identifier",
+    "no_date": "no effective time of day",
+    "no_value": "no valueQuantity",
+    "bad_value": "its value is no JSON number",
+    "no_code": "no code",
+    "bad_unit": "its unit cannot be converted",
+    "other_patient": "of another patient",
+    "further_pages": "there are more observations than were sent",
+}
+
+
+class Identity(NamedTuple):
+    """What a reference names: `value` alone is not unique, the same number may come from another server or system."""
+
+    place: str  # server and type, ``http://a.org/fhir/Patient``; or an identifier's system with | behind it
+    value: str
+
+
+Visit = tuple[Identity, Identity | None]  # patient, encounter; a patient's observations without encounter are one visit
+
+
+@dataclass(frozen=True)
+class Row:
+    """An observation in the model's terms, and what the answer says about where it comes from, in FHIR's words."""
+
+    visit: Visit
+    moment: datetime
+    record: dict[str, Any]
+    subject: dict[str, Any]
+    encounter: dict[str, Any] | None
+    reference: str  # to the Observation
 
 
 @dataclass
 class Found:
-    """Observations of a bundle as records, whose they are in FHIR's words, and what was not used."""
+    """What a bundle holds: rows to score, and what was not used."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    basis: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)  # visit -> references, as keys
-    subject: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    encounter: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
     issues: list[dict[str, Any]] = field(default_factory=list)
+    set_aside_counts: Counter[str] = field(default_factory=Counter)
 
-    def set_aside(self, where: str, why: str) -> None:
+    def set_aside(self, where: str, reason: str, more: str = "", n: int = 1) -> None:
+        """Notes that what stands at `where`, `n` observations, is not used, for a reason of `NOT_USED`."""
+        why = f"{NOT_USED[reason]}{more}"
         issue = {"severity": "warning", "code": "not-supported", "diagnostics": why, "expression": [where]}
         self.issues.append(issue)
+        self.set_aside_counts[reason] += n
+        count_set_aside({reason: n})
+
+    def first_issues(self) -> str:
+        return "; ".join(f"{issue['expression'][0]}: {issue['diagnostics']}" for issue in self.issues[:5])
+
+    @cached_property
+    def names(self) -> dict[Visit, tuple[str, str]]:
+        """(client, visit_id) of each visit: bare numbers, or all in full where these would name two visits alike."""
+        visits = dict.fromkeys(row.visit for row in self.rows)
+        names = {(patient, encounter): (patient.value, (encounter or patient).value) for patient, encounter in visits}
+        if len(set(names.values())) < len(names):
+            names = {visit: (json.dumps(visit[0]), json.dumps(visit[1])) for visit in visits}
+        return names
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as the reader takes them."""
+        return [
+            {
+                "visit_id": visit,
+                "client": client,
+                "observation_date": row.moment.isoformat(),
+                **row.record,
+            }
+            for row in self.rows
+            for client, visit in [self.names[row.visit]]
+        ]
 
 
 def observations_of(bundle: Any, pipeline: ProductionPipeline) -> Found:
@@ -55,29 +126,45 @@ def observations_of(bundle: Any, pipeline: ProductionPipeline) -> Found:
         raise UnprocessableEntity("the Bundle has no entry; expected Observation resources")
     found = Found()
     collect(entries, pipeline, found)
-    if not found.records:
-        raise UnprocessableEntity(
-            "the Bundle has no usable Observation: "
-            + ("; ".join(f"{i['expression'][0]}: {i['diagnostics']}" for i in found.issues[:5]) or "none is in it")
-        )
+    if not found.rows:
+        raise UnprocessableEntity(f"the Bundle has no usable Observation: {found.first_issues() or 'none is in it'}")
     return found
 
 
 def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, path: str = "Bundle.entry") -> None:
     """Adds the Observations among `entries` to `found`."""
+    kinds = {}  # what a full URL stands for
+    for entry in entries:
+        if (
+            isinstance(entry, dict)
+            and isinstance(entry.get("fullUrl"), str)
+            and isinstance(entry.get("resource"), dict)
+        ):
+            kinds[entry["fullUrl"]] = entry["resource"].get("resourceType")
     for i, entry in enumerate(entries):
         where = f"{path}[{i}]"
         resource = entry.get("resource") if isinstance(entry, dict) else None
         if not isinstance(resource, dict):
-            found.set_aside(where, "no resource")
+            found.set_aside(where, "malformed")
+        elif failed(resource):
+            found.set_aside(where, "source_failed")
         elif resource.get("resourceType") == "Observation":
             try:
                 observation = Observation.model_validate(resource)
             except (ValidationError, ValueError, TypeError, ArithmeticError) as error:
-                found.set_aside(where, f"not a valid R4 Observation: {_first_problem(error)}")
+                found.set_aside(where, "bad_resource", f": {_first_problem(error)}")
             else:
                 url = entry.get("fullUrl")
-                _add(observation, resource, url if isinstance(url, str) else None, where, pipeline, found)
+                _add(observation, resource, url if isinstance(url, str) else "", where, pipeline, found, kinds)
+
+
+def failed(resource: dict[str, Any]) -> bool:
+    """Is it an OperationOutcome that tells of an error?"""
+    if resource.get("resourceType") != "OperationOutcome":
+        return False
+    issues = resource.get("issue")
+    issues = issues if isinstance(issues, list) else []
+    return any(isinstance(issue, dict) and issue.get("severity") in ("error", "fatal") for issue in issues)
 
 
 def _first_problem(error: Exception) -> str:
@@ -88,79 +175,102 @@ def _first_problem(error: Exception) -> str:
     return type(error).__name__
 
 
-def _add(observation, resource, url, where, pipeline, found) -> None:
+def _add(observation, resource, url, where, pipeline, found, kinds) -> None:
     if observation.status in NOT_A_RESULT:
-        return found.set_aside(where, "its status says that it is no result")
-    client = _id(observation.subject)
-    if not client:
-        return found.set_aside(where, "no subject")
-    visit = _id(observation.encounter) or client  # a patient without encounters is one visit
+        return found.set_aside(where, "no_result")
+    server = re.fullmatch(r"(https?://[^\s?#|]+/)Observation/[^/]+", url)
+    base = server[1] if server else ""
+    patient = _identity(observation.subject, "Patient", base, kinds)
+    if patient is None:
+        return found.set_aside(where, "no_subject")
+    encounter = _identity(observation.encounter, "Encounter", base, kinds)
+    if encounter is None and observation.encounter is not None:
+        return found.set_aside(where, "no_encounter")
     time = observation.effectiveDateTime or observation.effectiveInstant
     if time is None and observation.effectivePeriod is not None:
         time = observation.effectivePeriod.end or observation.effectivePeriod.start
     if not hasattr(time, "hour"):
-        return found.set_aside(where, "no effective time of day")
+        return found.set_aside(where, "no_date")
     # a time without a zone is taken as UTC, as everywhere
-    moment = time.isoformat()
-    used = False
+    moment = time if time.tzinfo else time.replace(tzinfo=UTC)
+    reference = url or (f"Observation/{observation.id}" if observation.id else "")
     for k, part in enumerate([observation, *(observation.component or [])]):
         here = where if k == 0 else f"{where}.component[{k - 1}]"
         raw = resource if k == 0 else resource["component"][k - 1]
-        quantity = _quantity(part, raw)
-        if quantity is None:
-            if k or not observation.component:
-                found.set_aside(here, "no valueQuantity")
+        if part.valueQuantity is None and part.valueInteger is None:
+            if k or not observation.component:  # a panel has no value of its own
+                found.set_aside(here, "no_value")
             continue
-        record = _record(part, *quantity, pipeline)
-        if isinstance(record, str):
-            found.set_aside(here, record)
-            continue
-        found.records.append({"visit_id": visit, "client": client, "observation_date": moment, **record})
-        used = True
-    if used:
-        key = (client, visit)
-        found.subject[key] = resource["subject"]
-        if "encounter" in resource:
-            found.encounter[key] = resource["encounter"]
-        reference = url or (f"Observation/{observation.id}" if observation.id else "")
-        if reference:
-            found.basis.setdefault(key, {})[reference] = reference
+        record = _record(part, raw, here, pipeline, found)
+        if record:
+            row = Row((patient, encounter), moment, record, resource["subject"], resource.get("encounter"), reference)
+            found.rows.append(row)
 
 
-def _id(reference: Any) -> str:
-    """`123` of ``Patient/123`` or of a URL that ends so; else the identifier's value."""
-    if reference is None:
-        return ""
-    if reference.reference:
-        return reference.reference.split("/_history/")[0].rpartition("/")[2].removeprefix("urn:uuid:")
-    return reference.identifier.value or "" if reference.identifier else ""
+def _identity(reference: Any, kind: str, base: str, kinds: dict[str, Any]) -> Identity | None:
+    """What a reference to a resource of `kind` names, one without a server being on `base`; None where that cannot be
+    told: a contained resource (``#p``) has a name inside its Observation only."""
+    if reference is None or (reference.type and reference.type.rpartition("/")[2] != kind):
+        return None
+    text = (reference.reference or "").strip()
+    if text and not text.startswith("#"):
+        text = text.partition("/_history/")[0]
+        if match := re.fullmatch(rf"(https?://[^\s?#|]+/)?{kind}/([^\s/?#|]+)", text):
+            return Identity(f"{match[1] or base}{kind}", match[2])
+        if match := re.fullmatch(r"(urn:(?:uuid|oid)):([^\s|]+)", text):
+            return Identity(match[1], match[2]) if kinds.get(text, kind) == kind else None
+        return None
+    value = ((reference.identifier and reference.identifier.value) or "").strip()
+    return Identity(f"{reference.identifier.system or ''}|", value) if value else None
 
 
-def _quantity(part: Any, raw: dict[str, Any]) -> tuple[float | str, str | None] | None:
-    """(value, unit); the value keeps a comparator, as in ``<0.5``."""
-    if part.valueQuantity is not None and part.valueQuantity.value is not None:
-        quantity = part.valueQuantity
-        value = float(raw["valueQuantity"]["value"])  # the number that was sent, not its Decimal
-        unit = quantity.code if quantity.system == "http://unitsofmeasure.org" and quantity.code else quantity.unit
-        return value, unit
-    if part.valueInteger is not None:
-        return float(part.valueInteger), None
-    return None
+def _float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of hundreds of digits; the reader sets it aside as infinite
+        return float("inf")
 
 
-def _record(part: Any, value: float, unit: str | None, pipeline: ProductionPipeline) -> dict[str, Any] | str:
-    """The observation's code, value and range in the model's own terms, or why there is none."""
+def _unit(quantity: Any) -> str | None:
+    return quantity.code if quantity.system == UCUM and quantity.code else quantity.unit
+
+
+def _record(
+    part: Any, raw: dict[str, Any], where: str, pipeline: ProductionPipeline, found: Found
+) -> dict[str, Any] | None:
+    """The observation's code, value and range in the model's own terms; None where it is set aside.
+
+    A comparator is left out: ``<0.5`` counts as its number, as everywhere.
+    """
+    quantity = part.valueQuantity
+    # the number that was sent, not its Decimal
+    number, unit = (raw["valueQuantity"].get("value"), _unit(quantity)) if quantity else (raw["valueInteger"], None)
+    if number is None:
+        return found.set_aside(where, "no_value")
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return found.set_aside(where, "bad_value")
     codings = [c for c in (part.code.coding or []) if c.code]
     codings.sort(key=lambda coding: coding.system != LOINC)
     known = [c.code for c in codings if pipeline.own_code(c.code) in pipeline.config["codes"]]
     code = known[0] if known else codings[0].code if codings else (part.code.text or "")
-    if not code:
-        return "no code"
-    low = high = None
-    for reference in (part.referenceRange or [])[:1]:
-        low = float(reference.low.value) if reference.low and reference.low.value is not None else None
-        high = float(reference.high.value) if reference.high and reference.high.value is not None else None
-    return own_terms(pipeline, code, value, unit, low, high)
+    if not code.strip():
+        return found.set_aside(where, "no_code")
+    record = own_terms(pipeline, code, _float(number), unit, None, None)
+    if isinstance(record, str):
+        return found.set_aside(where, "bad_unit", f": {record}")
+    for reference in _normal_ranges(part)[:1]:
+        for name, bound in (("reference_range_min", reference.low), ("reference_range_max", reference.high)):
+            if bound is not None and bound.value is not None:
+                own = own_terms(pipeline, code, float(bound.value), _unit(bound) or unit, None, None)
+                record[name] = None if isinstance(own, str) else own["observation_value"]
+    return record
+
+
+def _normal_ranges(part: Any) -> list[Any]:
+    """The ranges of healthy people, those that say so first; one without a type is such by the standard, one for a
+    treatment's aim is none."""
+    codes = [({c.code for c in (r.type.coding or [])} if r.type else set(), r) for r in part.referenceRange or []]
+    return [r for own, r in codes if "normal" in own] + [r for own, r in codes if not own]
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -171,8 +281,12 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
 
     Probabilities are fractions from 0 to 1, and the `whenRange` is the hours from the last observation.
     """
+    rows_of: dict[tuple[str, str], list[Row]] = {}
+    for row in found.rows:
+        rows_of.setdefault(found.names[row.visit], []).append(row)
     entries = []
     for key, prediction in zip(scored.observations.keys(), scored.predictions(), strict=True):
+        first, references = rows_of[key][0], dict.fromkeys(row.reference for row in rows_of[key] if row.reference)
         outcome: dict[str, Any] = {"outcome": {"coding": [SEPSIS], "text": "Sepsis"}}
         if (p := prediction["sepsis_probability"]) is not None:
             outcome["probabilityDecimal"] = p
@@ -185,15 +299,15 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
         resource = {
             "resourceType": "RiskAssessment",
             "status": "final",
-            "subject": found.subject[key],
+            "subject": first.subject,
             "method": {"text": f"sepsis risk model {scored.pipeline.model_version}"},
-            "basis": [{"reference": reference} for reference in found.basis.get(key, ())],
+            "basis": [{"reference": reference} for reference in references],
             "prediction": [outcome],
         }
         if prediction["as_of"]:
             resource["occurrenceDateTime"] = prediction["as_of"]
-        if key in found.encounter:
-            resource["encounter"] = found.encounter[key]
+        if first.encounter is not None:
+            resource["encounter"] = first.encounter
         if not resource["basis"]:
             del resource["basis"]
         RiskAssessment.model_validate(resource)
@@ -227,11 +341,13 @@ def operation_outcome(issues: list[dict[str, Any]]) -> dict[str, Any]:
 _ISSUE_CODES = {401: "login", 403: "forbidden", 404: "not-found", 413: "too-long", 422: "processing", 429: "throttled"}
 
 
-def outcome_response(status: int, message: str, aside: dict[str, Any] | None = None) -> Response:
-    """An OperationOutcome for an error."""
+def outcome_response(status: int, message: str, more: dict[str, Any]) -> Response:
+    """An OperationOutcome for an error; `more` is what a JSON answer says beside the message."""
+    if "request_id" in more:
+        message += f"; request {more['request_id']}"
     code = _ISSUE_CODES.get(status, "exception" if status >= 500 else "invalid")
     issues = [{"severity": "error", "code": code, "diagnostics": message}]
-    return response(operation_outcome(issues + _set_aside_issues(aside or {"reasons": []})), status)
+    return response(operation_outcome(issues + _set_aside_issues(more.get("set_aside") or {"reasons": []})), status)
 
 
 def response(resource: dict[str, Any], status: int = 200) -> Response:

@@ -87,7 +87,7 @@ def _paths(settings: Settings) -> dict[str, Any]:
                 "requestBody": _body("application/json", "CdsCall"),
                 "responses": {
                     "200": _answer("Cards", "Cards"),
-                    **_errors({**posts, 412: "the prefetch holds no observations"}),
+                    **_errors({**posts, 412: "the prefetch lacks observations, or holds an error"}),
                 },
                 "security": _SECURITY,
             }
@@ -218,7 +218,14 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             "properties": {
                 "hook": {"const": "patient-view"},
                 "hookInstance": text,
-                "context": {"type": "object"},
+                "context": {
+                    "type": "object",
+                    "required": ["patientId"],
+                    "properties": {
+                        "patientId": {**text, "minLength": 1},
+                        "encounterId": {**text, "minLength": 1, "description": "else the latest visit is scored"},
+                    },
+                },
                 "prefetch": {"type": "object", "additionalProperties": _ref("Bundle")},
             },
         },

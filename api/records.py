@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,9 @@ class Lines:
             os.write(file, line)
         finally:
             os.close(file)
+
+
+def code_places(error: BaseException) -> str:
+    """An unexpected error for the log: its type and the lines of code, the innermost first. Its text may hold names."""
+    places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+    return f"{type(error).__name__} at {' < '.join(reversed(places))}"

@@ -19,11 +19,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from api import fhir
 from api.app import create_app
 from api.limits import ThreadSafeMemory
 from api.security import new_key, read_keys
 from api.settings import Settings
 from artifacts import write_atomic
+from command_line import log
 from feature_pipeline import BadConfig, ProductionPipeline
 from tests.test_api_server import until
 
@@ -248,15 +250,17 @@ def test_another_model_is_taken_up_while_the_service_runs(make_client, models_di
     database.close()
 
 
-def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch):
+def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch, caplog):
     def fail(*_):
-        raise RuntimeError("secret detail")
+        raise KeyError("secret detail")
 
+    monkeypatch.setattr(log, "propagate", True)
     client.get("/ready")
     monkeypatch.setattr(ProductionPipeline, "evaluate", fail)
     answer = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "abc-1"})
     assert answer.status_code == 500 and answer.get_json()["request_id"] == "abc-1"
-    assert "secret" not in answer.get_data(as_text=True)
+    assert "secret" not in answer.get_data(as_text=True) + caplog.text
+    assert re.search(r"abc-1 failed: KeyError at test_api.py:\d+ fail", caplog.text)
 
 
 def test_unknown_pages_and_methods_are_json_too(client):
@@ -540,39 +544,205 @@ def test_fhir_observations_that_cannot_be_used_are_named_and_the_rest_go_on(clie
     assert alone.status_code == 422 and alone.get_json()["resourceType"] == "OperationOutcome"
 
 
-def test_fhir_errors_are_operation_outcomes(client):
+def without_encounter(subject, value, **changes):
+    observation = fhir_observation(subject=subject, **changes)
+    del observation["encounter"]
+    return {**observation, "valueQuantity": {"value": value, "unit": "/min"}}
+
+
+@pytest.mark.parametrize(
+    "subjects",
+    [
+        ({"reference": "http://a.org/fhir/Patient/1"}, {"reference": "http://b.org/fhir/Patient/1"}),
+        ({"identifier": {"system": "urn:hospA", "value": "1"}}, {"identifier": {"system": "urn:hospB", "value": "1"}}),
+        ({"identifier": {"value": "1"}}, {"reference": "Patient/1"}),
+        ({"reference": "urn:uuid:9"}, {"reference": "Patient/9"}),
+    ],
+    ids=["servers", "systems", "identifier", "uuid"],
+)
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_fhir_patients_of_one_number_are_not_one_patient(client, pipeline, tmp_path, subjects):
+    bundle = bundle_of(without_encounter(subjects[0], 70), without_encounter(subjects[1], 170))
+    entries = client.post("/fhir/predict", json=bundle).get_json()["entry"]
+    given = [e["resource"] for e in entries if e["resource"]["resourceType"] == "RiskAssessment"]
+    assert [g["subject"] for g in given] == list(subjects)
+    alone = [pipeline.predict([plain("HR", v, 60, 100)])["sepsis_probability"].item() for v in (70, 170)]
+    assert [g["prediction"][0]["probabilityDecimal"] for g in given] == alone
+    assert [[b["reference"] for b in g["basis"]] for g in given] == [["urn:uuid:0"], ["urn:uuid:1"]]
+    (entry,) = lines_of(tmp_path / "audit.jsonl")
+    assert len(set(entry["visit_pseudonyms"])) == 2
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_fhir_references_without_a_server_are_on_that_of_their_observation(client):
+    bundle = bundle_of(*[without_encounter({"reference": "Patient/1"}, 70) for _ in range(3)])
+    for entry, server in zip(bundle["entry"], "aba", strict=True):
+        entry["fullUrl"] = f"http://{server}.org/fhir/Observation/x"
+    bundle["entry"][2]["resource"]["subject"] = {"reference": "http://a.org/fhir/Patient/1/_history/2"}
+    entries = client.post("/fhir/predict", json=bundle).get_json()["entry"]
+    assert sum(e["resource"]["resourceType"] == "RiskAssessment" for e in entries) == 2
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_fhir_an_encounter_of_the_patients_number_is_not_the_patient(client):
+    with_one = fhir_observation(subject={"reference": "Patient/1"}, encounter={"reference": "Encounter/1"})
+    entries = client.post("/fhir/predict", json=bundle_of(with_one, without_encounter({"reference": "Patient/1"}, 70)))
+    assert sum(e["resource"]["resourceType"] == "RiskAssessment" for e in entries.get_json()["entry"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subject": {"reference": "#p"}, "contained": [{"resourceType": "Patient", "id": "p"}]},
+        {"subject": {"reference": "Group/1"}},
+        {"subject": {"type": "Group", "identifier": {"value": "1"}}},
+        {"subject": {"identifier": {"value": "  "}}},
+        {"subject": {"reference": "Patient?identifier=1"}},
+        {"encounter": {"display": "the one of Monday"}},
+    ],
+)
+def test_fhir_whom_an_observation_is_of_is_never_guessed(client, changes):
+    answer = client.post("/fhir/predict", json=bundle_of(fhir_observation(**changes), fhir_observation(**changes)))
+    assert answer.status_code == 422 and " which" in answer.get_data(as_text=True)
+
+
+def test_fhir_a_uuid_in_the_bundle_must_be_a_patients(client):
+    bundle = bundle_of(fhir_observation(subject={"reference": "urn:uuid:1"}), {"resourceType": "Device"})
+    assert client.post("/fhir/predict", json=bundle).status_code == 422
+    bundle["entry"][1]["resource"] = {"resourceType": "Patient"}
+    assert client.post("/fhir/predict", json=bundle).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_fhir_odd_numbers_and_names_are_no_fault_of_ours(client):
+    spaces = fhir_observation(subject={"identifier": {"value": " 4711 "}})
+    plain_name = fhir_observation(subject={"identifier": {"value": "4711"}})
+    answer = client.post("/fhir/predict", json=bundle_of(spaces, plain_name))
+    assert answer.status_code == 200 and len(answer.get_json()["entry"]) <= 2
+    long = fhir_observation(valueQuantity={"value": 10**400, "unit": "/min"})
+    answer = client.post("/fhir/predict", json=bundle_of(long, fhir_observation()))
+    assert answer.status_code == 200 and "infinite" in answer.get_data(as_text=True)
+
+
+def test_fhir_ranges_have_units_of_their_own_and_are_those_of_healthy_people(pipeline):
+    def bound(value, unit):
+        return {"value": value, "unit": unit, "system": UCUM, "code": unit}
+
+    observation = lab("2160-0", 90, "umol/L")
+    of_aim = {"type": {"coding": [{"code": "treatment"}]}, "low": {"value": 1}}
+    normal = {"low": bound(0.6, "mg/dL"), "high": bound(100, "umol/L")}
+    record = fhir.observations_of(bundle_of({**observation, "referenceRange": [of_aim, normal]}), pipeline).records[0]
+    assert record["observation_value"] == 1.01808
+    assert (record["reference_range_min"], record["reference_range_max"]) == (0.6, 1.1312)
+    record = fhir.observations_of(bundle_of({**observation, "referenceRange": [of_aim]}), pipeline).records[0]
+    assert record["reference_range_min"] is None
+
+
+def test_fhir_errors_are_operation_outcomes(client, monkeypatch):
     for body, status in (([], 400), ({"resourceType": "Patient"}, 400), ({"resourceType": "Bundle"}, 422)):
         answer = client.post("/fhir/predict", json=body)
         assert answer.status_code == status and answer.get_json()["resourceType"] == "OperationOutcome"
     assert client.post("/fhir/predict", json={}, environ_base=AFAR).get_json()["issue"][0]["code"] == "login"
+    monkeypatch.setattr(ProductionPipeline, "evaluate", lambda *_: 1 / 0)
+    answer = client.post("/fhir/predict", json=bundle_of(fhir_observation()), headers={"X-Request-ID": "abc-1"})
+    assert answer.status_code == 500 and "abc-1" in answer.get_json()["issue"][0]["diagnostics"]
 
 
-def cds_call(*resources):
+CDS = "/cds-services/sepsis-risk"
+
+
+def cds_call(*resources, **context):
     return {
         "hook": "patient-view",
         "hookInstance": "d1577c69-dfbe-44ad-ba6d-3e05e953b2ea",
-        "context": {"userId": "Practitioner/1", "patientId": "example"},
+        "context": {"userId": "Practitioner/1", "patientId": "example", **context},
         "prefetch": {"vitals": bundle_of(*resources), "laboratory": None},
     }
+
+
+def at(time, encounter="Encounter/e1", value=104.5, **changes):
+    quantity = {"value": value, "unit": "/min", "system": UCUM, "code": "/min"}
+    return fhir_observation(
+        effectiveDateTime=time, encounter={"reference": encounter}, valueQuantity=quantity, **changes
+    )
 
 
 @pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_cds_hooks_discovery_and_cards(client, pipeline):
     service = client.get("/cds-services").get_json()["services"][0]
     assert {"hook", "id", "description", "prefetch"} <= service.keys()
+    assert all("_sort=-date" in query for query in service["prefetch"].values())
     cards = client.post(f"/cds-services/{service['id']}", json=cds_call(fhir_observation())).get_json()["cards"]
     assert len(cards) == 1 and len(cards[0]["summary"]) < 140
     level = pipeline.risk_level(pipeline.predict([plain("HR", 104.5, 60, 100)])["sepsis_probability"][0])
     assert cards[0]["indicator"] == {"low": "info", "medium": "warning", "high": "critical"}[level]
     assert pipeline.model_version in cards[0]["source"]["label"] and "HR" in cards[0]["detail"]
+    assert "2024-07-02 08:00 UTC" in cards[0]["summary"] and "Not used" not in cards[0]["detail"]
 
 
-def test_cds_hooks_without_data(client):
-    url = "/cds-services/sepsis-risk"
-    assert client.post(url, json=cds_call()).get_json() == {"cards": []}
-    assert client.post(url, json={**cds_call(), "prefetch": {}}).status_code == 412
-    assert client.post(url, json={**cds_call(), "hook": "order-sign"}).status_code == 400
-    assert client.post(url, json=[]).status_code == 400
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_cds_cards_are_of_the_encounter_that_is_viewed_else_of_the_latest(client):
+    old, now = at("2015-03-01T08:00:00Z", "Encounter/old"), at("2024-07-02T08:00:00Z", "Encounter/now")
+
+    def times(*resources, **context):
+        cards = client.post(CDS, json=cds_call(*resources, **context)).get_json()["cards"]
+        return [re.search(r"\d{4}", card["summary"])[0] for card in cards]
+
+    assert times(old, now) == ["2024"] and times(now, old) == ["2024"]
+    assert times(old, now, encounterId="old") == ["2015"] and times(old, now, encounterId="now") == ["2024"]
+    assert times(old, now, encounterId="another") == []
+    nameless = at("2024-07-02T08:00:00Z")
+    del nameless["encounter"]
+    assert times(nameless, encounterId="now") == ["2024"]
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_cds_cards_are_of_the_patient_that_is_viewed(client):
+    other = at("2024-07-02T09:00:00Z", subject={"reference": "Patient/somebody-else"})
+    assert client.post(CDS, json=cds_call(other)).status_code == 422
+    (card,) = client.post(CDS, json=cds_call(other, at("2024-07-02T08:00:00Z"))).get_json()["cards"]
+    assert "08:00" in card["summary"] and "Not used: 1 x of another patient" in card["detail"]
+    one, two = (at("2024-07-02T09:00:00Z", subject={"reference": f"http://{x}.org/Patient/example"}) for x in "ab")
+    assert client.post(CDS, json=cds_call(one)).status_code == 200
+    assert client.post(CDS, json=cds_call(one, two)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": None},
+        {"context": {}},
+        {"context": {"patientId": ""}},
+        {"context": {"patientId": "1", "encounterId": 7}},
+        {"hook": "order-sign"},
+    ],
+)
+def test_cds_calls_must_say_whom_they_are_about(client, changes):
+    assert client.post(CDS, json={**cds_call(fhir_observation()), **changes}).status_code == 400
+    assert client.post(CDS, json=[]).status_code == 400
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_cds_failures_are_no_advice_that_all_is_well(client, tmp_path):
+    def answered(vitals, status):
+        answer = client.post(CDS, json={**cds_call(), "prefetch": {"vitals": vitals}})
+        entry = lines_of(tmp_path / "audit.jsonl")[-1]
+        assert answer.status_code == status
+        return answer.get_json(), entry["outcome"]
+
+    failure = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "exception"}]}
+    assert answered(None, 412)[1] == answered(failure, 412)[1] == answered(bundle_of(failure), 412)[1] == "error 412"
+    body, outcome = answered(bundle_of(lab("2345-7", 5.5, "furlong")), 422)
+    assert "unit" in body["message"] and outcome == "error 422"
+    assert answered(bundle_of(), 200) == ({"cards": []}, "no observations")  # the patient has none
+    partly = bundle_of(fhir_observation(), lab("2345-7", 5.5, "furlong"), failure)
+    partly["link"] = [{"relation": "next", "url": "http://a.org/next"}]
+    body, _ = answered(partly, 200)
+    detail = body["cards"][0]["detail"]
+    for said in ("1 x its unit cannot be converted", "1 x the source reports an error", "more observations than"):
+        assert said in detail
+    metrics = client.get("/metrics").get_data(as_text=True)
+    assert 'sepsis_rows_set_aside_total{reason="bad_unit"}' in metrics
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI, metrics
