@@ -649,45 +649,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prune": ("delete old rows", "--older-than 365"),
     }
     for name, (text, example) in helps.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  python monitoring.py {name} {example}",
-            formatter_class=parser.formatter_class,
-        )
+        end = f"example:\n  python monitoring.py {name} {example}"
+        style = parser.formatter_class
+        command = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=style)
         option = command.add_argument
-        option(
-            "--monitor",
-            metavar="URL",
-            help=f"database of the log; {URL_VARIABLE} of the environment, else {DEFAULT_URL}",
-        )
+        option("--monitor", metavar="URL", help=f"database of the log; else {URL_VARIABLE}, else {DEFAULT_URL}")
         option("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now if not given")
         if name in ("report", "check"):
             option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
-            option(
-                "--labels",
-                metavar="FILE",
-                help="outcomes, for the quality by week; alerts are about the period's weeks",
-            )
-            option(
-                "--baseline-days",
-                type=number(int, 0, MOST_DAYS),
-                default=0,
-                metavar="DAYS",
-                help="compare with the log's first days instead of training; 0 for training",
-            )
-            option(
-                "--max-seconds",
-                type=number(float, 0),
-                default=1.0,
-                metavar="SECONDS",
-                help="alert where the p95 latency is longer",
-            )
+            option("--labels", metavar="FILE", help="outcomes, for the quality by week")
+            about = "compare with so many first days of the log; 0: with training"
+            option("--baseline-days", type=number(int, 0, MOST_DAYS), default=0, metavar="DAYS", help=about)
+            about = "alert where the p95 latency is longer"
+            option("--max-seconds", type=number(float, 0), default=1.0, metavar="SECONDS", help=about)
         if name == "prune":
-            option(
-                "--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="what is deleted"
-            )
+            option("--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="is deleted")
         else:
             option("--days", type=number(int, 1, MOST_DAYS), default=7, help="length of the period")
         if name == "report":
