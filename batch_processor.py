@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import io
 import json
-import mmap
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections import Counter, deque
@@ -50,16 +51,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from artifacts import atomic_file, write_atomic
-from command_line import COULD_NOT_START, DONE, SOME_FAILED, available_cores, log, make_parser, progress, run
+from artifacts import atomic_file, locked, write_atomic
+from command_line import (
+    COULD_NOT_START,
+    DONE,
+    SOME_FAILED,
+    available_cores,
+    log,
+    make_parser,
+    number,
+    progress,
+    run,
+)
 from feature_pipeline import (
     COLUMNS,
+    CSV_AS_TEXT,
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
     REQUIRED_COLUMNS,
     SET_ASIDE_REASONS,
-    BadConfig,
-    BadModel,
     BadObservations,
     FeaturePipelineError,
     ProductionPipeline,
@@ -73,7 +83,7 @@ from prediction_log import OFF, PredictionLog, url_of
 INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
 UNPACKED = {".csv.gz": 8, ".csv": 1, ".parquet": 4}  # about how many bytes of text a byte of the file holds
 OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version")
-MANIFEST, LOCK = "manifest.jsonl", ".lock"
+MANIFEST, LOCK, MODEL_PREFIX = "manifest.jsonl", ".lock", ".model."
 CRONTAB = """5 * * * * set -a && . /etc/sepsis-risk.env && cd "$HOME/sepsis-risk" && \
 .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1"""
 
@@ -93,6 +103,9 @@ def kind_of(name: str) -> str | None:
     return next((suffix for suffix in UNPACKED if name.lower().endswith(suffix)), None)
 
 
+_BLANK_LINES = re.compile(rb"\A(?:[ \t]*\n)+")  # no lines to pandas either
+
+
 class Chunks:
     """Iterates over (frame, malformed lines) of at most `chunk_rows` rows; any cell means what it means to
     `read_observations`. `position` says how many of the file's `size` bytes are read.
@@ -109,7 +122,7 @@ class Chunks:
     def __iter__(self) -> Generator[tuple[pd.DataFrame, int]]:
         kind = kind_of(self.name)
         if self.size == 0:
-            raise BadObservations(f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}")
+            raise self._empty()
         try:
             if kind == ".parquet":
                 yield from self._parquet()
@@ -117,9 +130,9 @@ class Chunks:
                 yield from self._plain_csv()
             else:
                 yield from self._csv("gzip" if kind == ".csv.gz" else None)
-        except BadObservations:
+        except (BadObservations, MemoryError):
             raise
-        except (EOFError, ValueError, zlib.error, gzip.BadGzipFile, pd.errors.ParserError) as error:
+        except (EOFError, ValueError, zlib.error, gzip.BadGzipFile, pd.errors.ParserError, pa.ArrowException) as error:
             raise BadObservations(f"file {self.name!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
         except OSError as error:
             if error.errno is not None:  # the disk's fault, not the file's
@@ -128,11 +141,12 @@ class Chunks:
 
     def _is_plain(self) -> bool:
         """Is the file free of quotes, carriage returns and zeros? Then every line is a row, every comma ends a cell."""
-        try:
-            with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return all(content.find(character) < 0 for character in (b'"', b"\r", b"\0"))
-        except (OSError, ValueError):  # bytes in memory
-            return False
+        # not by mmap: a file that is cut off meanwhile would end the process by a signal
+        plain, block = True, bytearray(1 << 22)
+        while plain and (length := self.file.readinto(block)):
+            plain = all(block.find(character, 0, length) < 0 for character in (b'"', b"\r", b"\0"))
+        self.file.seek(0)
+        return plain
 
     def _plain_csv(self) -> Iterator[tuple[pd.DataFrame, int]]:
         """As `_csv`, by Arrow's parser, which takes a third of the time; what it refuses goes to pandas as before."""
@@ -144,11 +158,15 @@ class Chunks:
             self.position = self.file.tell()
             line_bytes = max(len(block) / max(block.count(b"\n"), 1), 8.0)
             if not header:
-                block = block.removeprefix(b"\xef\xbb\xbf").lstrip(b"\n")
+                block = _BLANK_LINES.sub(b"", block.removeprefix(b"\xef\xbb\xbf"))
                 header, _, block = block.partition(b"\n")
+                if not header:
+                    continue
                 columns = [as_text(name) for name in header.decode(errors="replace").split(",")]
                 self._check(columns)
             yield self._parsed(header, block, columns)
+        if not header:
+            raise self._empty()
 
     def _parsed(self, header: bytes, block: bytes, columns: list[str]) -> tuple[pd.DataFrame, int]:
         wanted = [name for name in COLUMNS if name in columns]
@@ -177,22 +195,9 @@ class Chunks:
         with self._parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.ParserWarning)
             try:
-                reader = pd.read_csv(
-                    self.file,
-                    header=None,
-                    dtype=str,
-                    keep_default_na=False,
-                    encoding="utf-8-sig",
-                    encoding_errors="replace",
-                    on_bad_lines="warn",
-                    low_memory=False,
-                    compression=compression,
-                    chunksize=self.chunk_rows + 1,
-                )
+                reader = pd.read_csv(self.file, compression=compression, chunksize=self.chunk_rows + 1, **CSV_AS_TEXT)
             except pd.errors.EmptyDataError:
-                raise BadObservations(
-                    f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}"
-                ) from None
+                raise self._empty() from None
         with reader:
             while True:
                 with self._parsing, warnings.catch_warnings(record=True) as caught:
@@ -214,6 +219,12 @@ class Chunks:
         self._check(file.schema_arrow.names)
         n_read, n_rows = 0, max(file.metadata.num_rows, 1)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+        nested = [name for name in columns if pa.types.is_nested(file.schema_arrow.field(name).type)]
+        if nested:
+            raise BadObservations(
+                f"file {self.name!r}: column {listed(nested)} holds lists or records; "
+                "expected one text, number or date a cell"
+            )
         rest: list[pa.RecordBatch] = []  # row groups end where they like; chunks are filled up
         for batch in file.iter_batches(min(self.chunk_rows, 65_536), columns=columns):
             rest.append(batch)
@@ -226,6 +237,9 @@ class Chunks:
         if rest or n_read == 0:
             schema = pa.schema([file.schema_arrow.field(name) for name in columns])
             yield pa.Table.from_batches(rest, schema).to_pandas(ignore_metadata=True), 0
+
+    def _empty(self) -> BadObservations:
+        return BadObservations(f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}")
 
     def _check(self, found: Sequence[str]) -> None:
         missing = [name for name in REQUIRED_COLUMNS if name not in found]
@@ -334,10 +348,10 @@ class Parts:
         bounds = np.searchsorted(part[order], np.arange(n_parts + 1))
         rows = pa.Table.from_pandas(table.assign(row=self.rows + np.arange(len(table))), preserve_index=False)
         rows = rows.take(pa.array(order))
-        for number, (start, end) in enumerate(pairwise(bounds.tolist())):
+        for blocks, (start, end) in zip(self.blocks, pairwise(bounds.tolist()), strict=True):
             if end > start:
                 block = _packed(rows.slice(start, end - start))
-                self.blocks[number].append((self.file.tell(), len(block)))
+                blocks.append((self.file.tell(), len(block)))
                 self.file.write(block)
         self.rows += len(table)
 
@@ -430,11 +444,13 @@ _pipelines: dict[str, ProductionPipeline] = {}  # of this process, by deployment
 _logs: dict[str, PredictionLog] = {}
 
 
-def install(deployment: Deployment) -> None:
-    """Loads the deployment's pipeline in this process, once."""
+def install(deployment: Deployment, pipeline: ProductionPipeline | None = None) -> None:
+    """Makes the deployment's pipeline ready in this process, once: `pipeline` where it is loaded already."""
     if deployment.key not in _pipelines:
-        with tempfile.TemporaryDirectory() as folder:
-            _pipelines[deployment.key] = ProductionPipeline(*deployment.save(folder))
+        if pipeline is None:
+            with tempfile.TemporaryDirectory() as folder:
+                pipeline = ProductionPipeline(*deployment.save(folder))
+        _pipelines[deployment.key] = pipeline
     if deployment.monitor != OFF and deployment.key not in _logs:
         _logs[deployment.key] = PredictionLog.open(deployment.monitor, _pipelines[deployment.key], "batch")
 
@@ -493,7 +509,7 @@ def _start_worker(monitor: str, config: Path, model: Path) -> None:
     assert parent is not None
     # a worker of a killed parent would wait for work forever
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    install(Deployment(config.read_bytes(), model.read_bytes(), monitor))
+    install(Deployment(config.read_bytes(), model.read_bytes(), monitor), ProductionPipeline(config, model))
 
 
 class Processes(Here):
@@ -501,10 +517,11 @@ class Processes(Here):
 
     lost = (BrokenProcessPool,)
 
-    def __init__(self, deployment: Deployment, jobs: int):
+    def __init__(self, deployment: Deployment, jobs: int, output_dir: Path):
         self.slots = jobs
-        # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first
-        self.folder = tempfile.TemporaryDirectory()
+        # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first;
+        # in the output directory, where the next run finds what a killed one has left
+        self.folder = tempfile.TemporaryDirectory(dir=output_dir, prefix=MODEL_PREFIX)
         self.initargs = (deployment.monitor, *deployment.save(self.folder.name))
         self._start()
 
@@ -587,7 +604,7 @@ def in_order(backend: Here, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     yield from waiting
 
 
-# --------------------------------------------------------------------------------------- manifest and lock
+# ------------------------------------------------------------------------------------------------ manifest
 
 
 class Manifest:
@@ -600,8 +617,16 @@ class Manifest:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                self.entries[entry["file"]] = {"state": None, "config": None, "output": ""} | entry
+                self.entries[entry["file"]] = {"state": None, "config": None} | entry
         self._n_lines = len(lines)
+
+    def other_input(self, input_dir: Path) -> str | None:
+        """A directory other than `input_dir` that has a file of which the predictions lie here."""
+        for entry in self.entries.values():
+            place = entry.get("input_dir", "")
+            if place not in ("", str(input_dir.resolve())) and Path(place, entry["file"]).exists():
+                return place
+        return None
 
     def keep(self, names: set[str]) -> None:
         """Forgets files that are gone, and writes the rest anew where much of it is old."""
@@ -621,19 +646,13 @@ class Manifest:
         self._n_lines += 1
 
 
-@contextlib.contextmanager
-def only_run(directory: Path) -> Iterator[bool]:
-    """True for the only run at work on `directory`, False for a second one. Ends with the process, however it ends."""
-    with open(directory / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 # ------------------------------------------------------------------------------------------- the directory
+
+
+class BadDirectories(FeaturePipelineError):
+    """Input, output and failed directory do not go together."""
+
+    code = "bad_directories"
 
 
 @dataclass
@@ -699,23 +718,22 @@ class BatchProcessor:
         clock: Callable[[], float] = time.time,
         monitor: str = OFF,
     ):
-        self.config_path, self.model_path, self.monitor = Path(config_path), Path(model_path), monitor
-        self.jobs, self.scheduler, self.chunk_rows = jobs, scheduler, chunk_rows
+        self.jobs, self.scheduler, self.chunk_rows, self.monitor = jobs, scheduler, chunk_rows, monitor
         self.settle_seconds, self.quiet, self.clock = settle_seconds, quiet, clock
-        self.load()
+        self._use(ProductionPipeline(config_path, model_path))
 
-    def load(self) -> None:
-        """Reads config and model again."""
-        self.pipeline = ProductionPipeline(self.config_path, self.model_path)
-        self.deployment = Deployment(self.config_path.read_bytes(), self.model_path.read_bytes(), self.monitor)
-        if json.loads(self.deployment.config) != self.pipeline.config:
-            raise BadConfig("the config was replaced while it was loaded; start again")
-        if hashlib.sha256(self.deployment.model).hexdigest() != self.pipeline.config["model_sha256"]:
-            raise BadModel("the model was replaced while it was loaded; start again")
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        config = json.dumps(pipeline.config).encode()
+        self.pipeline, self.deployment = pipeline, Deployment(config, pipeline.model_file, self.monitor)
         _pipelines.clear()
         _logs.clear()
-        _pipelines[self.deployment.key] = self.pipeline
-        install(self.deployment)
+        install(self.deployment, pipeline)
+
+    def load_if_changed(self) -> None:
+        """Takes up what was deployed since; after an error what was there goes on. Raises `BadConfig`, `BadModel`."""
+        if successor := self.pipeline.successor():
+            self._use(successor)
+            log.info("model %s is loaded", successor.model_version)
 
     def process_directory(
         self,
@@ -725,7 +743,7 @@ class BatchProcessor:
     ) -> BatchResult:
         """Scores what is new in `input_dir`; `failed_dir` is ``failed`` beside it unless given.
 
-        Raises OSError when a directory cannot be read or written.
+        Raises `BadDirectories`, and OSError when a directory cannot be read or written.
         """
         started = time.monotonic()
         input_dir, output_dir = Path(input_dir), Path(output_dir)
@@ -733,8 +751,13 @@ class BatchProcessor:
         if not input_dir.is_dir():
             raise NotADirectoryError(f"input directory {str(input_dir)!r} does not exist; make it, or give --input-dir")
         output_dir.mkdir(parents=True, exist_ok=True)
+        for name, directory in (("output", output_dir), ("failed", failed_dir)):
+            if directory.resolve() == input_dir.resolve():
+                raise BadDirectories(
+                    f"input and {name} directory are both {str(input_dir)!r}: what is written there would be scored"
+                )
         result = BatchResult()
-        with only_run(output_dir) as alone:
+        with locked(output_dir / LOCK, wait=False) as alone:
             if alone:
                 self._process(input_dir, output_dir, failed_dir, result)
             result.locked = not alone
@@ -749,22 +772,28 @@ class BatchProcessor:
         ):
             for leftover in directory.glob(pattern):  # of a run that was killed while writing
                 leftover.unlink()
+        for leftover in output_dir.glob(f"{MODEL_PREFIX}*"):
+            shutil.rmtree(leftover)
         manifest = Manifest(output_dir / MANIFEST)
-        todo = self._new_files(input_dir, output_dir, manifest, result)
+        other = manifest.other_input(input_dir)
+        if other:
+            raise BadDirectories(
+                f"output directory {str(output_dir)!r} holds the predictions of {other!r}; files of one name would "
+                "overwrite each other: give each input directory an --output-dir of its own"
+            )
+        todo = self._new_files(input_dir, manifest, result)
         if not todo:
             return
         run_ = _Run(self, output_dir, failed_dir, manifest, result)
         large = [path for path, stat in todo if self._is_large(path, stat)]
-        backend = self._backend(todo, large)
+        backend = self._backend(todo, large, output_dir)
         try:
             with progress([], sum(s.st_size for _, s in todo), self.quiet, unit="B", unit_scale=True) as bar:
                 run_.work(todo, large, backend, bar)
         finally:
             backend.close()
 
-    def _new_files(
-        self, input_dir: Path, output_dir: Path, manifest: Manifest, result: BatchResult
-    ) -> list[tuple[Path, os.stat_result]]:
+    def _new_files(self, input_dir: Path, manifest: Manifest, result: BatchResult) -> list[tuple[Path, os.stat_result]]:
         """The files to score with their state, oldest first."""
         found = []
         for path in sorted(input_dir.iterdir()):
@@ -775,11 +804,8 @@ class BatchProcessor:
         todo = []
         for path, stat in found:
             known = manifest.entries.get(path.name)
-            if (
-                known
-                and (known["state"], known["config"]) == (_state(stat), self.deployment.key)
-                and (output_dir / known["output"]).exists()
-            ):
+            # its predictions may be gone: somebody has fetched them
+            if known and (known["state"], known["config"]) == (_state(stat), self.deployment.key):
                 result.unchanged.append(path.name)
                 continue
             if abs(self.clock() - stat.st_mtime) < self.settle_seconds:
@@ -791,12 +817,12 @@ class BatchProcessor:
     def _is_large(self, path: Path, stat: os.stat_result) -> bool:
         return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"] > LARGE_BYTES
 
-    def _backend(self, todo: list[tuple[Path, os.stat_result]], large: list[Path]) -> Here:
+    def _backend(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path) -> Here:
         if self.scheduler:
             return Dask(self.deployment, self.scheduler)
         work = sum(stat.st_size for _, stat in todo)
         if self.jobs > 1 and (large or (len(todo) > 1 and work > WORTH_A_POOL)):
-            return Processes(self.deployment, self.jobs)
+            return Processes(self.deployment, self.jobs, output_dir)
         return Here(self.deployment)
 
 
@@ -885,7 +911,8 @@ class _Run:
                 return
             result = self._write(path, scores)
             deployed = {"config": self.processor.deployment.key, "model_version": self.processor.pipeline.model_version}
-            self.manifest.add(asdict(result) | {"state": _state(stat)} | deployed)
+            origin = {"input_dir": str(path.parent.resolve()), "state": _state(stat)}
+            self.manifest.add(asdict(result) | origin | deployed)
         except BadObservations as error:
             self._fail(path, stat, error)
             return
@@ -894,6 +921,10 @@ class _Run:
             return
         except lost as error:
             self._keep(path, f"a worker process died ({type(error).__name__}); out of memory? See --chunk-rows")
+            return
+        except Exception as error:  # whatever it is, it stops no other file; its text may quote the file
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self._keep(path, f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}")
             return
         self.result.scored.append(result)
         log.info("%s: %s", path.name, self._told(result))
@@ -999,11 +1030,16 @@ def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.Data
 
 def watch(processor: BatchProcessor, seconds: float, once: Callable[[], BatchResult], stop: threading.Event) -> None:
     """Runs `once` every so many seconds until `stop`; a new config or model is taken up between runs."""
+    problem = ""
     while not stop.is_set():
         try:
-            if processor.config_path.read_bytes() != processor.deployment.config:
-                processor.load()
-                log.info("model %s loaded", processor.pipeline.model_version)
+            processor.load_if_changed()
+            problem = ""
+        except FeaturePipelineError as error:
+            if str(error) != problem:
+                problem = str(error)
+                log.error("error: %s; model %s goes on", error, processor.pipeline.model_version)
+        try:
             report(once(), quiet=processor.quiet)
         except (FeaturePipelineError, OSError) as error:
             log.error("error: %s; next try in %g s", error, seconds)
@@ -1030,12 +1066,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--failed-dir", help="where bad files go; 'failed' beside the input directory if not given")
     parser.add_argument(
         "--settle-seconds",
-        type=float,
+        type=number(float, 0),
         default=SETTLE_SECONDS,
         help="a file changed more recently is left for next time",
     )
-    parser.add_argument("--chunk-rows", type=int, default=CHUNK_ROWS, help="rows that a process holds at once")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument(
+        "--chunk-rows", type=number(int, 1), default=CHUNK_ROWS, help="rows that a process holds at once"
+    )
+    parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
     parser.add_argument("--backend", choices=("local", "dask"), default="local", help="this machine or a Dask cluster")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
     parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
@@ -1045,9 +1083,6 @@ def _parser() -> argparse.ArgumentParser:
 def _work(arguments: argparse.Namespace) -> int:
     if (arguments.backend == "dask") != bool(arguments.scheduler):
         log.error("error: --backend dask and --scheduler ADDRESS belong together")
-        return COULD_NOT_START
-    if arguments.chunk_rows < 1 or arguments.jobs < 1:
-        log.error("error: --chunk-rows and --jobs must be at least 1")
         return COULD_NOT_START
     processor = BatchProcessor(
         arguments.config,

@@ -428,25 +428,26 @@ def read_table(path: Path) -> tuple[pd.DataFrame, int]:
     raise BadObservations(f"{where}: unknown kind of file; expected .csv, .csv.gz or .parquet")
 
 
-def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, int]:
-    """The table, all of it text, and the number of lines with too many fields.
+# How pandas.read_csv reads observations. Texts stay texts: the code NA is sodium. Numbers too are read as text, since
+# pandas' own parser may be off by a bit where JSON and parquet are not. The header is read as a row: pandas does not
+# count the fields of a first row.
+CSV_AS_TEXT: dict[str, Any] = {
+    "header": None,
+    "dtype": str,
+    "keep_default_na": False,
+    "encoding": "utf-8-sig",
+    "encoding_errors": "replace",
+    "on_bad_lines": "warn",
+    "low_memory": False,
+}
 
-    Texts stay texts: the code NA is sodium. Numbers too are read as text, since pandas' own parser may be off by a bit
-    where JSON and parquet are not. The header is read as a row: pandas does not count the fields of a first row.
-    """
+
+def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, int]:
+    """The table, all of it text, and the number of lines with too many fields."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
         try:
-            table = pd.read_csv(
-                path,
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-                encoding_errors="replace",
-                on_bad_lines="warn",
-                low_memory=False,
-            )
+            table = pd.read_csv(path, **CSV_AS_TEXT)
         except pd.errors.EmptyDataError:
             raise BadObservations(f"{where} is empty; expected the columns {', '.join(COLUMNS)}") from None
     malformed = sum(str(warning.message).count("Skipping line") for warning in caught)
@@ -1890,6 +1891,7 @@ class ProductionPipeline:
                 f"{where} is not the one that the config was made with (its SHA-256 differs); "
                 "deploy config and model together, or run train_best_model.py --full"
             )
+        self.model_file = content  # for other processes, which must have the very same
         try:
             model = joblib.load(io.BytesIO(content))
         except Exception as error:  # unpickling may raise anything, most often a library that is not installed

@@ -2,6 +2,8 @@
 
 import contextlib
 import gzip
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -19,12 +21,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import batch_processor
-from batch_processor import BatchProcessor, Chunks, Manifest, main, only_run, watch
-from feature_pipeline import COLUMNS, BadObservations
+from artifacts import locked
+from batch_processor import LOCK, BadDirectories, BatchProcessor, Chunks, Manifest, Processes, main, watch
+from feature_pipeline import COLUMNS, BadObservations, ProductionPipeline
 from pseudonyms import Pseudonyms
 
 ROOT = Path(batch_processor.__file__).parent
@@ -140,6 +144,31 @@ def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
     assert result.scored[0].risk_levels["unknown"] == 1  # visit 8 of client b has nothing usable
 
 
+@pytest.mark.parametrize("start", ["   \n", "\n \t\n\n", "\ufeff \n"])
+@pytest.mark.parametrize("chunk_rows", [1, 100_000])
+def test_blank_lines_before_the_header_are_none(place, rows, pipeline, processor, start, chunk_rows):
+    path = place / "incoming/ward.csv"
+    path.write_text(start + rows.head(300).to_csv(index=False))
+    processor.chunk_rows = chunk_rows
+    assert processor.process_directory().ok
+    assert_same_scores(predictions(place / "predictions/predictions_ward.csv"), predict(pipeline, path))
+
+
+@pytest.mark.parametrize("quoting", [0, 1])
+@pytest.mark.parametrize("chunk_rows", [50, 100_000])
+def test_bytes_that_are_no_utf_8_make_no_visit(place, rows, pipeline, processor, quoting, chunk_rows):
+    path = place / "incoming/ward.csv"
+    some = rows.head(300).copy()
+    some.loc[:20, "client"] = "Müller"
+    some.loc[21:40, "client"] = "Möller"
+    path.write_bytes(some.to_csv(index=False, quoting=quoting).encode("latin-1"))
+    processor.chunk_rows = chunk_rows
+    result = processor.process_directory()
+    found = predictions(place / "predictions/predictions_ward.csv")
+    assert_same_scores(found, predict(pipeline, path))
+    assert result.scored[0].set_aside["not_utf8"] == 41 and found["client"].str.isascii().all()
+
+
 def test_lines_with_too_many_fields_are_counted_in_every_chunk(place, rows, processor):
     lines = rows.head(20).to_csv(index=False).splitlines()
     lines[3:3] = lines[15:15] = ["1,a,2024-01-01,HR,80,,,surplus"]
@@ -179,15 +208,42 @@ def test_a_finished_file_is_scored_again_only_when_it_or_the_model_changed(
 
     put(rows.head(500), path)
     assert len(processor.process_directory().scored) == 1
-    output.unlink()
+    output.unlink()  # somebody fetched it
+    assert processor.process_directory().unchanged == ["ward.csv"]
+    assert not output.exists()
+    os.utime(path, (1, 1))
     assert len(processor.process_directory().scored) == 1
-    assert output.exists()
 
     config = json.loads(config_path.read_text())
     config["risk_thresholds"] = {"medium": 0.3, "high": 0.6}
     other = tmp_path / "config.json"
     other.write_text(json.dumps(config))
     assert len(BatchProcessor(other, model_path, settle_seconds=0).process_directory().scored) == 1
+
+
+@pytest.mark.parametrize("same", ["output_dir", "failed_dir"])
+def test_nothing_is_written_among_the_input(place, rows, processor, same):
+    put(rows.head(200), place / "incoming/ward.csv")
+    (place / "link").symlink_to(place / "incoming")
+    with pytest.raises(BadDirectories, match="both"):
+        processor.process_directory("data/incoming", **{"output_dir": "data/predictions", same: "data/link"})
+    assert [path.name for path in (place / "incoming").iterdir()] == ["ward.csv"]
+
+
+def test_two_input_directories_do_not_share_an_output_directory(place, rows, config_path, model_path, capsys):
+    (place / "ward2").mkdir()
+    put(rows.head(200), place / "incoming/day.csv")
+    put(rows.tail(200), place / "ward2/day.csv")
+    assert main(options(config_path, model_path)) == 0
+    output = place / "predictions/predictions_day.csv"
+    first = output.read_bytes()
+    assert main([*options(config_path, model_path), "--input-dir", "data/ward2"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: ") and "an --output-dir of its own" in err and output.read_bytes() == first
+    assert main(options(config_path, model_path)) == 0
+    (place / "incoming").rename(place / "moved")  # the same files at another place are no other ones
+    assert main([*options(config_path, model_path), "--input-dir", "data/moved"]) == 0
+    assert output.read_bytes() == first
 
 
 def test_a_file_that_is_still_written_is_left_for_the_next_run(place, rows, config_path, model_path):
@@ -220,6 +276,26 @@ def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run(place, rows
     assert result.still_written == ["ward.csv"] and not result.failed and path.exists()
 
 
+def test_a_file_that_is_cut_off_while_it_is_read_ends_nothing(place, rows, processor, monkeypatch):
+    cut = put(rows, place / "incoming/a.csv")
+    os.utime(cut, (1, 1))
+    put(rows.head(200), place / "incoming/b.csv")
+
+    class Overwritten(io.BufferedReader):
+        def readinto(self, buffer):
+            length = super().readinto(buffer)
+            if cut.stat().st_size > 100 and self.raw.name == str(cut.relative_to(place.parent)):
+                os.truncate(cut, 100)
+            return length
+
+    def overwriting(path, mode):
+        return Overwritten(io.FileIO(path)) if mode == "rb" else open(path, mode)
+
+    monkeypatch.setattr(batch_processor, "open", overwriting, raising=False)
+    result = processor.process_directory()
+    assert result.still_written == ["a.csv"] and [file.file for file in result.scored] == ["b.csv"]
+
+
 def test_what_is_no_file_of_ours_is_left_alone(place, rows, processor):
     for name in ("notes.txt", ".hidden.csv", "ward.csv.part"):
         (place / "incoming" / name).write_text("x")
@@ -235,6 +311,19 @@ def test_leftovers_of_a_killed_run_are_removed(place, processor):
     (place / "predictions/.predictions_ward.csv.x1y2").write_text("half")
     processor.process_directory()
     assert not list((place / "predictions").glob(".predictions_*"))
+
+
+def test_models_for_the_processes_lie_where_the_next_run_finds_them(place, rows, processor, monkeypatch):
+    (place / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place / "tmp"))
+    put(rows.head(200), place / "incoming/ward.csv")
+    assert processor.process_directory().ok
+    backend = Processes(processor.deployment, 2, place / "predictions")
+    left = list((place / "predictions").glob(".model.*"))
+    assert left and not list((place / "tmp").iterdir())
+    processor.process_directory()  # the run of `backend` has been killed
+    assert not any(path.exists() for path in left)
+    backend.close()
 
 
 def test_a_torn_manifest_costs_one_file_only(place, rows, processor):
@@ -263,7 +352,7 @@ def test_the_manifest_forgets_files_that_are_gone(tmp_path):
 def test_two_runs_never_overlap(place, rows, config_path, model_path, capsys):
     put(rows.head(100), place / "incoming/ward.csv")
     (place / "predictions").mkdir()
-    with only_run(place / "predictions") as alone:
+    with locked(place / "predictions" / LOCK, wait=False) as alone:
         assert alone
         assert main(options(config_path, model_path)) == 0
         assert "another run is at work" in capsys.readouterr().out
@@ -320,6 +409,45 @@ def test_a_bad_file_is_moved_with_its_reason_and_stops_no_other(place, rows, con
         assert secret not in reason + err + out
     assert (place / "predictions/predictions_good.csv").exists()
     assert main(options(config_path, model_path)) == 0  # told once, not every hour
+
+
+NESTED = {
+    "lists": pa.array([None, [1.0]] * 200),
+    "maps": pa.array([[("k", 1)]] * 400, pa.map_(pa.string(), pa.int64())),
+    "records": pa.array([{"value": 80.0}] * 400),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("chunk_rows", [100_000, 70])
+def test_a_parquet_file_of_lists_is_a_bad_file(place, rows, processor, kind, chunk_rows):
+    processor.chunk_rows = chunk_rows
+    put(rows.head(400), place / "incoming/good.parquet")
+    table = pa.Table.from_pandas(rows.head(400), preserve_index=False)
+    column = table.schema.get_field_index("observation_value")
+    pq.write_table(table.set_column(column, "observation_value", NESTED[kind]), place / "incoming/bad.parquet")
+    os.utime(place / "incoming/bad.parquet", (1, 1))
+    result = processor.process_directory()
+    assert [file.file for file in result.scored] == ["good.parquet"]
+    assert "column 'observation_value' holds lists or records" in result.failed["bad.parquet"]
+
+
+def test_a_surprise_in_one_file_stops_no_other(place, rows, processor, caplog, monkeypatch):
+    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    for name in ("a.csv", "b.csv", "c.csv"):
+        put(rows.head(200 if name == "b.csv" else 300), place / "incoming" / name)
+    original = batch_processor.score_table
+
+    def surprised(key, table, row):
+        if len(table) == 200:
+            raise RuntimeError(f"visit {table['visit_id'][0]}")
+        return original(key, table, row)
+
+    monkeypatch.setattr(batch_processor, "score_table", surprised)
+    result = processor.process_directory()
+    assert {file.file for file in result.scored} == {"a.csv", "c.csv"} and not result.ok
+    assert list(result.kept) == ["b.csv"] and (place / "incoming/b.csv").exists()
+    assert "unexpected RuntimeError" in caplog.text and "visit " + rows["visit_id"][0] not in caplog.text
 
 
 def test_bad_files_of_one_name_are_all_kept(place, processor):
@@ -625,10 +753,28 @@ def test_a_lost_code_is_told(place, rows, processor, caplog, monkeypatch):
     assert "ward.csv: nearly every visit had these codes in training, none has them here: 'HR'" in caplog.text
 
 
-def test_watch_takes_new_files_and_a_new_model(place, rows, config_path, model_path, tmp_path):
-    config = tmp_path / "config.json"
-    shutil.copy(config_path, config)
-    processor = BatchProcessor(config, model_path, settle_seconds=0)
+@pytest.fixture
+def deployed(models_dir, tmp_path):
+    """A models directory of the test's own: `deployed(version, medium)` replaces its config."""
+    directory = tmp_path / "models"
+    shutil.copytree(models_dir, directory)
+    config = json.loads((directory / "best_model_config.json").read_text())
+
+    def deploy(version: str, medium: float) -> Path:
+        config["model_version"], config["risk_thresholds"] = version, {"medium": medium, "high": 0.999}
+        temporary = directory / "new.json"
+        temporary.write_text(json.dumps(config))
+        return temporary.replace(directory / "best_model_config.json")
+
+    deploy("one", 0.5)
+    return deploy
+
+
+def test_watch_takes_new_files_and_a_new_model(place, rows, deployed, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(batch_processor.log, "error", lambda text, *values: told.append(text % values))
+    config = tmp_path / "models/best_model_config.json"
+    processor = BatchProcessor(config, config.with_name("best_model.pkl"), settle_seconds=0)
     stop = threading.Event()
     seen = []
 
@@ -636,22 +782,77 @@ def test_watch_takes_new_files_and_a_new_model(place, rows, config_path, model_p
         result = processor.process_directory()
         seen.append([file.file for file in result.scored])
         if len(seen) == 1:
-            put(rows, place / "incoming/a.csv")
-        elif len(seen) == 2:
-            config.write_text("{")  # a deployment under way
-            threading.Timer(0.3, lambda: config.write_text(config_path.read_text() + "\n")).start()
+            put(rows.head(300), place / "incoming/a.csv")
+            config.write_text("{")  # nothing to load: what was there goes on
         elif len(seen) == 3:
+            deployed("two", 0.3)
+        elif len(seen) == 4:
             stop.set()
         return result
 
-    watch(processor, 0.05, once, stop)
-    assert seen == [[], ["a.csv"], ["a.csv"]]
+    watch(processor, 0.01, once, stop)
+    assert seen == [[], ["a.csv"], [], ["a.csv"]]
+    assert len(told) == 1 and "cannot be read as JSON" in told[0] and told[0].endswith("; model one goes on")
+    assert processor.pipeline.model_version == "two"
+
+
+def test_a_deployment_in_the_middle_of_another_mixes_nothing(place, rows, deployed, tmp_path, monkeypatch):
+    put(rows.head(300), place / "incoming/ward.csv")
+    config = tmp_path / "models/best_model_config.json"
+    processor = BatchProcessor(config, config.with_name("best_model.pkl"), settle_seconds=0)
+    deployed("two", 0.9)
+    original, made = ProductionPipeline.__init__, []
+
+    def overtaken(self, *arguments):
+        original(self, *arguments)
+        made.append(self.model_version)
+        if made == ["two"]:
+            deployed("three", 1e-9)
+
+    monkeypatch.setattr(ProductionPipeline, "__init__", overtaken)
+    stop, runs = threading.Event(), []
+
+    def once():
+        result = processor.process_directory()
+        found = predictions(place / "predictions/predictions_ward.csv")
+        runs.append((set(found["model_version"]), set(found["risk_level"])))
+        if len(runs) == 2:
+            stop.set()
+        return result
+
+    watch(processor, 0.01, once, stop)
+    assert runs == [({"two"}, {"low"}), ({"three"}, {"medium"})]
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.UnfinishedSwitchWarning")
+def test_a_deployment_that_was_cut_short_is_served_from_the_archive(place, rows, deployed, tmp_path):
+    """The model file is a step ahead of the config."""
+    put(rows.head(300), place / "incoming/ward.csv")
+    models = tmp_path / "models"
+    config = json.loads((models / "best_model_config.json").read_text())
+    model = (models / "best_model.pkl").read_bytes()
+    for version, content in (("one", model), ("next", model + b"-")):
+        folder = models / "archive" / version
+        folder.mkdir(parents=True)
+        (folder / "best_model.pkl").write_bytes(content)
+        own = {"model_version": version, "model_sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "best_model_config.json").write_text(json.dumps(config | own))
+    (models / "best_model.pkl").write_bytes(model + b"-")
+    files = models / "best_model_config.json", models / "best_model.pkl"
+    assert BatchProcessor(*files, settle_seconds=0).process_directory().ok
+    found = predictions(place / "predictions/predictions_ward.csv")
+    assert set(found["model_version"]) == {"one"}
+    assert_same_scores(found, predict(ProductionPipeline(*files), place / "incoming/ward.csv"))
 
 
 def test_options_that_make_no_sense(config_path, model_path, place, capsys):
-    for extra in (["--backend", "dask"], ["--scheduler", "tcp://127.0.0.1:1"], ["--chunk-rows", "0"]):
+    for extra in (["--backend", "dask"], ["--scheduler", "tcp://127.0.0.1:1"]):
         assert main(options(config_path, model_path) + extra) == 2
         assert capsys.readouterr().err.startswith("error: ")
+    for extra in (["--chunk-rows", "0"], ["--watch", "-5"], ["--watch", "0"], ["--settle-seconds", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            main(options(config_path, model_path) + extra)
+        assert ended.value.code == 2 and f"argument {extra[0]}: {extra[1]} is not a number" in capsys.readouterr().err
 
 
 def test_chunks_report_how_far_they_are(tmp_path, rows):
