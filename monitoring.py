@@ -34,7 +34,7 @@ from scipy.stats import chi2, norm
 
 from artifacts import write_atomic, write_tables
 from command_line import DONE, SOME_FAILED, add_log_options, log, make_parser, number, post_json, run, table_path
-from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, load_config
+from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, load_config, training_source
 from metrics import calibration_table, figures
 from pages import frame_table, heading, image, listing, page, paragraph
 from prediction_log import (
@@ -481,7 +481,7 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
         parts += [heading("Drift"), frame_table(findings.drift)]
         parts += [heading("Codes, share of visits"), frame_table(findings.codes)]
     title = f"Monitoring of model {config.get('model_version')}"
-    notices = ["The model was trained on synthetic patients."] if config["data"]["synthetic"] else []
+    notices = ["The model was trained on synthetic patients."] if training_source(config)["synthetic"] else []
     return page(title, notices, *parts, alerts=findings.alerts)
 
 
