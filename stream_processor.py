@@ -19,6 +19,7 @@ import threading
 from collections.abc import Sequence
 
 from command_line import DONE, SOME_FAILED, log, make_parser, number, run, spare_the_loaded
+from feature_pipeline import BadConfig
 from prediction_log import url_of
 from stream.alerts import AlertBook, AlertSinks
 from stream.feed import Feed, read_lines
@@ -31,6 +32,7 @@ DEFAULT_STATE = "data/stream_state.jsonl"
 
 
 def stream(arguments: argparse.Namespace) -> int:
+    refuse_unused(arguments)
     stop = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
@@ -50,7 +52,7 @@ def stream(arguments: argparse.Namespace) -> int:
         if arguments.kafka:
             from stream.kafka import consume
 
-            return SOME_FAILED if consume(processor, book, arguments, stop.is_set) else DONE
+            return SOME_FAILED if consume(processor, book, sinks, arguments, stop.is_set) else DONE
         state = arguments.state or (DEFAULT_STATE if arguments.mllp else None)
         feed = Feed(processor, book, sinks, Journal(state) if state else None)
         try:
@@ -63,6 +65,17 @@ def stream(arguments: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return SOME_FAILED if feed.failed else DONE
+
+
+def refuse_unused(arguments: argparse.Namespace) -> None:
+    """Raises `BadConfig` for options that would be silently without effect."""
+    if arguments.kafka:
+        unused = [f"--{name}" for name in ("alerts", "webhook", "state", "mllp") if getattr(arguments, name)]
+        if unused:
+            raise BadConfig(
+                f"--kafka goes without {', '.join(unused)}: its observations, alerts and state are topics "
+                "(--topic, --alerts-topic, --dropped-topic)"
+            )
 
 
 def receive(feed: Feed, address: tuple[str, int], stop: threading.Event) -> None:
@@ -96,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--topic", default="observations", help="of the observations, keyed by client and visit")
     parser.add_argument("--out", default="predictions", metavar="TOPIC", help="Kafka topic of the results")
     parser.add_argument("--alerts-topic", default="sepsis-alerts", metavar="TOPIC", help="Kafka topic of the alerts")
+    parser.add_argument(
+        "--dropped-topic", default="sepsis-dropped", metavar="TOPIC", help="Kafka topic of visits no longer scored"
+    )
     parser.add_argument("--group", default="sepsis-risk", metavar="NAME", help="consumers of one group share the work")
     parser.add_argument("--kafka-config", metavar="FILE", help="more settings of librdkafka, as JSON: TLS, passwords")
     parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU^R01 over MLLP")

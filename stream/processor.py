@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +37,10 @@ REASONS = {
     **SET_ASIDE_REASONS,
     "future": "observation_date is too far in the future",
     "visit_full": "the visit has more observations than --max-observations; it is no longer scored",
+    "visit_dropped": "the visit was dropped before (idle, or too many were open); it is not scored from a part",
 }
+REMEMBERED = 1_000_000  # dropped visits, some 150 bytes each
+FORGETTABLE = 10_000  # codes that no open visit has
 WAITING = 1000  # observations that are validated together at the latest
 LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
@@ -69,7 +73,8 @@ class StreamProcessor:
     Bounds: `max_visits` (beyond it the visit that was silent the longest is scored and dropped) and `max_observations`
     of a visit. Old observations are folded away where no feature of the model can see them; where the model looks at
     the whole visit nothing can be, and a visit beyond the limit is reported and no longer scored: a score of a part
-    would be a wrong number.
+    would be a wrong number. For the same reason the last million dropped visits are remembered, and what comes of them
+    later is set aside.
     """
 
     def __init__(
@@ -96,9 +101,12 @@ class StreamProcessor:
         self.dropped = 0  # visits dropped because there were too many
         self._waiting: list[tuple[Mapping[str, Any], Any]] = []
         self._late_results: list[dict[str, Any]] = []  # last scores of visits that were dropped
+        self._dropped: OrderedDict[bytes, None] = OrderedDict()  # marks of dropped visits, the oldest first
+        self._newly_dropped: deque[Key] = deque(maxlen=REMEMBERED)
         self.codes: list[str] = []  # in order of arrival; rows hold places in it
         self._concepts: list[Concept | None] = []
         self._place: dict[str, int] = {}
+        self._codes_at_most = FORGETTABLE  # before those that are in use are looked for
 
     def _use(self, pipeline: ProductionPipeline) -> None:
         self.pipeline = pipeline
@@ -131,10 +139,15 @@ class StreamProcessor:
             self._check_folded(visit)
         log.info("model %s is loaded", successor.model_version)
 
-    def restrict(self, key: Key, full: bool, folded: float | None) -> None:
-        """Says of an open visit that an earlier process had given it up, or folded it."""
-        visit = self.visits[key]
-        visit.folded = folded
+    def restore(self, key: Key, full: bool = False, folded: float | None = None, level: str | None = None) -> None:
+        """Says of an open visit what an earlier process knew: that it had given it up, or folded it, and the risk level
+        of the last score that it gave."""
+        visit = self.visits.get(key)
+        if visit is None:
+            return
+        visit.level = level or visit.level
+        if folded is not None:
+            visit.folded = min(folded, visit.folded or folded)
         if full:
             self._give_up(visit)
         self._check_folded(visit)
@@ -216,6 +229,10 @@ class StreamProcessor:
                 continue  # a visit begins with its first usable observation
             visit = self.visits.get(key)
             if visit is None:
+                if self.was_dropped(key):
+                    self._dropped.move_to_end(mark_of(key))
+                    self._count({"visit_dropped": len(own_rows)})
+                    continue
                 self._make_room()
                 visit = self.visits[key] = Visit(read.client[i], read.visit_id[i], origin=origins.get(key))
             else:
@@ -228,6 +245,25 @@ class StreamProcessor:
             visit.changed = True
             if visit.n_rows > self.max_observations:
                 self._shrink(visit)
+        if len(self.codes) > self._codes_at_most:
+            self._forget_codes()
+
+    def _forget_codes(self) -> None:
+        """Drops the codes that no open visit has: interfaces may send any text as a code, without end."""
+        used = np.zeros(len(self.codes), dtype=bool)
+        for visit in self.visits.values():
+            for rows in visit.rows:
+                used[rows["code"]] = True
+        kept = np.flatnonzero(used)
+        new = np.zeros(len(used), dtype=np.int32)
+        new[kept] = np.arange(len(kept))
+        for visit in self.visits.values():
+            for rows in visit.rows:
+                rows["code"] = new[rows["code"]]
+        self.codes = [self.codes[i] for i in kept]
+        self._concepts = [self._concepts[i] for i in kept]
+        self._place = {code: i for i, code in enumerate(self.codes)}
+        self._codes_at_most = 2 * len(kept) + FORGETTABLE
 
     def _make_room(self) -> None:
         while len(self.visits) >= self.max_visits:
@@ -309,7 +345,13 @@ class StreamProcessor:
         self._late_results = []
         return results
 
-    def _score(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+    def relearn(self, where: Callable[[Visit], bool]) -> None:
+        """Scores visits whose scores were given before, by an earlier process: only to know from which level a rise
+        counts. Nothing is given or recorded again."""
+        self.settle()
+        self._score([key for key, visit in self.visits.items() if self._due(visit) and where(visit)], record=False)
+
+    def _score(self, keys: Sequence[Key], record: bool = True) -> list[dict[str, Any]]:
         if not keys:
             return []
         start = time.perf_counter()
@@ -318,7 +360,8 @@ class StreamProcessor:
         probability, features = self.pipeline.evaluate(observations, visit, moments)
         levels = self.pipeline.risk_level(probability).tolist()
         lengths = observations.group_start[observations.visit_group_start]
-        self._log.record(observations, visit, moments, probability, features, time.perf_counter() - start)
+        if record:
+            self._log.record(observations, visit, moments, probability, features, time.perf_counter() - start)
         results = []
         for i, (key, p, time_) in enumerate(zip(keys, probability.tolist(), iso_times(moments), strict=True)):
             visit_ = self.visits[key]
@@ -344,8 +387,9 @@ class StreamProcessor:
             if len(visit.rows) > 1:
                 visit.rows = [np.concatenate(visit.rows)]
         rows = np.concatenate([visit.rows[0] for visit in visits])
-        order = sorted(range(len(self.codes)), key=self.codes.__getitem__)
-        rank = np.empty(len(order), dtype=np.int64)
+        used = np.flatnonzero(np.bincount(rows["code"]))
+        order = sorted(used.tolist(), key=self.codes.__getitem__)
+        rank = np.empty(len(self.codes), dtype=np.int64)
         rank[order] = np.arange(len(order))
         observations = Observations.of_rows(
             [(visit.client, visit.visit_id) for visit in visits],
@@ -368,11 +412,13 @@ class StreamProcessor:
     # --------------------------------------------------------------------------------------------- the end
 
     def clear_buffer(self, visit_id: Any, client: Any = None) -> None:
-        """Forgets a visit."""
+        """Forgets a visit: whatever comes of it later begins anew."""
         self.settle()
         key = self._key(visit_id, client)
         if key is not None:
             del self.visits[key]
+        elif client is not None:
+            self._dropped.pop(mark_of((as_text(client), as_text(visit_id))), None)
 
     def close_idle(self) -> list[dict[str, Any]]:
         """Drops the visits without an observation for `idle_hours`; gives their last scores where one was due."""
@@ -391,11 +437,39 @@ class StreamProcessor:
         self._late_results += self._score([key for key in keys if self._due(self.visits[key])])
         for key in keys:
             del self.visits[key]
+        self._newly_dropped += keys
+        self.remember_dropped(map(mark_of, keys))
+
+    def remember_dropped(self, marks: Iterable[bytes]) -> None:
+        """Remembers dropped visits by their marks; beyond `REMEMBERED` of them the oldest are forgotten."""
+        for mark in marks:
+            self._dropped[mark] = None
+        while len(self._dropped) > REMEMBERED:
+            self._dropped.popitem(last=False)
+
+    def was_dropped(self, key: Key) -> bool:
+        """Is it a visit that was dropped, so that what comes of it now would be a part?"""
+        return bool(self._dropped) and mark_of(key) in self._dropped
+
+    def dropped_marks(self) -> Sequence[bytes]:
+        """All that is remembered of dropped visits, the oldest first."""
+        return list(self._dropped)
+
+    def newly_dropped(self) -> list[Key]:
+        """The visits that were dropped since it was asked last."""
+        keys = list(self._newly_dropped)
+        self._newly_dropped.clear()
+        return keys
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Drops visits without a word: another process has taken them over."""
         for key in keys:
             self.visits.pop(key, None)
+
+
+def mark_of(key: Key) -> bytes:
+    """8 bytes by which a visit is told from a million others."""
+    return hashlib.blake2b("\0".join(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _fold_hours(pipeline: ProductionPipeline) -> float | None:

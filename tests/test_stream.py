@@ -243,7 +243,7 @@ def test_a_folded_visit_is_not_scored_by_a_model_that_looks_further_back(deploye
     [visit] = processor.visits.values()
     assert visit.folded == 24 and not visit.full
     feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
-    feed._compact()
+    feed.finish()
     restarted = StreamProcessor(*processor.pipeline._files, 1)
     Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
     deploy(model_version="another")
@@ -317,12 +317,15 @@ def test_alerts_go_to_file_and_webhook_and_a_dead_webhook_stops_nothing(tmp_path
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         alerts = AlertBook().rises([result("high", 1)])
-        AlertSinks(str(tmp_path / "a.jsonl"), f"http://127.0.0.1:{server.server_port}/x").send(alerts)
+        sinks = AlertSinks(str(tmp_path / "a.jsonl"), f"http://127.0.0.1:{server.server_port}/x")
+        sinks.send(alerts)
+        sinks.close()
         server.shutdown()
     assert received == alerts == [json.loads((tmp_path / "a.jsonl").read_text())]
     dead = AlertSinks(str(tmp_path / "a.jsonl"), "http://127.0.0.1:9/secret")
     dead.send(alerts)
-    assert dead.failed == 1 and "secret" not in caplog.text
+    dead.close()
+    assert dead.failed == 1 and "secret" not in caplog.text and alerts[0]["alert_id"] not in caplog.text
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,6 +3,7 @@
 Consumers are processes of their own, as deployed; one is killed in mid-stream and one joins.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 import uuid
 from pathlib import Path
 
+import confluent_kafka
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
@@ -38,17 +40,19 @@ class Stream:
     def __init__(self, brokers, models_dir, folder):
         self.brokers, self.models_dir, self.folder = brokers, models_dir, folder
         name = uuid.uuid4().hex[:8]
-        self.topics = [f"{kind}-{name}" for kind in ("observations", "predictions", "alerts")]
+        self.topics = [f"{kind}-{name}" for kind in ("observations", "predictions", "alerts", "dropped")]
         self.group, self.processes = f"group-{name}", []
         self.producer = Producer({"bootstrap.servers": brokers})
+        self.more = []  # options
         for topic in self.topics:  # made on first use
             self.producer.list_topics(topic, timeout=10)
         (folder / "kafka.json").write_text(json.dumps({"session.timeout.ms": 6000}))
 
     def start(self):
-        observations, predictions, alerts = self.topics
+        observations, predictions, alerts, dropped = self.topics
         command = [sys.executable, str(ROOT / "stream_processor.py"), "--kafka", self.brokers, "--group", self.group]
         command += ["--topic", observations, "--out", predictions, "--alerts-topic", alerts]
+        command += ["--dropped-topic", dropped, *self.more]
         command += ["--config", str(self.models_dir / "best_model_config.json"), "--monitor", "off"]
         command += ["--model", str(self.models_dir / "best_model.pkl"), "--min-observations", "1"]
         command += ["--kafka-config", str(self.folder / "kafka.json")]
@@ -176,10 +180,135 @@ def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline
 def test_a_broker_that_is_away_is_waited_for(models_dir, tmp_path):
     stream = Stream.__new__(Stream)
     stream.brokers, stream.models_dir, stream.folder, stream.processes = "127.0.0.1:9", models_dir, tmp_path, []
-    stream.topics, stream.group = ["a", "b", "c"], "g"
+    stream.topics, stream.group, stream.more = ["a", "b", "c", "d"], "g", []
     (tmp_path / "kafka.json").write_text("{}")
     process = stream.start()
     stream.until(lambda: "Kafka cannot be reached" in process.log.read_text(), "the trouble is reported")
     process.terminate()
     assert process.wait(PATIENCE) == 0
-    assert process.log.read_text().count("cannot be reached") == 1
+    told = process.log.read_text()
+    assert told.count("cannot be reached") == 1 and "%3|" not in told  # librdkafka's own lines go through the log
+
+
+class Troubled:
+    """librdkafka's mock cluster in this process, whose answers may be errors."""
+
+    PRODUCE, OFFSET_FETCH = 0, 9
+
+    def __init__(self):
+        found = list(Path(confluent_kafka.__file__).parents[1].glob("confluent_kafka.libs/librdkafka-*"))
+        if not found:
+            pytest.skip("confluent_kafka does not bring its own librdkafka")
+        self.library = ctypes.CDLL(str(found[0]))
+        for name, result, takes in (
+            ("new", "p", "ippz"),
+            ("conf_new", "p", ""),
+            ("mock_cluster_new", "p", "pi"),
+            ("mock_cluster_bootstraps", "s", "p"),
+            ("mock_cluster_destroy", None, "p"),
+            ("destroy", None, "p"),
+            ("mock_push_request_errors_array", "i", "phzp"),
+            ("mock_clear_request_errors", None, "ph"),
+        ):
+            kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "s": ctypes.c_char_p, "h": ctypes.c_int16}
+            kinds["z"] = ctypes.c_size_t
+            function = getattr(self.library, f"rd_kafka_{name}")
+            function.restype, function.argtypes = kinds.get(result), [kinds[kind] for kind in takes]
+        self._client = self.library.rd_kafka_new(0, self.library.rd_kafka_conf_new(), None, 0)
+        self._cluster = self.library.rd_kafka_mock_cluster_new(self._client, 1)
+        self.address = self.library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
+
+    def refuse(self, request, code, times):
+        codes = (ctypes.c_int * times)(*[code] * times)
+        self.library.rd_kafka_mock_push_request_errors_array(self._cluster, request, times, codes)
+
+    def allow(self, request):
+        self.library.rd_kafka_mock_clear_request_errors(self._cluster, request)
+
+    def end(self):
+        self.library.rd_kafka_mock_cluster_destroy(self._cluster)
+        self.library.rd_kafka_destroy(self._client)
+
+
+@pytest.fixture
+def troubled(models_dir, tmp_path):
+    cluster = Troubled()
+    stream = Stream(cluster.address, models_dir, tmp_path)
+    yield cluster, stream
+    for process in stream.processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    del stream
+    cluster.end()
+
+
+def all_given_by_another(stream, wanted):
+    """Does the next process give every result?"""
+    stream.start()
+    stream.until(lambda: stream.last_scores() == wanted, "all scores")
+    assert stream.stop()[-1] == 0
+
+
+def test_what_kafka_refused_is_given_after_a_restart(troubled, pipeline):
+    cluster, stream = troubled
+    records = visits(1)
+    stream.send(records)
+    cluster.refuse(cluster.PRODUCE, 29, 1000)  # not authorized
+    process = stream.start()
+    assert process.wait(PATIENCE) == 2
+    told = process.log.read_text()
+    assert "could not be brought to Kafka" in told and "Traceback" not in told
+    cluster.allow(cluster.PRODUCE)
+    all_given_by_another(stream, expected(pipeline, records))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_not_out_at_a_stop_is_given_after_it(troubled, pipeline, how):
+    cluster, stream = troubled
+    records = visits(1)
+    stream.send(records)
+    cluster.refuse(cluster.PRODUCE, 6, 100_000)  # not the leader: tried again without end
+    process = stream.start()
+    stream.until(lambda: "ALERT" in process.log.read_text(), "results are to be given")
+    process.send_signal(how)
+    assert process.wait(60) == (130 if how == signal.SIGINT else 2)
+    cluster.allow(cluster.PRODUCE)
+    all_given_by_another(stream, expected(pipeline, records))
+
+
+def test_trouble_at_the_start_is_one_line_or_nothing(troubled, pipeline):
+    cluster, stream = troubled
+    records = visits(1)
+    stream.send(records)
+    for content in (None, b"no JSON", b"7", b'{"client": "a"}'):
+        stream.producer.produce(stream.topics[2], content, b"x")
+        stream.producer.produce(stream.topics[3], content, b"x")
+    assert stream.producer.flush(30) == 0
+    cluster.refuse(cluster.OFFSET_FETCH, 7, 2)  # timed out, twice
+    process = stream.start()
+    stream.until(lambda: stream.last_scores() == expected(pipeline, records), "all scores")
+    assert stream.stop() == [1]
+    told = process.log.read_text()
+    assert "are not of this program" in told and "Traceback" not in told
+
+
+def test_a_dropped_visit_is_not_scored_from_a_part_after_a_restart(stream, pipeline):
+    records = visits(1)
+    by_visit = {}
+    for row in records:
+        by_visit.setdefault(row["visit_id"], []).append(row)
+    first, *others = by_visit.values()
+    stream.more = ["--max-visits", "7"]  # of eight: the first is dropped
+    stream.start()
+    stream.send(first[:5])
+    stream.until(lambda: len(stream.last_scores()) == 1, "the first")
+    for rows in others:
+        stream.send(rows)
+    stream.until(lambda: len(stream.last_scores()) == 8, "all")
+    assert stream.stop()[-1] == 0
+    before = stream.last_scores()
+    second = stream.start()
+    stream.send(first[5:])
+    stream.until(lambda: "was dropped before" in second.log.read_text(), "it is told")
+    assert stream.stop()[-1] == 1 and stream.last_scores() == before
