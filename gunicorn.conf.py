@@ -27,8 +27,6 @@ control_socket_disable = True
 limit_request_line = 2_000
 limit_request_fields = 50
 
-STALLED_SECONDS = 10  # a client that sends nothing for so long in mid-request is cut off
-
 # Counters of all workers are shared through files. SIGHUP reads this file again: the folder stays, and stays our own.
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["SEPSIS_METRICS_DIR"] = tempfile.mkdtemp(
@@ -45,9 +43,12 @@ def on_starting(server):
 
 
 def when_ready(server):
-    # connections inherit it from the socket they are accepted on
+    from api.workers import STALLED_SECONDS
+
+    # connections inherit it from the socket they are accepted on: no thread waits longer for a client to send or read
     for listener in server.LISTENERS:
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED_SECONDS, 0))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALLED_SECONDS, 0))
 
 
 def post_worker_init(worker):

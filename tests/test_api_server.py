@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -240,17 +241,134 @@ def test_a_new_model_is_picked_up_without_a_lost_request(models_dir, tmp_path):
     assert not list(tmp_path.glob("sepsis-metrics-*"))  # also after a reload
 
 
+def half_sent(server):
+    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+    sock.sendall(b"Content-Length: 9\r\n\r\n[")
+    return sock
+
+
 def test_slow_clients_do_not_stop_the_others(server):
-    """More clients than the workers have processes, each with half a request."""
-    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    """More clients than the workers have threads: some with half a body, some with half a head, some silent."""
+    slow = [half_sent(server) for _ in range(40)]
+    slow += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(80)]
     try:
-        for s in slow:
-            s.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-            s.sendall(b"Content-Length: 9\r\n\r\n[")
-        assert server.predict()[0] == 200
+        for s in slow[40:80]:
+            s.sendall(b"POST /predict HTTP/1.1\r\nHost: local")
+        assert [server.predict()[0] for _ in range(4)] == [200] * 4
+        assert not select.select(slow, [], [], 0)[0]  # nobody had to be cut off before
+        slow[0].sendall(b"1,2,3,4]")  # who goes on is answered
+        assert slow[0].recv(1000).startswith(b"HTTP/1.1 4")
     finally:
         for s in slow:
             s.close()
+
+
+def test_clients_that_do_not_close_do_not_stop_the_others(server):
+    """Each has its answer and keeps its end of the connection open."""
+    open_ends = []
+    try:
+        for _ in range(100):
+            s = socket.create_connection(("127.0.0.1", server.port))
+            open_ends.append(s)
+            s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert all(s.recv(1000).startswith(b"HTTP/1.1 200") for s in open_ends)
+        assert server.predict()[0] == 200
+    finally:
+        for s in open_ends:
+            s.close()
+
+
+def test_a_body_that_waits_to_be_asked_for(server):
+    body = EXAMPLE.read_bytes()
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        s.sendall(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert s.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        s.sendall(body)
+        assert s.recv(12) == b"HTTP/1.1 200"
+
+
+def test_chunks_and_requests_behind_one_another(server):
+    body = EXAMPLE.read_bytes()
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunked = b"%x\r\n%s\r\n" % (len(body), body)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        s.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked)
+        s.sendall(b"0\r\n\r\n")
+        assert http.client.HTTPResponse(s).begin() is None
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        one = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        s.sendall(one + one + one[:-5])
+        text = b""
+        while text.count(b"HTTP/1.1 200") < 2:
+            text += s.recv(1 << 16)
+        s.sendall(one[-5:])
+        while text.count(b"HTTP/1.1 200") < 3:
+            text += s.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("request_", "whole"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n", False),
+        (b"POST / HTTP/1.1\r\ncontent-LENGTH:3\r\n\r\nab", False),
+        (b"POST / HTTP/1.1\r\ncontent-LENGTH:3\r\n\r\nabc", True),
+        (b"POST / HTTP/1.1\r\nContent-Length: 99999\r\n\r\n", True),  # it will be refused
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n", False),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", True),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0;x=1\r\nTrailer: y\r\n\r\n", True),
+        (b"x" * 100_000, True),
+    ],
+)
+def test_when_a_request_is_whole(request_, whole):
+    assert workers.is_whole(bytearray(request_), most=1000) is whole
+
+
+@pytest.fixture
+def waiting_worker(monkeypatch):
+    """A worker without a master and threads, and a client's connection to it."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    worker = workers.Worker.__new__(workers.Worker)
+    worker.pending_conns, worker.lingering = workers.deque(), workers.deque()
+    worker.nr_conns, worker._bytes_waiting, worker.poller = 1, 0, selectors.DefaultSelector()
+    client, own = socket.socketpair()
+    conn = workers.TConn(None, own, None, None)
+    conn.waiting = bytearray()
+    yield worker, conn, client, now
+    client.close()
+    own.close()
+    worker.poller.close()
+
+
+def test_a_connection_that_is_done_is_closed_when_the_client_closes(waiting_worker):
+    worker, conn, client, _ = waiting_worker
+    done = Future()
+    done.set_result(False)
+    worker.finish_request(conn, done)
+    assert client.recv(1) == b"" and worker.nr_conns == 1  # half closed, nobody waited
+    client.close()
+    for key, _ in worker.poller.select(PATIENCE):
+        key.data(key.fileobj)
+    assert (worker.nr_conns, len(worker.lingering), conn.sock.fileno()) == (0, 0, -1)
+
+
+@pytest.mark.parametrize("came", [b"", b"POST / HT"])
+def test_clients_that_stall_are_cut_off(waiting_worker, came):
+    worker, conn, client, now = waiting_worker
+    conn.waiting += came
+    worker._wait(conn)
+    worker.murder_pending()
+    assert worker.nr_conns == 1 and worker._bytes_waiting == len(came)
+    now[0] += workers.STALLED_SECONDS
+    worker.murder_pending()
+    assert (worker.nr_conns, worker._bytes_waiting, conn.sock.fileno()) == (0, 0, -1)
+    assert client.recv(1000) == (workers.TOO_LATE if came else b"")
 
 
 def test_the_prediction_log_has_what_was_answered(server):
