@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +17,24 @@ from stream.feed import Feed
 from units import own_terms
 
 SCORE_SECONDS = 0.05  # what arrives meanwhile is one micro-batch
-NOT_A_RESULT = {
-    "D",
-    "I",
-    "N",
-    "W",
-    "X",
-    "O",
-    "R",
-}  # OBX-11: deleted, pending, wrong, ...
+LAST_ANSWERS_SECONDS = 5.0  # for senders that are slow to take them, at a stop
+FRAME_BYTES = 16 << 20  # at the most: results with a PDF beside them have some megabytes
+HEAD_BYTES = 4096  # in which MSH ends
+START, END = b"\x0b", b"\x1c\r"
+# OBX-11: deleted, pending, not asked, not verified, no result obtained, wrong patient or sample
+NOT_A_RESULT = {"D", "I", "N", "O", "R", "W", "X"}
 NUMERIC = {"NM", "SN", "ST", ""}
+# MSH-18 (HL7 table 0211) -> Python's name
+CHARSETS = {
+    **{f"8859/{n}": f"iso8859-{n}" for n in range(1, 16)},
+    "UNICODE UTF-8": "utf-8",
+    "UNICODE": "utf-8",
+    "GB 18030-2000": "gb18030",
+    "KS X 1001": "euc_kr",
+    "BIG-5": "big5",
+    "ISO IR87": "iso2022_jp",
+}
+NOT_READABLE = (hl7.HL7Exception, KeyError, IndexError, TypeError, ValueError, AssertionError)  # by the library
 
 
 class Rejected(Exception):
@@ -39,33 +48,38 @@ class Rejected(Exception):
 def observations_of(message: hl7.Message, pipeline: ProductionPipeline) -> tuple[list[dict[str, Any]], list[str]]:
     """(observations in the model's own terms, why other OBX were not used). Raises `Rejected`.
 
-    Client is PID-3.1, visit PV1-19.1, time OBX-14 or else OBR-7, code OBX-3.1 (or the alternative OBX-3.4 where the
-    model knows only that), range OBX-7. Results that are pending, wrong or deleted (OBX-11) are left out.
+    Client is PID-3.1, visit PV1-19.1, both of the patient's own group: a message may hold several patients. Time is
+    OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else UTC; code OBX-3.1 (or the alternative
+    OBX-3.4 where the model knows only that); range OBX-7. Results that are pending, wrong or deleted (OBX-11) are left
+    out. A corrected one (C) counts as one more observation: what it corrects stays, as it does in a table.
     """
     kind = (_text(message, "MSH", 9, 1), _text(message, "MSH", 9, 2))
     if kind != ("ORU", "R01"):
         raise Rejected("AR", "message type is not ORU^R01")
-    client, visit = _text(message, "PID", 3, 1), _text(message, "PV1", 19, 1)
-    if not client:
-        raise Rejected("AE", "PID-3 names no patient")
-    if not visit:
-        raise Rejected("AE", "PV1-19 names no visit")
-    records, left_out, asked = [], [], ""
+    zone = _ZONE.search(_text(message, "MSH", 7, 1))
+    records, left_out, unnamed = [], [], ""
+    client = visit = asked = ""
     n = 0
     for segment in message:
-        name = str(segment(0))
-        if name == "OBR":
+        name = str(segment(0)).strip()
+        if name == "PID":
+            client, visit, asked = _part(segment, 3), "", ""
+        elif name == "PV1":
+            visit = _part(segment, 19)
+        elif name == "OBR":
             asked = _part(segment, 7)
         if name != "OBX":
             continue
         n += 1
-        record = _observation(segment, asked, pipeline)
+        record = _observation(segment, asked, zone[0] if zone else "", pipeline)
+        if isinstance(record, dict) and not (client and visit):
+            record = unnamed = "PV1-19 names no visit" if client else "PID-3 names no patient"
         if isinstance(record, str):
             left_out.append(f"OBX {n}: {record}")
         else:
             records.append({"visit_id": visit, "client": client, **record})
-    if not records:
-        raise Rejected("AE", "; ".join(left_out[:5]) or "no OBX segment")
+    if unnamed and not records:
+        raise Rejected("AE", unnamed)
     return records, left_out
 
 
@@ -77,21 +91,33 @@ def _text(message: hl7.Message, segment: str, field: int, component: int) -> str
 
 
 def _part(segment: Any, field: int, component: int = 1) -> str:
-    """One component of a field's first repetition; empty where there is none."""
+    """One component (its first subcomponent) of a field's first repetition; empty where there is none, or null."""
     try:
-        repetition = segment(field)[0]
+        part = segment(field)[0]
+        if not isinstance(part, str):
+            part = part(component)
+        elif component > 1:
+            return ""
+        if not isinstance(part, str):
+            part = part(1)
     except (IndexError, KeyError):
         return ""
-    if isinstance(repetition, str):
-        return repetition.strip() if component == 1 else ""
-    try:
-        return str(repetition(component)).strip()
-    except (IndexError, KeyError):
-        return ""
+    text = _unescaped(segment, str(part)).strip()
+    return "" if text == '""' else text
 
 
-def _observation(segment: Any, asked: str, pipeline: ProductionPipeline) -> dict[str, Any] | str:
-    if _part(segment, 11) in NOT_A_RESULT:
+def _unescaped(segment: Any, text: str) -> str:
+    """With the characters that separate elsewhere; the library's own way logs what it cannot read."""
+    escape = segment.esc
+    if escape not in text:
+        return text
+    meant = {**dict(zip("FRST", segment.separators[1:5], strict=True)), "E": escape}
+    sign = re.escape(escape)
+    return re.sub(f"{sign}([FRSTE]){sign}", lambda match: meant[match[1]], text)
+
+
+def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeline) -> dict[str, Any] | str:
+    if _part(segment, 11).upper() in NOT_A_RESULT:
         return "its status (OBX-11) says that it is no result"
     if _part(segment, 2) not in NUMERIC:
         return "its type (OBX-2) is no number"
@@ -101,12 +127,13 @@ def _observation(segment: Any, asked: str, pipeline: ProductionPipeline) -> dict
         code = other
     if not code:
         return "no code (OBX-3)"
-    time = iso_time(_part(segment, 14) or asked)
+    time = iso_time(_part(segment, 14) or asked, zone)
     if time is None:
         return "no time of day (OBX-14, OBR-7)"
-    # a structured number is comparator^number
-    text = _part(segment, 5, 2) if _part(segment, 2) == "SN" else _part(segment, 5, 1)
-    value = _number(text)
+    structured = _part(segment, 2) == "SN"  # comparator^number^separator^number
+    if _repeats(segment, 5) or (structured and (_part(segment, 5, 3) or _part(segment, 5, 4))):
+        return "its value (OBX-5) is a range, a ratio or several values, not one number"
+    value = _number(_part(segment, 5, 2 if structured else 1))
     if value is None:
         return "its value (OBX-5) is not a number"
     low, high = reference_range(_part(segment, 7))
@@ -114,11 +141,19 @@ def _observation(segment: Any, asked: str, pipeline: ProductionPipeline) -> dict
     return record if isinstance(record, str) else {"observation_date": time, **record}
 
 
-def _number(text: str) -> float | None:
+def _repeats(segment: Any, field: int) -> bool:
     try:
-        return float(text.lstrip("<>=≤≥~ "))
-    except ValueError:
-        return None
+        return len(segment(field)) > 1
+    except (IndexError, KeyError):
+        return False
+
+
+_NUMBER = re.compile(r"[<>=≤≥~ ]*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*", re.ASCII)
+
+
+def _number(text: str) -> float | None:
+    match = _NUMBER.fullmatch(text)
+    return float(match[1]) if match else None
 
 
 _RANGE = re.compile(r"\s*(-?[\d.]+)\s*(?:-|–|to)\s*(-?[\d.]+)\s*$")
@@ -139,88 +174,159 @@ def reference_range(text: str) -> tuple[float | None, float | None]:
     return None, None
 
 
-_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(?:(\d\d)(\.\d{1,4})?)?([+-]\d{4})?$")
+_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)(\d\d)(?:(\d\d)(?:(\d\d)(\.\d{1,4})?)?)?([+-]\d{4})?", re.ASCII)
+_ZONE = re.compile(r"[+-]\d{4}$", re.ASCII)
 
 
-def iso_time(text: str) -> str | None:
-    """An HL7 time (YYYYMMDDHHMM[SS[.S]][+ZZZZ]) as ISO 8601; None without a time of day.
+def iso_time(text: str, zone: str = "") -> str | None:
+    """An HL7 time (YYYYMMDDHH[MM[SS[.S]]][+ZZZZ]) as ISO 8601, in `zone` where it names none itself; None without a
+    time of day.
 
-    >>> iso_time("20240301083015.5+0100"), iso_time("20240301")
-    ('2024-03-01T08:30:15.5+01:00', None)
+    >>> iso_time("20240301083015.5+0100"), iso_time("2024030108", "-0500"), iso_time("20240301")
+    ('2024-03-01T08:30:15.5+01:00', '2024-03-01T08:00:00-05:00', None)
     """
-    match = _TIME.match(text)
+    match = _TIME.fullmatch(text)
     if not match:
         return None
-    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    year, month, day, hour, minute, second, fraction, own_zone = match.groups()
+    zone = own_zone or zone
     offset = f"{zone[:3]}:{zone[3:]}" if zone else ""
-    return f"{year}-{month}-{day}T{hour}:{minute}:{second or '00'}{fraction or ''}{offset}"
+    return f"{year}-{month}-{day}T{hour}:{minute or '00'}:{second or '00'}{fraction or ''}{offset}"
 
 
-def acknowledgement(message: hl7.Message, code: str, reason: str = "") -> hl7.Message:
-    """ACK with MSA-1 `code` and MSA-3 `reason`."""
-    answer = message.create_ack(ack_code=code)
-    if reason:
-        answer.segment("MSA").assign_field(hl7_escaped(reason), 3)
-    return answer
+class Head:
+    """The first segment of a frame: all that an answer needs, be the rest readable or not."""
+
+    def __init__(self, frame: bytes):
+        line = re.split(rb"[\r\n]", frame[:HEAD_BYTES].lstrip(), maxsplit=1)[0].decode("latin-1")
+        self.found = line.startswith("MSH") and len(line) > 8
+        fields = line.split(line[3]) if self.found else ["MSH", "^~\\&"]
+        self._separator = line[3] if self.found else "|"
+        self._fields = fields + [""] * (18 - len(fields))
+        named = re.split(r"[~^]", self._fields[17])[0].strip().upper()
+        self.charset = CHARSETS.get(named, "utf-8")
+
+    def decoded(self, frame: bytes) -> str:
+        """The frame as text: as MSH-18 says, else as UTF-8, else as Latin-1 (in which every byte is something)."""
+        for charset in (self.charset, "utf-8"):
+            with contextlib.suppress(UnicodeDecodeError):
+                return frame.decode(charset)
+        return frame.decode("latin-1")
+
+    def acknowledgement(self, code: str, reason: str = "") -> bytes:
+        """The ACK that names the message's MSH-10, with MSA-1 `code` and MSA-3 `reason`."""
+        fields = self._fields[:12]
+        component = fields[1][:1] or "^"
+        if component not in fields[8]:
+            fields[8] += component
+        try:
+            answer = hl7.parse(self._separator.join(fields) + "\r").create_ack(ack_code=code)
+        except NOT_READABLE:
+            fields = ["MSH", "^~\\&", *[""] * 6, "^", hl7_escaped(fields[9]), "P", "2.5"]
+            answer = hl7.parse("|".join(fields) + "\r").create_ack(ack_code=code)
+        if reason:
+            answer.segment("MSA").assign_field(hl7_escaped(reason), 3)
+        return str(answer).encode("latin-1", "replace")  # bytes of MSH go back as they came
 
 
 def hl7_escaped(text: str) -> str:
     return re.sub(r"[|^&~\\\r\n]", " ", text)[:200]
 
 
+async def next_frame(reader: asyncio.StreamReader) -> tuple[bytes, str]:
+    """(content of the next frame, why it cannot be used). Of one that is too large only the beginning is there.
+
+    Raises `asyncio.IncompleteReadError` at the end.
+    """
+    beginning = None
+    while True:
+        try:
+            frame = await reader.readuntil(END)
+            break
+        except asyncio.LimitOverrunError as over:
+            dropped = await reader.readexactly(over.consumed)
+            beginning = beginning or dropped[:HEAD_BYTES]
+    if beginning is not None:
+        return beginning[beginning.find(START) + 1 :], f"a frame of more than {FRAME_BYTES >> 20} MiB"
+    # what stands before the start is what is left of a frame that was never ended
+    _, start, content = frame[: -len(END)].rpartition(START)
+    return content, "" if start else "a frame that does not begin with VT"
+
+
 async def serve(feed: Feed, host: str, port: int, stop: asyncio.Event, started: Callable[[int], None]) -> None:
     """Receives messages until `stop`, then finishes those in hand. `started` is told the port."""
-    counts = {"AA": 0, "AE": 0, "AR": 0}
+    counts = {"AA": 0, "empty": 0, "AE": 0, "AR": 0}
+    writers: set[asyncio.StreamWriter] = set()
 
-    def answer(message: hl7.Message) -> hl7.Message:
+    def taken(head: Head, frame: bytes, trouble: str) -> list[str]:
+        """Keeps the observations of a frame; gives why others in it were not used. Raises `Rejected`."""
+        if trouble or not head.found:
+            raise Rejected("AR", trouble or "not an HL7 message")
         try:
+            message = hl7.parse(re.sub(r"\r?\n", "\r", head.decoded(frame)))
             records, left_out = observations_of(message, feed.processor.pipeline)
+        except NOT_READABLE as error:
+            raise Rejected("AR", f"not a readable HL7 message ({type(error).__name__})") from None
+        try:
             feed.accept(records)  # kept before it is acknowledged
+        except OSError as error:
+            raise Rejected("AE", f"it cannot be kept ({error.strerror}); send it again later") from None
+        counts["empty"] += not records
+        return left_out
+
+    def answer(frame: bytes, trouble: str) -> bytes:
+        head = Head(frame)
+        try:
+            left_out = taken(head, frame, trouble)
         except Rejected as refused:
             counts[refused.code] += 1
             log.warning("message refused (%s): %s", refused.code, refused)
-            return acknowledgement(message, refused.code, str(refused))
+            return head.acknowledgement(refused.code, str(refused))
         counts["AA"] += 1
         for text in left_out:
             log.warning("set aside: %s", text)
-        return acknowledgement(message, "AA", "; ".join(left_out))
+        return head.acknowledgement("AA", "; ".join(left_out))
 
     async def connected(reader: Any, writer: Any) -> None:
+        writers.add(writer)
         try:
             while not (reader.at_eof() or stop.is_set()):
-                try:
-                    message = await reader.readmessage()
-                except asyncio.IncompleteReadError as half:
-                    if half.partial.strip():
-                        log.warning("a connection ended in mid-message: nothing of it was taken")
-                    break
-                except (hl7.HL7Exception, UnicodeDecodeError, ValueError, LookupError) as error:
-                    counts["AR"] += 1
-                    log.warning("a frame is no HL7 message (%s)", type(error).__name__)
-                    writer.write(b"\x0bMSH|^~\\&|||||||ACK||P|2.5\rMSA|AR||not an HL7 message\r\x1c\r")
-                    await writer.drain()
-                    continue
-                try:
-                    reply = answer(message)
-                except (KeyError, IndexError, hl7.HL7Exception) as error:
-                    counts["AR"] += 1
-                    log.warning("a message without a usable MSH (%s)", type(error).__name__)
-                    writer.write(b"\x0bMSH|^~\\&|||||||ACK||P|2.5\rMSA|AR||no usable MSH\r\x1c\r")
-                else:
-                    writer.writemessage(reply)
+                writer.writeblock(answer(*await next_frame(reader)))
                 await writer.drain()
-        except ConnectionError:
+        except asyncio.IncompleteReadError as half:
+            if half.partial.strip():
+                log.warning("a connection ended in mid-message: nothing of it was taken")
+        except OSError:
             pass  # the sender sends again what was not acknowledged
         finally:
             writer.close()
+            writers.discard(writer)
 
-    async with await start_hl7_server(connected, host, port) as server:
+    server = await start_hl7_server(connected, host, port, limit=FRAME_BYTES)
+    try:
         started(server.sockets[0].getsockname()[1])
         while not stop.is_set():
             feed.score()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), SCORE_SECONDS)
-            except TimeoutError:
-                continue
+    finally:
         server.close()
-    log.info("messages: %(AA)d accepted, %(AE)d refused for their content, %(AR)d for their kind", counts)
+        # since Python 3.12 a server waits for its connections, which senders keep open: they are ended here
+        for writer in list(writers):
+            writer.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_until(lambda: not writers), LAST_ANSWERS_SECONDS)
+        for writer in list(writers):
+            writer.transport.abort()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), LAST_ANSWERS_SECONDS)
+    log.info(
+        "messages: %(AA)d accepted (%(empty)d of them without an observation), %(AE)d refused for their content, "
+        "%(AR)d for their kind",
+        counts,
+    )
+
+
+async def _until(done: Callable[[], bool]) -> None:
+    while not done():
+        await asyncio.sleep(0.01)

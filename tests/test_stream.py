@@ -25,7 +25,7 @@ from artifacts import write_atomic
 from feature_pipeline import BadConfig, FeaturePlan, resolve_snapshots
 from stream import mllp
 from stream.alerts import AlertBook, AlertSinks
-from stream.feed import Feed
+from stream.feed import Feed, read_lines
 from stream.journal import Journal
 from stream.processor import _fold_hours
 from stream_processor import StreamProcessor, main
@@ -272,6 +272,50 @@ def test_dates_of_the_far_future_are_set_aside(make):
     assert processor.predict_due()[0]["num_observations"] == 1 and processor.set_aside == {"future": 2}
 
 
+def test_dropped_visits_are_not_scored_from_a_part(make, tmp_path):
+    now = [2e9]
+    rows = [row for row in EXAMPLE if row["visit_id"] == EXAMPLE[0]["visit_id"]]
+
+    def feed():
+        processor = make(idle_hours=1, max_visits=2, clock=lambda: now[0])
+        return Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+
+    first = feed()
+    first.accept(rows[:20])
+    first.score()
+    now[0] += 3601
+    first._give(first.processor.close_idle)
+    first.accept([{**row, "visit_id": visit} for visit in ("b", "c", "d") for row in rows[:3]])
+    first.score()
+    first.accept([*rows[20:], {**rows[3], "visit_id": "b"}, {**rows[3], "visit_id": "c"}])
+    first.score()
+    assert [key[1] for key in first.processor.visits] == ["d", "c"]
+    assert first.processor.set_aside["visit_dropped"] == len(rows[20:]) + 1
+    first.finish()
+    for _ in range(2):  # before and after the file was written anew
+        later = feed()
+        assert later.processor.set_aside["visit_dropped"] == 0
+        later.accept(rows[20:])
+        later.score()
+        assert later.results.getvalue() == "" and later.processor.set_aside["visit_dropped"] == len(rows[20:])
+        later.finish()
+    later.processor.clear_buffer(rows[0]["visit_id"], rows[0]["client"])
+    later.processor.add_observations(rows)
+    assert len(later.processor.predict_due()) == 1  # begun anew, as asked
+
+
+def test_codes_that_no_visit_has_any_more_are_forgotten(make, pipeline, monkeypatch):
+    monkeypatch.setattr("stream.processor.FORGETTABLE", 10)
+    processor, results = make(), []
+    for n, row in enumerate(EXAMPLE):
+        junk = {**row, "visit_id": f"junk {n}", "observation_type_code": f"free text {n}", "observation_value": 1}
+        processor.add_observations([junk, row])
+        results += [r for r in processor.predict_due() if not str(r["visit_id"]).startswith("junk")]
+        processor.clear_buffer(f"junk {n}", row["client"])
+    assert len(processor.codes) < 200 < len(EXAMPLE)
+    assert last_scores(results) == batch_scores(pipeline, EXAMPLE)
+
+
 # ----------------------------------------------------------------------------------------------------- alerts
 
 
@@ -412,6 +456,131 @@ def test_sigterm_finishes_what_was_accepted(models_dir, pipeline, tmp_path):
     assert last_scores(results) == batch_scores(pipeline, kept)
 
 
+def killed(feed):
+    """What a kill leaves: the file as it is, and the lock open."""
+    feed.journal.close()
+
+
+def test_what_was_kept_and_not_scored_is_scored_by_the_next(make, pipeline, tmp_path):
+    def feed():
+        sinks = AlertSinks(str(tmp_path / "alerts"))
+        return Feed(make(), AlertBook(), sinks, Journal(tmp_path / "state"), io.StringIO())
+
+    def alerts():
+        file = tmp_path / "alerts"
+        return [json.loads(line)["alert_id"] for line in file.read_text().splitlines()] if file.exists() else []
+
+    first = feed()
+    first.accept(EXAMPLE)
+    killed(first)
+    second = feed()
+    results = [json.loads(line) for line in second.results.getvalue().splitlines()]
+    assert last_scores(results) == batch_scores(pipeline, EXAMPLE) and alerts()
+    told = alerts()
+    killed(second)
+    third = feed()
+    assert third.results.getvalue() == "" and alerts() == told  # once is enough
+    third.sinks.send = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # killed before the alert is sent
+    worse = [{**row, "visit_id": "new"} for row in EXAMPLE if row["visit_id"] == 10010] or EXAMPLE
+    third.accept([{**row, "client": "other"} for row in worse])
+    with pytest.raises(KeyboardInterrupt):
+        third.score()
+    killed(third)
+    killed(feed())
+    again = alerts()
+    killed(feed())
+    assert alerts() == again and len(set(again)) == len(again) > len(told)
+
+
+def test_a_kill_after_an_alert_was_kept_sends_that_one(make, tmp_path):
+    def feed(*sinks):
+        return Feed(make(), AlertBook(), AlertSinks(*sinks), Journal(tmp_path / "state"), io.StringIO())
+
+    first = feed()
+    first.accept(EXAMPLE)
+    first.results.close()  # cannot be written to: the process ends
+    with pytest.raises(ValueError, match="closed file"):
+        first.score()
+    first.finish()
+    kept = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    second = feed(str(tmp_path / "alerts"))
+    assert len(second.results.getvalue().splitlines()) == 8
+    second.finish()
+    sent = [json.loads(line) for line in (tmp_path / "alerts").read_text().splitlines()]
+    assert sent == [content for kind, content in kept if kind == "alert"] != []
+
+
+def test_restored_scores_are_not_recorded_again(make, tmp_path, monkeypatch):
+    recorded = []
+    for _ in range(3):
+        processor = make()
+        monkeypatch.setattr(processor._log, "record", lambda observations, *_: recorded.extend(observations.keys()))
+        feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+        feed.accept(EXAMPLE if not recorded else [])
+        feed.finish()
+    assert len(recorded) == 8
+
+
+def test_two_streams_do_not_share_a_state_file(models_dir, make, tmp_path):
+    state = tmp_path / "state"
+    feed = Feed(make(), AlertBook(), AlertSinks(), Journal(state), io.StringIO())
+    feed.accept(EXAMPLE[:5])
+    before = state.read_bytes()
+    done = run_lines(models_dir, lines_of(EXAMPLE), "--state", str(state))
+    assert done.returncode == 2 and "--state" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert state.read_bytes() == before
+    feed.finish()
+
+
+@pytest.mark.parametrize("content", [lines_of(EXAMPLE), "7\n", '["foo", 1]\n', "a\x00b", '["alert", {"client": 1}]\n'])
+def test_a_file_that_is_no_state_is_left_as_it_is(make, tmp_path, content):
+    state = tmp_path / "state"
+    state.write_text(content)
+    with pytest.raises(BadConfig, match="not a state file"):
+        Feed(make(), AlertBook(), AlertSinks(), Journal(state), io.StringIO())
+    assert state.read_text() == content
+
+
+def test_a_full_disk_loses_nothing_that_was_acknowledged(make, tmp_path, monkeypatch):
+    feed = Feed(make(), AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.accept(EXAMPLE[:1])
+    write = os.write
+
+    def torn(file, data):
+        if len(data) < 50:
+            raise OSError(28, "No space left on device")
+        return write(file, data[: len(data) - 49])
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", torn)
+        with pytest.raises(OSError, match="No space"):
+            feed.accept(EXAMPLE[1:2])
+        feed.score()  # goes on
+        assert feed.results.getvalue()
+    feed.accept(EXAMPLE[2:3])
+    killed(feed)
+    lines = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    assert [content for kind, content in lines if kind == "observation"] == [EXAMPLE[0], EXAMPLE[2]]
+
+
+def test_a_line_without_end_is_counted_and_the_others_go_on(make, pipeline):
+    reading, writing = os.pipe()
+    feed = Feed(make(), AlertBook(), AlertSinks(), None, io.StringIO())
+
+    def write():
+        with os.fdopen(writing, "wb") as file:
+            file.write(b"x" * 20_000_000 + b"\n" + lines_of(EXAMPLE).encode() + b'"' + b"y" * 3_000_000)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    read_lines(feed, reading, lambda: False)
+    thread.join()
+    os.close(reading)
+    feed.finish()
+    results = [json.loads(line) for line in feed.results.getvalue().splitlines()]
+    assert last_scores(results) == batch_scores(pipeline, EXAMPLE) and feed.unreadable == 2
+
+
 # ------------------------------------------------------------------------------------------------ HL7 over MLLP
 
 
@@ -500,15 +669,132 @@ def test_hl7_messages_give_the_batch_scores(mllp_feed, pipeline):
         (("ORU^R01^ORU_R01", "ADT^A01"), "AR", "not ORU"),
         (("demo-", "^^^^"), "AE", "PID-3"),
         (("ICU^1^2||||||||||||||||", "ICU^1^2||||||||||||||||^"), "AE", "PV1-19"),
-        (("|NM|", "|TX|"), "AE", "OBX-2"),
-        (("||||F", "||||X"), "AE", "OBX-11"),
-        (("|HR||", "|HR||abc"), "AE", "OBX-5"),
+        # nothing in them would be different if they were sent again
+        (("|NM|", "|TX|"), "AA", "OBX-2"),
+        (("||||F", "||||X"), "AA", "OBX-11"),
+        (("|HR||", "|HR||abc"), "AA", "OBX-5"),
     ],
 )
-def test_hl7_messages_that_cannot_be_used_are_refused_with_the_reason(mllp_feed, change, code, reason):
+def test_hl7_messages_that_cannot_be_used_are_answered_with_the_reason(mllp_feed, change, code, reason):
     row = next(row for row in EXAMPLE if row["observation_type_code"] == "HR")
     answer = mllp_feed[0].send(message_of([row]).replace(*change))
     assert str(answer.segment("MSA")(1)) == code and reason in str(answer.segment("MSA")(3))
+    assert str(answer.segment("MSA")(2)) == "1" and mllp_feed[1].accepted == 0
+
+
+def test_each_patient_of_a_message_gets_his_own(pipeline):
+    obx = "OBX|1|NM|HR||{}|/min|||||F|||20240301083000"
+    segments = ["MSH|^~\\&|L|H|R|H|20240301||ORU^R01|1|P|2.5", "PID|1||A", f"PV1|1|I{'|' * 17}a", obx.format(90)]
+    segments += ["PID|2||B", f"PV1|1|I{'|' * 17}b", obx.format(150), "PID|3||C", obx.format(160)]
+    records, left_out = mllp.observations_of(hl7.parse("\r".join(segments) + "\r"), pipeline)
+    assert [(r["client"], r["visit_id"], r["observation_value"]) for r in records] == [("A", "a", 90), ("B", "b", 150)]
+    assert left_out == ["OBX 3: PV1-19 names no visit"]  # not that of the patient before
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "date"),
+    [
+        ({}, 90.0, "2024-03-01T08:30:00"),
+        ({"now": "20240301090000+0100"}, 90.0, "2024-03-01T08:30:00+01:00"),  # the zone of the message
+        ({"now": "20240301090000+0100", "time": "202403010830-0500"}, 90.0, "2024-03-01T08:30:00-05:00"),
+        ({"time": "2024030108"}, 90.0, "2024-03-01T08:00:00"),
+        ({"time": "20240301"}, None, None),
+        ({"unit": r"{beats}\F\min"}, None, None),
+        ({"code": "WBC", "unit": r"10\S\3/uL"}, 90.0, "2024-03-01T08:30:00"),
+        ({"value": "1_00"}, None, None),
+        ({"value": "nan"}, None, None),
+        ({"value": "90~95"}, None, None),
+        ({"kind": "SN", "value": "^10^-^20"}, None, None),
+        ({"kind": "SN", "value": ">^60"}, 60.0, "2024-03-01T08:30:00"),
+        ({"status": "x"}, None, None),
+        ({"status": "C"}, 90.0, "2024-03-01T08:30:00"),
+    ],
+)
+def test_details_of_the_standard(pipeline, change, value, date):
+    said = {"now": "20240301", "time": "202403010830", "code": "HR", "kind": "NM", "value": "90", "unit": ""}
+    said |= {"status": "F"} | change
+    segments = [
+        f"MSH|^~\\&|L|H|R|H|{said['now']}||ORU^R01|1|P|2.5",
+        r"PID|1||A\T\B&x",
+        f"PV1|1|I{'|' * 17}v",
+        f"OBX|1|{said['kind']}|{said['code']}||{said['value']}|{said['unit']}|||||{said['status']}|||{said['time']}",
+    ]
+    records, left_out = mllp.observations_of(hl7.parse("\r".join(segments) + "\r"), pipeline)
+    told = [(r["observation_value"], r["observation_date"], r["client"]) for r in records]
+    assert told == ([] if value is None else [(value, date, "A&B")]) and len(left_out) == (value is None)
+
+
+def answers(port, *sent):
+    """What comes back over one connection for bytes that are sent as they are."""
+    found = []
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        for data in sent:
+            s.sendall(data)
+            answer = b""
+            while not answer.endswith(b"\x1c\r"):
+                answer += s.recv(65536) or pytest.fail("the connection was dropped")
+            segment = answer.strip(b"\x0b\x1c\r").split(b"\r")[-1]
+            found.append(segment.decode().split("|")[1:3])
+    return found
+
+
+def test_hl7_in_every_charset_and_of_any_ordinary_size(mllp_feed):
+    server, feed = mllp_feed
+    rows = next(iter(by_visit(EXAMPLE)))[:3]
+    text = message_of(rows).replace("Doe^Jane", "Müller^Jörg")
+    latin = text.replace("|P|2.5", "|P|2.5||||||8859/1").encode("latin-1")
+    report = f"OBX|99|ED|PDF||^application^pdf^Base64^{'A' * 1_000_000}||||||F\r"
+    sent = [latin, text.encode(), text.encode("latin-1"), (text + report).encode(), text.replace("\r", "\r\n").encode()]
+    assert answers(server.port, *(b"\x0b" + data + b"\x1c\r" for data in sent)) == [["AA", "1"]] * 5
+    assert feed.accepted == 5 * len(rows)
+
+
+def test_hl7_frames_that_are_too_large_or_not_begun_are_refused_by_number(mllp_feed):
+    server, _ = mllp_feed
+    good = message_of(next(iter(by_visit(EXAMPLE)))[:3])
+    large = b"\x0b" + good.encode() + b"x" * (17 << 20) + b"\x1c\r"
+    begun_twice = b"\x0b" + good[:100].encode() + b"\x0b" + good.encode() + b"\x1c\r"
+    headless = b"\x0bMSH|^~\\&|||||||||P\x1c\r"
+    sent = (large, good.encode() + b"\x1c\r", begun_twice, headless, b"\x0b" + good.encode() + b"\x1c\r")
+    assert answers(server.port, *sent) == [["AR", "1"], ["AR", "1"], ["AA", "1"], ["AR", ""], ["AA", "1"]]
+
+
+def test_hl7_that_cannot_be_kept_is_asked_for_again(mllp_feed, monkeypatch):
+    server, feed = mllp_feed
+    message = message_of(next(iter(by_visit(EXAMPLE))))
+    with monkeypatch.context() as full:
+        full.setattr(feed.journal, "_write", full_disk)
+        assert str(server.send(message).segment("MSA")(1)) == "AE"
+    assert feed.accepted == 0
+    assert str(server.send(message).segment("MSA")(1)) == "AA"
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_stop_does_not_wait_for_senders_who_stay(mllp_feed):
+    server, _ = mllp_feed
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(b"\x0b" + message_of(EXAMPLE[:3]).encode() + b"\x1c\r")
+        assert b"MSA|AA" in s.recv(4096)
+        server.end()
+        assert s.recv(4096) == b""
+
+
+def test_a_slow_webhook_keeps_nobody_waiting(make, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and never answers
+        sinks = AlertSinks(webhook=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        feed = Feed(make(), AlertBook(), sinks, Journal(tmp_path / "state"), io.StringIO())
+        feed.accept([row for row in EXAMPLE if row["observation_value"] is not None])
+        feed.score()  # would not come back
+        assert feed.alerted
+        sinks.close(patience=0.01)
+        assert sinks.failed == feed.alerted
+        feed.finish()
+    again = AlertSinks(str(tmp_path / "alerts"))
+    Feed(make(), AlertBook(), again, Journal(tmp_path / "state"), io.StringIO()).finish()
+    assert len((tmp_path / "alerts").read_text().splitlines()) == feed.alerted  # by the next process
 
 
 def test_hl7_frames_that_are_none_do_not_stop_the_others(mllp_feed):
@@ -581,3 +867,8 @@ def test_a_bad_address_and_a_missing_model_are_told(capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main([]) == 2 and "does not exist" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
+
+
+def test_options_without_effect_are_refused(capsys):
+    assert main(["--kafka", "localhost:9092", "--state", "x", "--webhook", "http://localhost"]) == 2
+    assert "--kafka goes without --webhook, --state" in capsys.readouterr().err
