@@ -7,8 +7,10 @@ Tables (another hospital's names can be mapped, see `read_mapping`):
                             reference_range_min, reference_range_max``; filled by the hospital
 ``visits``                  ``visit_id, client, sepsis_score, risk_level, scored_at``; the hospital adds visits, this
                             script fills the other three. Pending is a visit without ``sepsis_score``
-``sepsis_predictions``      ``visit_id, client, sepsis_score, risk_level, model_version, scored_at, observations``:
-                            every score ever given, with the number of observation rows it was made from
+``sepsis_predictions``      ``visit_id, client, sepsis_score, risk_level, model_version, scored_at, observations,
+                            newest_observation``: every score ever given, with the number of observation rows that it
+                            was made from and the newest one's date as the database writes it. A later score by the
+                            same model from as many rows takes the place of the earlier one
 ==========================  ==========================================================================================
 
 A batch of visits is one transaction: claim (``FOR UPDATE SKIP LOCKED`` where the database has it), read, score,
@@ -31,7 +33,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +44,7 @@ import pandas as pd
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 
-from command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, progress, run
+from command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, number, progress, run
 from feature_pipeline import (
     COLUMNS,
     DEFAULT_CONFIG,
@@ -51,6 +53,7 @@ from feature_pipeline import (
     SET_ASIDE_REASONS,
     BadObservations,
     FeaturePipelineError,
+    Observations,
     ProductionPipeline,
     as_text,
     listed,
@@ -96,12 +99,16 @@ DEFAULT_MAPPING: dict[str, dict[str, Any]] = {
                 "model_version",
                 "scored_at",
                 "observations",
+                "newest_observation",
             )
         },
     },
 }
 
+OPTIONAL_COLUMNS = (*RANGE_COLUMNS, "newest_observation")  # without the last --rescore goes by numbers of rows alone
+
 _WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+_NEWEST = sa.String(64)
 _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
 
 
@@ -177,6 +184,7 @@ def schema(
         sa.Column(c["model_version"], sa.String(64), nullable=False),
         sa.Column(c["scored_at"], _WHEN, nullable=False),
         sa.Column(c["observations"], sa.Integer(), nullable=False),
+        *(sa.Column(c[name], _NEWEST) for name in ("newest_observation",) if name in c),
         *([sa.ForeignKeyConstraint(key, visit_key)] if foreign_visits is None else []),
         sa.UniqueConstraint(*key, c["model_version"], c["observations"]),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
@@ -191,7 +199,8 @@ def read_mapping(path: str | Path | None) -> dict[str, dict[str, Any]]:
     """Other names for tables and columns, from a JSON file; what it leaves out keeps its own name.
 
     ``{"observations": {"table": "lab.results", "columns": {"visit_id": "encounter", "client": "patient"}}}``; the
-    parts are ``observations``, ``visits`` and ``predictions``. Of `RANGE_COLUMNS` null says that there is none.
+    parts are ``observations``, ``visits`` and ``predictions``. Of `OPTIONAL_COLUMNS` null says that there is none.
+    Raises `DatabaseError`.
     """
     mapping = {part: {"table": d["table"], "columns": dict(d["columns"])} for part, d in DEFAULT_MAPPING.items()}
     if path is None:
@@ -214,10 +223,21 @@ def read_mapping(path: str | Path | None) -> dict[str, dict[str, Any]]:
         mapping[part]["table"] = names.get("table", mapping[part]["table"])
         mapping[part]["columns"] |= columns
         for name in [name for name, own in columns.items() if own is None]:
-            if name not in RANGE_COLUMNS:
+            if name not in OPTIONAL_COLUMNS:
                 raise DatabaseError(f"{where}: {part!r} needs a column for {name!r}")
             del mapping[part]["columns"][name]
+        own_names = [mapping[part]["table"], *mapping[part]["columns"].values()]
+        if not all(isinstance(own, str) and own.strip() for own in own_names):
+            raise DatabaseError(f"{where}: the names of {part!r} must be texts, not empty")
+        _all_differ(own_names[1:], f"{where}: columns of {part!r}")
+    _all_differ([names["table"] for names in mapping.values()], f"{where}: tables")
     return mapping
+
+
+def _all_differ(names: Sequence[str], what: str) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise DatabaseError(f"{what} must have different names; {listed(twice)} stands twice")
 
 
 class Tables:
@@ -243,7 +263,7 @@ class Tables:
             raise DatabaseError(
                 f"the database has no table {table!r}; --init-db makes the tables, --tables maps other names"
             ) from None
-        missing = [own for name, own in columns.items() if own not in found.c and name not in RANGE_COLUMNS]
+        missing = [own for name, own in columns.items() if own not in found.c and name not in OPTIONAL_COLUMNS]
         if missing:
             raise DatabaseError(
                 f"table {table!r} has no column {listed(missing)}; it has {listed(found.c.keys(), 20)}; "
@@ -318,14 +338,17 @@ def connect(url: str | sa.URL) -> sa.Engine:
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # one predictor at a time: SQLite locks no rows
+            # one predictor at a time: SQLite locks no rows; who only reads waits for nobody
+            only_reads = connection.get_execution_options().get("only_reads")
+            connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
     if engine.dialect.name == "postgresql":
 
         @sa.event.listens_for(engine, "connect")
-        def utc(connection, _):
+        def iso_in_utc(connection, _):
             with connection.cursor() as cursor:
                 cursor.execute("SET TIME ZONE 'UTC'")
+                cursor.execute("SET DateStyle = 'ISO'")
             connection.commit()
 
     return engine
@@ -345,14 +368,28 @@ def in_words(url: sa.URL, raised: type[DatabaseError] = DatabaseError) -> Iterat
         raise raised(f"{safe_url(url)}: no connection free in time") from None
     except sa.exc.DBAPIError as error:
         raise raised(f"{safe_url(url)}: {_driver_words(error, url)}") from None
+    except sa.exc.IdentifierError as error:
+        raise raised(f"{safe_url(url)}: {error}") from None
+
+
+# What speaks of connection, rights, names, room or shutdown is told; other texts may quote data, as a trigger's may.
+_TOLD_STATES = ("08", "28", "3D", "3F", "42", "53", "57")  # classes of SQLSTATE
+_TOLD_BY_MYSQL = {1040, 1044, 1045, 1049, 1054, 1142, 1143, 1146, *range(2000, 3000)}  # the last are the client's own
 
 
 def _driver_words(error: sa.exc.DBAPIError, url: sa.URL) -> str:
     original = error.orig
-    kind, state = type(original).__name__, getattr(original, "sqlstate", None)
+    kind, state = type(original).__name__, getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+    first = original.args[0] if original.args else None
+    if state is None and isinstance(first, int):  # drivers of MySQL and MariaDB
+        state, tells = first, first in _TOLD_BY_MYSQL
+    elif state is None:  # no connection; SQLite, whose texts quote data only where they have no code of their own
+        tells = url.get_backend_name() != "sqlite" or hasattr(original, "sqlite_errorcode")
+    else:
+        tells = state[:2] in _TOLD_STATES
     name = f"{kind} {state}" if state else kind
-    # only these speak of the connection, the disk or rights; the others quote the data
-    if not isinstance(error, sa.exc.OperationalError | sa.exc.ProgrammingError | sa.exc.InterfaceError):
+    told = sa.exc.OperationalError | sa.exc.ProgrammingError | sa.exc.InterfaceError
+    if not (tells and isinstance(error, told)):
         return name
     text = " ".join(str(original).split("\n")[0].split())[:300]
     hidden = [url.password or "", *(str(value) for key, value in url.query.items() if "pass" in key)]
@@ -431,8 +468,10 @@ class DatabasePredictor:
             raise ValueError(f"batch_size is {batch_size}, expected 1 to {MOST_VISITS}")
         self.mapping = tables or DEFAULT_MAPPING
         self.batch_size, self.clock, self.monitor = batch_size, clock, monitor
-        self._use(ProductionPipeline(config_path, model_path))
         self.engine = connect(db_url)
+        self.reading = self.engine.execution_options(only_reads=True)
+        _check_monitor(monitor, self.engine.url)
+        self._use(ProductionPipeline(config_path, model_path))
         self._tables: Tables | None = None
 
     def _use(self, pipeline: ProductionPipeline) -> None:
@@ -452,7 +491,7 @@ class DatabasePredictor:
             database = self.engine.url.database
             if self.engine.dialect.name == "sqlite" and database and not Path(database).exists():
                 raise DatabaseError(f"the database file {database!r} does not exist; --init-db makes it")
-            with in_words(self.engine.url), self.engine.connect() as connection:
+            with in_words(self.engine.url), self.reading.connect() as connection:
                 self._tables = Tables(connection, self.mapping)
         return self._tables
 
@@ -469,7 +508,9 @@ class DatabasePredictor:
     ) -> RunResult:
         """Scores every pending visit that has observations, a batch a transaction.
 
-        `rescore`: visits count as pending too that have more observations than their last score was made from.
+        `rescore`: visits count as pending too that have more observations than any score was made from, or another
+        newest one. A value that was corrected in place, or an older row that came in exchange for one that went, is not
+        seen: empty the visit's ``sepsis_score`` to have it scored again.
         `dry_run`: computes, but claims and writes nothing. `advance` is told the number of visits of each batch.
 
         Raises `DatabaseError`; a `BatchUndone` tells how much was finished before.
@@ -494,14 +535,14 @@ class DatabasePredictor:
         """Pending visits, with observations or without."""
         visits = self.tables.visits
         query = sa.select(sa.func.count()).where(visits["sepsis_score"].is_(None)).select_from(visits["client"].table)
-        with in_words(self.engine.url), self.engine.connect() as connection:
+        with in_words(self.engine.url), self.reading.connect() as connection:
             return connection.execute(query).scalar_one()
 
     def _count_without_observations(self, tables: Tables) -> int:
         visits = tables.visits
         alone = ~sa.exists().where(_same_visit(tables.observations, visits))
         query = sa.select(sa.func.count()).select_from(visits["client"].table)
-        with self.engine.connect() as connection:
+        with self.reading.connect() as connection:
             return connection.execute(query.where(visits["sepsis_score"].is_(None), alone)).scalar_one()
 
     def _pass(
@@ -517,7 +558,7 @@ class DatabasePredictor:
         after: Claim | None = None
         before = result.scored
         while True:
-            with self.engine.begin() as connection:
+            with (self.reading if dry_run else self.engine).begin() as connection:
                 claims = self._claim(connection, tables, after, rescore, lock=not dry_run)
                 if not claims:
                     break
@@ -545,16 +586,18 @@ class DatabasePredictor:
         own = _same_visit(observations, visits)
         pending = sa.and_(visits["sepsis_score"].is_(None), sa.exists().where(own))
         if rescore:
-            count = sa.select(sa.func.count()).where(own).scalar_subquery()
-            last = sa.select(sa.func.max(tables.predictions["observations"])).where(
-                _same_visit(tables.predictions, visits)
-            )
-            grown = sa.and_(visits["sepsis_score"].is_not(None), count > sa.func.coalesce(last.scalar_subquery(), 0))
-            pending = sa.or_(pending, grown)
+            predictions = tables.predictions
+            up_to_date = predictions["observations"] >= sa.select(sa.func.count()).where(own).scalar_subquery()
+            if "newest_observation" in predictions:
+                newest = sa.select(_newest(observations)).where(own).scalar_subquery()
+                known_newest = predictions["newest_observation"]
+                up_to_date = sa.and_(up_to_date, sa.or_(known_newest.is_(None), known_newest == newest))
+            new = ~sa.exists().where(_same_visit(predictions, visits), up_to_date)
+            pending = sa.or_(pending, sa.and_(visits["sepsis_score"].is_not(None), sa.exists().where(own), new))
         key = visits["client"], visits["visit_id"]
         of_version = tables.predictions["model_version"] == self.pipeline.model_version
         known = sa.exists().where(_same_visit(tables.predictions, visits), of_version)
-        query = sa.select(*key, visits["sepsis_score"].is_not(None), known).where(pending).order_by(*key)
+        query = sa.select(*map(_raw, key), visits["sepsis_score"].is_not(None), known).where(pending).order_by(*key)
         if after is not None:
             query = query.where(sa.tuple_(*key) > (after.client, after.visit_id))
         if lock:  # SQLite ignores it: there BEGIN IMMEDIATE has locked all
@@ -567,34 +610,28 @@ class DatabasePredictor:
         """Rows of the predictions table for the claimed visits that can be scored; adds the others to `unusable`."""
         if not claims:
             return []
-        keys = [(claim.client, claim.visit_id) for claim in claims]
-        place = {(as_text(client), as_text(visit)): i for i, (client, visit) in enumerate(keys)}
-        table = self._read(connection, tables, keys)
-        rows = np.zeros(len(keys), dtype=np.int64)
-        for (client, visit), count in table.groupby(["client", "visit_id"], sort=False).size().items():
-            rows[place[as_text(client), as_text(visit)]] += count
+        keys = [claim[:2] for claim in claims]
+        newest = self._newest(connection, tables, keys)  # first: what comes in between is found next time
+        place, table = self._read(connection, tables, keys)
+        rows = np.bincount(place, minlength=len(keys))
         probability = np.full(len(keys), np.nan)
         try:
             observations = self.pipeline.reproducer.read(table)
-        except BadObservations as error:
-            if not error.set_aside:
-                raise
+        except BadObservations as error:  # no usable row, or the rows were deleted since the claim
             result.set_aside.update(error.set_aside)
         else:
             result.set_aside.update(observations.set_aside)
-            visit, moments, _ = resolve_snapshots(observations)
-            began = time.perf_counter()
-            scores, features = self.pipeline.evaluate(observations, visit, moments)
-            if not result.dry_run:
-                seconds = time.perf_counter() - began
-                self.prediction_log.record(observations, visit, moments, scores, features, seconds)
-            probability[list(map(place.__getitem__, observations.keys()))] = scores
+            own = observations.visit_id.astype(np.int64)
+            probability[own] = self._evaluate(observations, [keys[i] for i in own], record=not result.dry_run)
         usable = ~np.isnan(probability)
-        unusable.update(keys[i] for i in np.flatnonzero(~usable))
+        unusable.update(keys[i] for i in np.flatnonzero(~usable & (rows > 0)))
         again = [i for i, claim in enumerate(claims) if claim.scored and usable[i]]
         if again:  # another predictor may have done it between our search and our lock
             seen = self._seen(connection, tables, [keys[i] for i in again])
-            usable[again] = [rows[i] > seen.get(keys[i], 0) for i in again]
+            usable[again] = [
+                not any(n >= rows[i] and last in (None, newest.get(keys[i])) for n, last in seen.get(keys[i], []))
+                for i in again
+            ]
         levels = self.pipeline.risk_level(probability)
         moment = datetime.fromtimestamp(self.clock(), UTC).replace(tzinfo=None)
         return [
@@ -606,28 +643,81 @@ class DatabasePredictor:
                 "model_version": self.pipeline.model_version,
                 "scored_at": moment,
                 "observations": int(rows[i]),
+                **({"newest_observation": newest.get(keys[i])} if "newest_observation" in tables.predictions else {}),
             }
             for i in np.flatnonzero(usable)
         ]
 
-    def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> pd.DataFrame:
-        """The visits' observations as the driver gives them: dates and numbers are the reader's business."""
-        columns = tables.observations
-        query = sa.select(*(sa.type_coerce(column, sa.types.NullType()) for column in columns.values()))
-        # the driver's own rows: SQLAlchemy's, and a tuple a column, took longer than all the rest
-        rows = connection.execute(query.where(_among(connection, columns, keys))).cursor.fetchall()
-        return pd.DataFrame(rows, columns=list(columns))
+    def _evaluate(self, observations: Observations, keys: list[Key], record: bool) -> np.ndarray:
+        """Probabilities of the visits, whose keys are `keys`; they go to the prediction log if `record`."""
+        visit, moments, _ = resolve_snapshots(observations)
+        began = time.perf_counter()
+        scores, features = self.pipeline.evaluate(observations, visit, moments)
+        if record and self.monitor != OFF:
+            seconds = time.perf_counter() - began
+            texts = np.array([[as_text(part) for part in key] for key in keys], dtype=object)
+            named = replace(observations, client_text=texts[:, 0], visit_text=texts[:, 1])
+            self.prediction_log.record(named, visit, moments, scores, features, seconds)
+        return scores
 
-    def _seen(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, int]:
-        """The number of observations behind the last score of each of these visits."""
-        columns = tables.predictions
-        key = columns["client"], columns["visit_id"]
-        query = (
-            sa.select(*key, sa.func.max(columns["observations"]))
-            .where(_among(connection, columns, keys))
-            .group_by(*key)
+    def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> tuple[np.ndarray, pd.DataFrame]:
+        """(place in `keys` of each row's visit, the visits' observations as the driver gives them): dates and numbers
+        are the reader's business.
+
+        The rows' visits are told by these places, not by the keys of the observations: what is one key to the
+        database, as A and a, 7 and 7.0, may be two to Python, and the other way round.
+        """
+        columns = {name: column for name, column in tables.observations.items() if name not in ("client", "visit_id")}
+        given = [_raw(_as_iso(connection, column)) for column in columns.values()]
+        # the driver's own rows: SQLAlchemy's, and a tuple a column, took longer than all the rest
+        cursor = connection.execute(self._of(connection, tables, tables.observations, keys, *given)).cursor
+        driver = connection.dialect.loaded_dbapi
+        try:
+            rows = cursor.fetchall()
+        except driver.Error as error:
+            raise sa.exc.DBAPIError.instance(None, None, error, driver.Error, dialect=connection.dialect) from None
+        clients, visits, *cells = zip(*rows, strict=True) if rows else [()] * (2 + len(columns))
+        index = {key: i for i, key in enumerate(keys)}
+        place = np.array([index[key] for key in zip(clients, visits, strict=True)], dtype=np.int64)
+        table = pd.DataFrame(dict(zip(columns, map(list, cells), strict=True)))
+        # blank keys name no visit
+        named = np.array([[bool(as_text(part)) for part in key] for key in keys])
+        table["visit_id"] = np.where(named[place, 1], place, np.nan)
+        table["client"] = np.where(named[place, 0], 1.0, np.nan)
+        return place, table
+
+    def _newest(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, str]:
+        """The date of each visit's newest observation, as the database writes it."""
+        if "newest_observation" not in tables.predictions:
+            return {}
+        query = self._of(connection, tables, tables.observations, keys, _newest(tables.observations))
+        query = query.group_by(tables.visits["client"], tables.visits["visit_id"])
+        return {(client, visit): newest for client, visit, newest in connection.execute(query)}
+
+    def _seen(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, list[tuple[Any, Any]]]:
+        """(number of observations, date of the newest) behind each score that these visits have."""
+        newest = tables.predictions.get("newest_observation", sa.null())
+        query = self._of(connection, tables, tables.predictions, keys, tables.predictions["observations"], newest)
+        seen: dict[Key, list[tuple[Any, Any]]] = {}
+        for client, visit, *state in connection.execute(query):
+            seen.setdefault((client, visit), []).append(tuple(state))
+        return seen
+
+    @staticmethod
+    def _of(
+        connection: sa.Connection,
+        tables: Tables,
+        other: Mapping[str, sa.Column[Any]],
+        keys: list[Key],
+        *columns: sa.ColumnElement[Any],
+    ) -> sa.Select[Any]:
+        """Some columns of another table's rows that belong to these visits, behind the visits' own keys."""
+        visits = tables.visits
+        return (
+            sa.select(_raw(visits["client"]), _raw(visits["visit_id"]), *columns)
+            .select_from(visits["client"].table.join(other["client"].table, _same_visit(other, visits)))
+            .where(_among(connection, visits, keys))
         )
-        return {(client, visit): count for client, visit, count in connection.execute(query)}
 
     def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]], known: set[Key]) -> None:
         """Predictions and visits, two or three statements whatever their number."""
@@ -670,9 +760,16 @@ class DatabasePredictor:
         self, seconds: float, stop: threading.Event, rescore: bool = False, told: Callable[[RunResult], Any] = print
     ) -> None:
         """Scores what is pending every so many seconds until `stop`; takes up a new config or model in between."""
+        problem = ""
         while not stop.is_set():
             try:
                 self.load_if_changed()
+                problem = ""
+            except FeaturePipelineError as error:
+                if str(error) != problem:
+                    problem = str(error)
+                    log.error("error: %s; model %s goes on", error, self.pipeline.model_version)
+            try:
                 told(self.process_pending_visits(rescore))
             except (FeaturePipelineError, OSError) as error:
                 log.error("error: %s; next try in %g s", error, seconds)
@@ -681,6 +778,22 @@ class DatabasePredictor:
 
 def _same_visit(a: Mapping[str, sa.Column[Any]], b: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:
     return sa.and_(a["client"] == b["client"], a["visit_id"] == b["visit_id"])
+
+
+def _raw(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """The column as the driver gives it."""
+    return sa.type_coerce(column, sa.types.NullType())
+
+
+def _as_iso(connection: sa.Connection, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """A date as text where the driver would stumble over one: PostgreSQL has infinity, and years that Python lacks."""
+    if connection.dialect.name == "postgresql" and isinstance(column.type, sa.DateTime | sa.Date):
+        return sa.cast(column, sa.Text)
+    return column
+
+
+def _newest(observations: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[Any]:
+    return sa.cast(sa.func.max(observations["observation_date"]), _NEWEST)
 
 
 def _among(
@@ -705,6 +818,21 @@ def _skips_locked(connection: sa.Connection) -> bool:
     return True
 
 
+def _check_monitor(monitor: str, url: sa.URL) -> None:
+    """Raises `DatabaseError` where the prediction log would wait for the lock on the visits' own SQLite file."""
+    if monitor == OFF or url.get_backend_name() != "sqlite":
+        return
+    try:
+        log_url = sa.make_url(monitor)
+    except sa.exc.ArgumentError:  # told where the log is opened
+        return
+    files = [one.database for one in (log_url, url) if one.get_backend_name() == "sqlite" and one.database]
+    if len(files) == 2 and Path(files[0]).resolve() == Path(files[1]).resolve():
+        raise DatabaseError(
+            f"the prediction log cannot lie in the visits' own SQLite file {files[1]!r}; name another --monitor, or off"
+        )
+
+
 # ---------------------------------------------------------------------------------------------- the script
 
 
@@ -721,9 +849,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tables", metavar="FILE", help="JSON file with other names of tables and columns")
     parser.add_argument("--init-db", action="store_true", help="make the tables, or bring them up to date, and stop")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="visits in a transaction, at most 10000")
+    parser.add_argument(
+        "--batch-size", type=number(int, 1, MOST_VISITS), default=BATCH_SIZE, help="visits in a transaction"
+    )
     parser.add_argument("--rescore", action="store_true", help="also visits with new observations since their score")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
     parser.add_argument("--dry-run", action="store_true", help="compute, but claim and write nothing")
     parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
     return parser
@@ -732,9 +862,6 @@ def _parser() -> argparse.ArgumentParser:
 def _work(arguments: argparse.Namespace) -> int:
     if arguments.dry_run and arguments.watch is not None:
         log.error("error: --dry-run and --watch do not go together")
-        return COULD_NOT_START
-    if not 1 <= arguments.batch_size <= MOST_VISITS:
-        log.error("error: --batch-size must be from 1 to %d", MOST_VISITS)
         return COULD_NOT_START
     url = arguments.db_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     mapping = read_mapping(arguments.tables)

