@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from werkzeug.serving import make_server
+
 from api.security import new_key
 from api.settings import Settings
 from command_line import COULD_NOT_START, DONE, log, make_parser, number, run
+from feature_pipeline import BadConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -24,10 +28,9 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from api.app import create_app
+    from api.records import plain_log
 
-    if not log.handlers:  # under gunicorn nobody has set up the log yet
-        log.addHandler(logging.StreamHandler(sys.stderr))
-        log.setLevel(logging.INFO)
+    plain_log()
     globals()["app"] = create_app()
     return globals()["app"]
 
@@ -35,10 +38,13 @@ def __getattr__(name: str) -> Any:
 def serve(arguments: argparse.Namespace) -> int:
     if arguments.new_key:
         key, line = new_key(arguments.new_key)
-        log.info("the key, for the client (it is shown once): %s\nthe line for the file of SEPSIS_API_KEYS:", key)
+        # whatever the log's options are: it cannot be shown again
+        print(f"the key, for the client (it is shown once): {key}", file=sys.stderr)
+        print("the line for the file of SEPSIS_API_KEYS:", file=sys.stderr)
         print(line)
         return DONE
     from api.app import create_app
+    from api.records import share_pseudonym_key
     from api.service import NoModel
 
     settings = Settings.from_environment()
@@ -50,15 +56,25 @@ def serve(arguments: argparse.Namespace) -> int:
         "audit_log": arguments.audit_log,
     }
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    share_pseudonym_key()
     app = create_app(replace(settings, insecure=settings.insecure or arguments.insecure))
     try:
         app.service.pipeline()  # a bad model is told here, not at the first request
     except NoModel:
         return COULD_NOT_START
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    log.info("http://%s:%d (for development; use gunicorn for production)", host, arguments.port)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    app.run(host=arguments.host, port=arguments.port, threaded=True)
+    v6 = ":" in arguments.host
+    try:
+        listener = socket.create_server(
+            (arguments.host, arguments.port), family=socket.AF_INET6 if v6 else socket.AF_INET
+        )
+    except OSError as error:
+        where = f"port {arguments.port} of {arguments.host}"
+        raise BadConfig(f"{where} cannot be listened on ({error.strerror}); choose another with --port") from None
+    with listener:
+        host, port = f"[{arguments.host}]" if v6 else arguments.host, listener.getsockname()[1]
+        log.info("http://%s:%d (for development; use gunicorn for production)", host, port)
+        make_server(arguments.host, port, app, threaded=True, fd=listener.fileno()).serve_forever()
     return DONE
 
 

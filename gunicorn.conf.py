@@ -1,14 +1,16 @@
 """Defaults of `gunicorn api_server:app`; options of the command line come before them.
 
-TLS: --certfile and --keyfile. Behind a proxy that ends TLS, leave `bind` on loopback and set API keys: a proxy on this
-machine does not make its clients local.
+TLS: --certfile and --keyfile. Behind a proxy leave `bind` on loopback and set API keys: without them a proxy on this
+machine may pass for a program on this machine, and all its clients with it.
 """
 
 import contextlib
+import importlib
 import os
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 
 bind = "127.0.0.1:5000"
@@ -40,6 +42,45 @@ def on_starting(server):
     for name in os.listdir(folder):
         if name.endswith(".db"):
             os.unlink(os.path.join(folder, name))
+    prepare(server)
+
+
+def prepare(server):
+    """Settings are checked once, before workers would fail one after the other; what workers share is made here."""
+    from api.limits import check_rate_limit
+    from api.records import plain_log, share_pseudonym_key
+    from api.security import keep_keys
+    from api.settings import Settings
+    from feature_pipeline import BadConfig
+    from pseudonyms import Pseudonyms
+
+    plain_log()
+    try:
+        settings = Settings.from_environment()
+        check_rate_limit(settings)
+        keep_keys(settings.api_keys)
+        share_pseudonym_key()
+        Pseudonyms.from_environment()
+    except BadConfig as error:
+        print(f"error: {error}", file=sys.stderr)
+        on_exit(server)
+        sys.exit(2)
+    # Loaded here, they cost a renewed worker no time. Nothing is used yet: LightGBM's threads do not survive a fork.
+    for name in ("api.app", "sklearn.linear_model", "lightgbm"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def on_reload(server):
+    from api.security import keep_keys
+    from api.settings import Settings
+    from command_line import log
+    from feature_pipeline import BadConfig
+
+    try:
+        keep_keys(Settings.from_environment().api_keys)
+    except BadConfig as error:
+        log.error("error: %s; the keys stay as they were", error)
 
 
 def when_ready(server):

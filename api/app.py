@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import uuid
@@ -16,7 +17,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from api import cds_hooks, fhir, metrics
 from api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
-from api.limits import ThreadSafeMemory
+from api.limits import ThreadSafeMemory, check_rate_limit
 from api.openapi import document
 from api.records import Lines, code_places
 from api.security import Gate, Refused
@@ -41,6 +42,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """The service as a WSGI application. The model is loaded at the first request that needs it, or by
     ``app.service.pipeline()``. Raises `BadConfig` for settings that cannot be right."""
     settings = settings or Settings.from_environment()
+    check_rate_limit(settings)
     app = Flask("sepsis", static_folder=None)
     app.json.sort_keys = False
     app.settings, app.service, app.gate = settings, Service(settings), Gate(settings)
@@ -237,7 +239,24 @@ def _records(body: bytes) -> list[Any]:
     records = parse_json(body)
     if not isinstance(records, list):
         raise BadRequest(f"expected a JSON list of observations: {', '.join(COLUMNS)}")
+    for name in ("visit_id", "client"):
+        kinds = {type(row.get(name)) for row in records if type(row) is dict}
+        if not kinds <= {str, int}:
+            return [_named(row) for row in records]
     return records
+
+
+def _named(row: Any) -> Any:
+    """A row without a visit or client that is no text or number: true, a list, or 1e400, which JSON cannot answer."""
+    if not isinstance(row, dict):
+        return row
+    bad = {
+        name: None
+        for name in ("visit_id", "client")
+        if (value := row.get(name)) is not None
+        and (isinstance(value, bool) or not isinstance(value, str | int | float) or value in (math.inf, -math.inf))
+    }
+    return {**row, **bad} if bad else row
 
 
 def fhir_predict() -> Response:
@@ -282,11 +301,12 @@ def ready() -> Response:
 
 def model() -> Response:
     """What the model is, what it was trained on, and how good it was on patients that no choice was made on."""
-    config = current_app.service.pipeline().config
+    pipeline = current_app.service.pipeline()
+    config = pipeline.config
     source = training_source(config)
     return jsonify(
         {
-            "model_version": config["model_version"],
+            "model_version": pipeline.model_version,
             "feature_set": config["feature_set"],
             "n_features": len(config["feature_names"]),
             "model": config["model"]["name"],

@@ -6,7 +6,27 @@ import threading
 import time
 from typing import ClassVar
 
-from limits.storage import Storage
+from limits import parse_many
+from limits.errors import ConfigurationError
+from limits.storage import Storage, storage_from_string
+
+from api.settings import Settings
+from feature_pipeline import BadConfig
+
+
+def check_rate_limit(settings: Settings) -> None:
+    """Raises `BadConfig` for a limit or a storage that cannot be: the limit would be off, and nobody would notice."""
+    try:
+        parse_many(settings.rate_limit)
+    except ValueError:
+        raise BadConfig(f"SEPSIS_RATE_LIMIT is {settings.rate_limit!r}; expected a limit as 1200/minute") from None
+    if settings.rate_storage:
+        try:
+            storage_from_string(settings.rate_storage)
+        except (ConfigurationError, ValueError) as error:  # the URL may hold a password
+            missing = "prerequisite" in str(error)
+            why = "needs a library that is not installed (pip install redis)" if missing else "is no storage's URL"
+            raise BadConfig(f"SEPSIS_RATE_STORAGE {why}; expected redis://HOST:6379") from None
 
 
 class ThreadSafeMemory(Storage):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import secrets
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from typing import Any
 
 from api import metrics
 from command_line import log
+from pseudonyms import KEY_VARIABLE
 
 
 class Lines:
@@ -48,6 +51,24 @@ class Lines:
             os.write(file, line)
         finally:
             os.close(file)
+
+
+def plain_log() -> None:
+    """The log on stderr, for gunicorn's processes, where no script has set it up."""
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        log.setLevel(logging.INFO)
+
+
+def share_pseudonym_key() -> None:
+    """Makes a key where none is set: both logs, and all workers that are forked, then have one name for a visit."""
+    if not os.environ.get(KEY_VARIABLE):
+        os.environ[KEY_VARIABLE] = secrets.token_urlsafe(32)
+        log.info(
+            "%s is not set: the names of visits in the audit log and the prediction log hold for this run only, and "
+            "cannot be joined to visits or outcomes later",
+            KEY_VARIABLE,
+        )
 
 
 def code_places(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import re
 import secrets
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
 from flask import Request
@@ -20,6 +21,7 @@ HOW_TO_SET_A_KEY = (
 )
 SEND_THE_KEY = "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+EXPECTED = "name:sha256, a line as `python api_server.py --new-key NAME` prints"
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
@@ -51,31 +53,49 @@ def read_keys(source: str) -> dict[str, str]:
     if not source:
         return {}
     lines, where = source.split(","), "SEPSIS_API_KEYS"
-    if not re.search(r":[0-9a-f]{64}", source):
-        where = f"key file {source!r}"
+    if not re.search(r":[0-9a-fA-F]{64}", source):
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise BadConfig(f"{where} cannot be read ({error.strerror})") from None
+            data = Path(source).read_bytes()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or "no file's name"
+            # it may be a key, which must not be shown
+            raise BadConfig(f"SEPSIS_API_KEYS names no file that can be read ({why}); expected {EXPECTED}") from None
+        where = f"key file {source!r}"
+        try:  # Windows writes UTF-16, and marks in front
+            lines = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise BadConfig(f"{where} is no text in UTF-8; expected {EXPECTED}") from None
     keys = {}
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})", line)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-fA-F]{64})", line)
         if not match:
-            raise BadConfig(f"{where}, line {number}: expected name:sha256, as `python api_server.py --new-key` prints")
-        keys[match[2]] = match[1]
+            raise BadConfig(f"{where}, line {number}: expected {EXPECTED}")
+        keys[match[2].lower()] = match[1]
     if not keys:
         raise BadConfig(f"{where} holds no key; make one with `python api_server.py --new-key NAME`")
     return keys
+
+
+_kept: dict[str, dict[str, str]] = {}  # of each source, in gunicorn's master and the workers that it forks
+
+
+def keep_keys(source: str) -> None:
+    """Reads the keys for all workers to come; what was kept stays where that fails. Raises as `read_keys`.
+
+    A worker that is renewed at some time must not meet a file that somebody is editing just then.
+    """
+    _kept[source] = read_keys(source)
 
 
 class Gate:
     """Tells who a request comes from, or refuses it."""
 
     def __init__(self, settings: Settings):
-        self.keys = read_keys(settings.api_keys)
+        kept = _kept.get(settings.api_keys)
+        self.keys = read_keys(settings.api_keys) if kept is None else kept
         self.open_to_all = settings.insecure
 
     def client(self, request: Request) -> str:
@@ -105,9 +125,11 @@ class Gate:
 def is_local(request: Request) -> bool:
     """Does the request come from a program on this machine?
 
-    A proxy on this machine speaks for others, and a browser may be tricked into asking under another name for this
-    machine's address; neither counts as local.
+    A browser may be tricked into asking under another name for this machine's address, and a proxy speaks for others:
+    what shows either is not local. Not every proxy shows itself, so behind one there must be keys.
     """
+    if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":  # as nginx asks, unless told otherwise
+        return False
     try:
         address = ipaddress.ip_address(request.remote_addr or "")
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ class Service:
     def _use(self, pipeline: ProductionPipeline) -> None:
         log_ = PredictionLog.open(self.settings.monitor_url or None, pipeline, "api")
         self._deployed, self._problem = Deployed(pipeline, log_), ""
+        # when the last request that uses it has gone; not at the end of the process
+        weakref.finalize(self._deployed, log_.close).atexit = False
         metrics.MODEL.labels(pipeline.model_version).set(1)
         log.info("model %s is loaded", pipeline.model_version)
 
@@ -290,7 +293,9 @@ class Scored:
         ]
 
     def reasons(self, top: int) -> tuple[list[list[dict[str, Any]]], str | None]:
-        """Each visit's strongest features (``feature, value, contribution``), and a remark where there are none."""
+        """Each visit's strongest features (``feature, value, contribution``), and a remark where there are none. Raises
+        `TooMuch`."""
+        self._limit(top, "reasons")
         of_visit: list[list[dict[str, Any]]] = [[] for _ in self.levels]
         try:
             table = self.pipeline.explain(self.observations, min(top, MOST_REASONS))
@@ -307,10 +312,7 @@ class Scored:
     def trajectories(self, points: int) -> list[list[dict[str, Any]]]:
         """Each visit's score at up to `points` of its own times, the last among them. Raises `TooMuch`."""
         o, points = self.observations, min(points, MOST_POINTS)
-        if o.n_visits * points > self.most_snapshots:
-            raise TooMuch(
-                f"{o.n_visits:,} visits at {points} moments; a request may ask {self.most_snapshots:,} scores"
-            )
+        self._limit(points, "moments")
         visits, moments = [], []
         for visit in np.flatnonzero(~np.isnan(self.probability)):
             first, last = o.group_start[o.visit_group_start[visit]], o.group_start[o.visit_group_start[visit + 1]]
@@ -325,6 +327,11 @@ class Scored:
             for v, time_, p in zip(visit.tolist(), iso_times(moment), scores, strict=True):
                 out[v].append({"as_of": time_, "sepsis_probability": p})
         return out
+
+    def _limit(self, n: int, what: str) -> None:
+        if self.observations.n_visits * n > self.most_snapshots:
+            visits = f"{self.observations.n_visits:,} visits"
+            raise TooMuch(f"{visits} with {n} {what} each; a request may ask for {self.most_snapshots:,} in all")
 
     def set_aside(self) -> dict[str, Any]:
         return described_set_aside(self.observations.set_aside, self.observations.set_aside_rows)

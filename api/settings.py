@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -42,7 +43,7 @@ class Settings:
                     raise BadConfig(f"{name} is {text!r}; expected 1 or 0")
                 values[field.name] = text.lower() in ("1", "yes", "true")
             elif field.type == "int":
-                if not text.isdigit() or int(text) < 1:
+                if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
                     raise BadConfig(f"{name} is {text!r}; expected a whole number from 1")
                 values[field.name] = int(text)
             else:

@@ -22,11 +22,12 @@ from schemathesis.specs.openapi.checks import (
 from api import fhir
 from api.app import create_app
 from api.limits import ThreadSafeMemory
-from api.security import new_key, read_keys
+from api.security import keep_keys, new_key, read_keys
 from api.settings import Settings
 from artifacts import write_atomic
 from command_line import log
 from feature_pipeline import BadConfig, ProductionPipeline
+from prediction_log import PredictionLog
 from tests.test_api_server import until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,25 @@ def test_too_large_requests_are_refused(make_client, changes):
     assert answer.status_code == 413 and answer.get_json()["status"] == "error"
 
 
+@pytest.mark.parametrize("query", ["explain=3", "trajectory=3"])
+def test_more_details_than_the_limit_allows_are_refused(make_client, query):
+    client = make_client(max_visits=20)  # the request has 8
+    assert client.post(f"/predict?{query}", json=EXAMPLE).status_code == 413
+    assert client.post(f"/predict?{query.replace('3', '2')}", json=EXAMPLE).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["visit_id", "client"])
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "true", "[1]", '{"a": 1}'])
+def test_visits_are_named_by_text_or_numbers(client, name, value):
+    row = json.dumps({**EXAMPLE[0], name: "HERE"}).replace('"HERE"', value)
+    body = f"{json.dumps(EXAMPLE)[:-1]}, {row}]"
+    answer = client.post("/predict", data=body, content_type="application/json")
+    assert "Infinity" not in answer.get_data(as_text=True) and len(answer.get_json()["predictions"]) == 8
+    (reason,) = answer.get_json()["set_aside"]["reasons"]
+    assert reason["reason"] == {"visit_id": "no_visit", "client": "no_client"}[name]
+    assert reason["first_rows"] == [len(EXAMPLE)]
+
+
 @pytest.mark.parametrize("query", ["explain=-1", "explain=21", "explain=a", "trajectory=101"])
 def test_options_out_of_range_are_refused(client, query):
     assert client.post(f"/predict?{query}", json=EXAMPLE).status_code == 422
@@ -230,7 +250,8 @@ def test_another_model_is_taken_up_while_the_service_runs(make_client, models_di
     monkeypatch.setattr("api.service.LOOK_SECONDS", -1)
     folder = shutil.copytree(models_dir, tmp_path / "models")
     path = folder / "best_model_config.json"
-    config = json.loads(path.read_text())
+    config, closed, close = json.loads(path.read_text()), [], PredictionLog.close
+    monkeypatch.setattr(PredictionLog, "close", lambda log_: closed.append(log_._pipeline.model_version) or close(log_))
     client = make_client(config=str(path), model=str(folder / "best_model.pkl"))
 
     def answered():
@@ -245,6 +266,7 @@ def test_another_model_is_taken_up_while_the_service_runs(make_client, models_di
     for _ in range(20):
         assert answered() == "another"  # what cannot be loaded changes nothing
     database = sqlite3.connect(tmp_path / "log.db")
+    until(lambda: closed == [config["model_version"]], "the log of the old model is closed")
     logged = database.execute("select model_version, count(*) from predictions group by 1").fetchall()
     assert dict(logged).keys() == {config["model_version"], "another"}
     database.close()
@@ -284,6 +306,11 @@ def test_a_proxy_or_a_rebound_name_does_not_make_a_client_local(client, header):
     assert client.post("/predict", json=EXAMPLE, headers=header, environ_base=LOCAL).status_code == 401
 
 
+def test_a_request_as_nginx_makes_it_by_itself_is_not_local(client):
+    asked = {**LOCAL, "SERVER_PROTOCOL": "HTTP/1.0"}
+    assert client.post("/predict", json=EXAMPLE, environ_overrides=asked).status_code == 401
+
+
 def test_insecure_answers_everybody(make_client):
     assert make_client(insecure=True).post("/predict", json=EXAMPLE, environ_base=AFAR).status_code == 200
 
@@ -302,11 +329,44 @@ def test_keys_open_the_service_from_anywhere(make_client, tmp_path):
     assert key not in (tmp_path / "access.jsonl").read_text() + keys.read_text()
 
 
-@pytest.mark.parametrize("text", ["", "ward:1234", "a b:" + "0" * 64])
-def test_bad_key_files_are_refused(tmp_path, text):
-    (tmp_path / "keys").write_text(text)
+@pytest.mark.parametrize("data", [b"", b"ward:1234", b"a b:" + b"0" * 64, b"\xff\xfe\x00", b"ward:\xe4"])
+def test_bad_key_files_are_refused(tmp_path, data):
+    (tmp_path / "keys").write_bytes(data)
     with pytest.raises(BadConfig, match="key"):
         read_keys(str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_key_files_as_windows_writes_them(tmp_path, encoding):
+    _, line = new_key("ward")
+    (tmp_path / "keys").write_text(line.upper() + "\r\n", encoding=encoding)
+    assert read_keys(str(tmp_path / "keys")) == {line.partition(":")[2]: "WARD"} == read_keys(line.upper())
+
+
+@pytest.mark.parametrize("source", ["sepsis_secret", "ward:sepsis_secret", "ward:sepsis_secret," + "x:" + "0" * 64])
+def test_a_key_in_the_wrong_place_is_not_shown(source):
+    with pytest.raises(BadConfig) as caught:
+        read_keys(source)
+    assert "secret" not in str(caught.value)
+
+
+def test_kept_keys_outlast_a_damaged_file(make_client, tmp_path, monkeypatch):
+    monkeypatch.setattr("api.security._kept", {})
+    key, line = new_key("ward")
+    keys = tmp_path / "keys"
+    keys.write_text(line)
+    keep_keys(str(keys))
+    keys.write_text("damaged")
+    with pytest.raises(BadConfig):
+        keep_keys(str(keys))
+    client = make_client(api_keys=str(keys))
+    assert client.post("/predict", json=EXAMPLE, headers={"X-API-Key": key}).status_code == 200
+
+
+@pytest.mark.parametrize("changes", [{"rate_limit": x} for x in ("abc", "", "2")] + [{"rate_storage": "none://x"}])
+def test_a_rate_limit_that_would_be_none_is_refused(make_client, changes):
+    with pytest.raises(BadConfig, match="SEPSIS_RATE"):
+        make_client(**changes)
 
 
 def test_too_many_requests_are_told_when_to_come_back(make_client):
@@ -382,7 +442,8 @@ def test_pages_load_nothing_from_elsewhere(client):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("SEPSIS_MAX_ROWS", "many"), ("SEPSIS_MAX_ROWS", "0"), ("SEPSIS_INSECURE", "perhaps")]
+    ("name", "value"),
+    [("SEPSIS_MAX_ROWS", "many"), ("SEPSIS_MAX_ROWS", "0"), ("SEPSIS_MAX_ROWS", "²"), ("SEPSIS_INSECURE", "perhaps")],
 )
 def test_settings_that_cannot_be_right_are_refused(name, value):
     with pytest.raises(BadConfig, match=name):
@@ -746,6 +807,12 @@ def test_cds_failures_are_no_advice_that_all_is_well(client, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI, metrics
+
+
+def test_a_model_without_a_version_is_described(client, monkeypatch):
+    pipeline = client.application.service.pipeline()
+    monkeypatch.setattr(pipeline, "config", {k: v for k, v in pipeline.config.items() if k != "model_version"})
+    assert client.get("/model").get_json()["model_version"] == pipeline.model_version
 
 
 def test_metrics_count_what_was_answered(client):

@@ -10,6 +10,7 @@ import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from api import workers
+from api.security import new_key
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"
@@ -49,7 +51,7 @@ def until(condition, what):
 class Server:
     """gunicorn on loopback, with a models directory of its own."""
 
-    def __init__(self, folder, models_dir, *options):
+    def __init__(self, folder, models_dir, *options, **settings):
         self.models, self.port, self.folder = folder / "models", free_port(), folder
         shutil.copytree(models_dir, self.models)
         env = {
@@ -61,6 +63,7 @@ class Server:
             "SEPSIS_MONITOR_URL": f"sqlite:///{folder}/log.db",
             "SEPSIS_ACCESS_LOG": "",
             "TMPDIR": str(folder),
+            **settings,
         }
         env.pop("PROMETHEUS_MULTIPROC_DIR", None)
         command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", f"127.0.0.1:{self.port}", *options]
@@ -372,14 +375,80 @@ def test_clients_that_stall_are_cut_off(waiting_worker, came):
 
 
 def test_the_prediction_log_has_what_was_answered(server):
-    import sqlite3
-
     with contextlib.closing(sqlite3.connect(server.folder / "log.db")) as database:
         count = lambda: database.execute("select count(*) from predictions").fetchone()[0]  # noqa: E731
         before = count()
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: server.predict(), range(24)))
         assert count() - before == sum(len(body["predictions"]) for _, body in answers) == 24 * 8
+
+
+def test_all_workers_and_both_logs_have_one_name_for_a_visit(server):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: server.predict(), range(24)))
+    lines = [json.loads(line) for line in (server.folder / "audit.jsonl").read_text().splitlines()]
+    audited = {name for line in lines for name in line["visit_pseudonyms"]}
+    with contextlib.closing(sqlite3.connect(server.folder / "log.db")) as database:
+        logged = {name for (name,) in database.execute("select distinct visit from predictions")}
+    assert audited == logged and len(logged) == 8
+
+
+def test_a_bad_line_in_the_key_file_ends_nothing(models_dir, tmp_path):
+    (first, line), (second, other) = new_key("ward-1"), new_key("ward-2")
+    keys = tmp_path / "keys"
+    keys.write_text(line)
+    server = Server(tmp_path, models_dir, SEPSIS_API_KEYS=str(keys))
+
+    def status(key):
+        return server.request("/predict", EXAMPLE.read_bytes(), **{"X-API-Key": key})[0]
+
+    try:
+        keys.write_text(f"{line}\nward-2 without a key")
+        old = server.workers()
+        for worker in old:  # as if renewed
+            os.kill(worker, signal.SIGTERM)
+        until(lambda: len(server.workers() - old) == 2 and not server.workers() & old, "new workers")
+        until(lambda: server.get("/ready")[0] == 200, "the new ones are ready")
+        assert status(first) == 200
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: b"keys stay as they were" in (tmp_path / "log").read_bytes(), "it is told")
+        assert status(first) == 200
+        keys.write_text(f"{line}\n{other}")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: status(second) == 200, "the new key is known")
+        assert b"Traceback" not in (tmp_path / "log").read_bytes()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("door", ["gunicorn", "script"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SEPSIS_RATE_LIMIT", "abc"),
+        ("SEPSIS_RATE_STORAGE", "nothing://user:password@host"),
+        ("SEPSIS_API_KEYS", "sepsis_password"),
+        ("SEPSIS_PSEUDONYM_KEY", "password"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(door, name, value, tmp_path):
+    command = [sys.executable, "api_server.py", "--port", "0"]
+    if door == "gunicorn":
+        command = [sys.executable, "-m", "gunicorn", "-b", "127.0.0.1:0", "api_server:app"]
+    env = {**os.environ, "TMPDIR": str(tmp_path), "SEPSIS_PSEUDONYM_KEY": "k" * 32, name: value}
+    env.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    errors = [line for line in done.stderr.splitlines() if not re.match(r"\[.*\[INFO\]", line)]
+    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith(f"error: {name}")
+    assert "password" not in errors[0] and not list(tmp_path.glob("sepsis-metrics-*"))
+
+
+def test_the_script_tells_that_a_port_is_taken(config_path, model_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "api_server.py", "--port", str(taken.getsockname()[1]), "--monitor", "off"]
+        command += ["--config", str(config_path), "--model", str(model_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "choose another with --port" in done.stderr and "Traceback" not in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------- browser
@@ -464,7 +533,9 @@ def test_a_person_looks_at_the_service(page, pipeline):
 
 def test_the_script_makes_keys_and_refuses_a_missing_model(tmp_path):
     command = [sys.executable, str(ROOT / "api_server.py")]
-    made = subprocess.run([*command, "--new-key", "ward"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    made = subprocess.run(
+        [*command, "--new-key", "ward", "--quiet"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert re.fullmatch(r"ward:[0-9a-f]{64}\n", made.stdout) and re.search(r"sepsis_\S{43}", made.stderr)
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2 and "error: " in failed.stderr and "Traceback" not in failed.stderr
