@@ -79,6 +79,10 @@ class NotExplainable(FeaturePipelineError):
     code = "not_explainable"
 
 
+class UnfinishedSwitchWarning(UserWarning):
+    """Config and model file are of two archived versions; the config's is served, from the archive."""
+
+
 class MissingCodesWarning(UserWarning):
     """Codes that nearly every visit had in training are absent from the data to be scored."""
 
@@ -213,6 +217,7 @@ SET_ASIDE_REASONS = {
     "no_visit": "no visit_id",
     "no_client": "no client",
     "no_code": "no observation_type_code",
+    "not_utf8": "visit_id, client or observation_type_code is not UTF-8 text",
     "no_date": "no observation_date",
     "bad_date": "observation_date is not an ISO 8601 date between 1900 and 2299",
     "no_value": "no observation_value",
@@ -375,7 +380,8 @@ def read_observations(
 
     Rows that cannot be used are set aside and counted by reason (`SET_ASIDE_REASONS`); exact duplicates count
     once. ``<0.5`` and ``>200`` count as their number. Dates with a zone are converted to UTC, dates without are
-    taken as UTC. `synonyms` maps further codes to concept names.
+    taken as UTC. Bytes that are no UTF-8 cost the rows whose visit, client or code has them: with them replaced, two
+    patients might become one. `synonyms` maps further codes to concept names.
 
     Raises `BadObservations` when a column is missing, the file cannot be read, or no row at all is usable.
     """
@@ -462,11 +468,20 @@ def _read_records(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[
     return table, len(records) - len(rows)
 
 
+_WHOLE_FLOAT = re.compile(r"(0|-?[1-9][0-9]{0,15})\.0", re.ASCII)  # as a column of floats is written; 007.0 is not
+
+
 def as_text(value: Any) -> str:
-    """7, 7.0 and "7" are the same visit: a column of whole numbers with a gap arrives as floats."""
+    """7, 7.0, "7" and "7.0" are the same visit: a column of whole numbers with a gap arrives as floats, or was written
+    as floats. Any other text stays as it is.
+
+    >>> as_text(7.0), as_text("7.0"), as_text("007"), as_text("7.00")
+    ('7', '7', '007', '7.00')
+    """
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
-    return str(value).strip()
+    text = str(value).strip()
+    return text[:-2] if text.endswith(".0") and _WHOLE_FLOAT.fullmatch(text) else text
 
 
 Column = pd.Series | list[Any]  # of a frame, or of records
@@ -491,12 +506,29 @@ def _is_empty(cell: Any) -> bool:
     return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell.strip()) or cell != cell
 
 
+_EMPTY, _UNDECODED = -1, -2
+_NO_CHARACTER = re.compile("[\ufffd\ud800-\udfff]")  # what stands for bytes that are no UTF-8, in files and in JSON
+
+
 def text_places(column: Column) -> tuple[np.ndarray, list[str]]:
-    """(index of each row's text, -1 where empty; the distinct texts in order of appearance)."""
+    """(index of each row's text, -1 where empty or not UTF-8; the distinct texts in order of appearance)."""
+    index, texts = _text_places(column)
+    return np.maximum(index, -1), texts
+
+
+def _text_places(column: Column) -> tuple[np.ndarray, list[str]]:
+    """As `text_places`, with `_EMPTY` and `_UNDECODED` told apart."""
     index, cells = _distinct(column)
     place: dict[str, int] = {}
-    merged = [-1 if _is_empty(cell) else place.setdefault(as_text(cell), len(place)) for cell in cells]
-    return np.asarray(merged, dtype=np.int64)[index], list(place)
+    merged = [_EMPTY if _is_empty(cell) else place.setdefault(as_text(cell), len(place)) for cell in cells]
+    index = np.asarray(merged, dtype=np.int64)[index]
+    texts = list(place)
+    undecoded = [not text.isascii() and _NO_CHARACTER.search(text) is not None for text in texts]
+    if any(undecoded):
+        kept = ~np.array(undecoded)
+        index = np.append(np.where(kept, np.cumsum(kept) - 1, _UNDECODED), _EMPTY)[index]
+        texts = [text for text, keep in zip(texts, kept, strict=True) if keep]
+    return index, texts
 
 
 def parse_times(column: Column) -> tuple[np.ndarray, np.ndarray]:
@@ -536,6 +568,8 @@ def _date_text(cell: Any) -> Any:
     """What may be a date: 2024 and 2024-01 are ISO 8601, but no moment of a measurement."""
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         cell = str(cell)
+    if isinstance(cell, np.datetime64):
+        cell = pd.Timestamp(cell)
     if isinstance(cell, str):
         cell = cell.strip()
         if len(cell) > 26:  # beyond microseconds one long fraction would make all dates nanoseconds, until 2262 only
@@ -593,19 +627,20 @@ def _validate(
     table: pd.DataFrame | dict[str, list[Any]], malformed: int, where: str, synonyms: Mapping[str, str] | None
 ) -> Observations:
     n_rows = len(table["visit_id"])
-    visit_index, visit_texts = text_places(table["visit_id"])
-    client_index, client_texts = text_places(table["client"])
-    code_index, codes = text_places(table["observation_type_code"])
+    visit_index, visit_texts = _text_places(table["visit_id"])
+    client_index, client_texts = _text_places(table["client"])
+    code_index, codes = _text_places(table["observation_type_code"])
+    undecoded = (visit_index == _UNDECODED) | (client_index == _UNDECODED) | (code_index == _UNDECODED)
     time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
-    low, high = (np.where(np.isfinite(bound), bound, np.nan) for bound in (low, high))
+    with np.errstate(invalid="ignore"):  # a bound that no value may reach is none
+        low, high = (np.where(np.abs(bound) <= LARGEST, bound, np.nan) for bound in (low, high))
 
     # codes in sorted order, whatever order they came in
     order = sorted(range(len(codes)), key=codes.__getitem__)
-    rank = np.empty(len(codes) + 1, dtype=np.int64)
+    rank = np.full(len(codes) + 2, -1)  # the last two are of rows without a code
     rank[order] = np.arange(len(codes))
-    rank[-1] = -1
     code_index = rank[code_index]
     codes = [codes[i] for i in order]
     concepts = [concept_of(code, synonyms) for code in codes]
@@ -616,9 +651,10 @@ def _validate(
     with np.errstate(invalid="ignore"):
         odd_range = ~(low < high) & ~np.isnan(low) & ~np.isnan(high)
         problems = {
-            "no_visit": visit_index < 0,
-            "no_client": client_index < 0,
-            "no_code": code_index < 0,
+            "no_visit": visit_index == _EMPTY,
+            "no_client": client_index == _EMPTY,
+            "no_code": (code_index < 0) & ~undecoded,
+            "not_utf8": undecoded,
             "no_date": date_empty,
             "bad_date": time == NO_TIME,
             "no_value": value_empty,
@@ -934,6 +970,14 @@ class Statistic:
 STATISTICS: dict[str, Statistic] = {}
 
 
+def _quotient(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """`above` / `below`; NaN outside `where`, and beyond `LARGEST`: scikit-learn's trees refuse what is no float32."""
+    with np.errstate(over="ignore"):
+        quotient = np.divide(above, below, out=np.full(len(below), np.nan), where=where)
+    quotient[np.abs(quotient) > LARGEST] = np.nan
+    return quotient
+
+
 def statistic(block: str, name: str, windowed: bool = False, empty: float = np.nan):
     def declare(function):
         STATISTICS[name] = Statistic(name, block, function, windowed, empty)
@@ -985,7 +1029,7 @@ def _slope(s: Segments) -> np.ndarray:
     off = hours - s.spread(s.total(hours) / s.count)
     across = s.total(off * off)
     one_time = s._observations.time[s.begin] == s._observations.time[s.end - 1]
-    return np.divide(s.total(off * s.deviation), across, out=np.full(len(across), np.nan), where=~one_time)
+    return _quotient(s.total(off * s.deviation), across, ~one_time)
 
 
 @statistic("trend", "change")
@@ -1029,14 +1073,14 @@ def _gap(s: Segments) -> np.ndarray:
 def _outside(s: Segments) -> np.ndarray:
     """How far the last value lies outside its own reference range, in range widths: negative below, 0 inside.
 
-    With one bound alone the width is that bound's size. NaN without a range, or where the width is 0.
+    With one bound alone the width is that bound's size. NaN without a range, or where the width is (next to) 0.
     """
     row = s.end - 1
     low, high = s._observations.low[row], s._observations.high[row]
     no_low, no_high = np.isnan(low), np.isnan(high)
     width = np.where(no_low, np.abs(high), np.where(no_high, np.abs(low), high - low))
     distance = np.where(s.last < low, s.last - low, np.where(s.last > high, s.last - high, 0.0))
-    return np.divide(distance, width, out=np.full(len(width), np.nan), where=width > 0)
+    return _quotient(distance, width, width > 0)
 
 
 @statistic("reference", "share_below")
@@ -1297,7 +1341,7 @@ def _partial_sofa(c: Concepts):
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    return _quotient(above, below, below > 0)
 
 
 @clinical("shock_index")
@@ -1568,28 +1612,83 @@ class FeaturePlan:
 
 # ------------------------------------------------------------------------------------ configuration, snapshots
 
-_CONFIG_KEYS = {
-    "feature_set": str,
-    "blocks": list,
-    "windows": list,
-    "codes": list,
-    "synonyms": dict,
-    "feature_names": list,
-    "model": dict,
-    "risk_thresholds": dict,
-    "decision_threshold": float | int,
-    "golden": dict,
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_thresholds(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"medium", "high"}
+        and all(map(_is_number, value.values()))
+        and 0 < value["medium"] < value["high"] < 1
+    )
+
+
+def _is_golden(value: Any) -> bool:
+    """Observations and a probability (null before training) of one visit, each feature a number or null."""
+    if not isinstance(value, dict) or not {"observations", "features", "probability"} <= set(value):
+        return False
+    rows, probability = value["features"], value["probability"]
+    return (
+        isinstance(value["observations"], list)
+        and isinstance(rows, list)
+        and len(rows) == 1
+        and isinstance(rows[0], list)
+        and all(v is None or _is_number(v) for v in rows[0])
+        and (probability is None or (isinstance(probability, list) and list(map(_is_share, probability)) == [True]))
+    )
+
+
+# What a config must hold: key -> (does a value do?, what it has to be).
+_CONFIG_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "feature_set": (lambda v: isinstance(v, str), "a text"),
+    "blocks": (_are_texts, "a list of texts"),
+    "windows": (
+        lambda v: isinstance(v, list) and all(type(w) is int and 0 < w < 100_000 for w in v),
+        "a list of whole hours",
+    ),
+    "codes": (_are_texts, "a list of texts"),
+    "feature_names": (lambda v: _are_texts(v) and len(v) > 0, "a list of texts, not empty"),
+    "model": (lambda v: isinstance(v, dict) and isinstance(v.get("name"), str), "a model configuration with its name"),
+    "risk_thresholds": (_are_thresholds, "0 < medium < high < 1"),
+    "decision_threshold": (_is_share, "a number from 0 to 1"),
+    "golden": (_is_golden, "one visit's observations, features and probability, as search and training wrote them"),
 }
+# What it may lack or have as null; `model_version` names a folder of the archive.
+_OPTIONAL_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "fill_value": (_is_number, "a number or null"),
+    "model_version": (lambda v: isinstance(v, str) and Path(v).name == v, "the name of a version or null"),
+    "model_sha256": (lambda v: isinstance(v, str), "a text or null"),
+    "code_prevalence": (lambda v: isinstance(v, dict) and all(map(_is_share, v.values())), "a share for each code"),
+    "seed": (lambda v: type(v) is int and v >= 0, "a whole number from 0"),
+    "metrics": (lambda v: isinstance(v, dict), "figures by name"),
+    "decision_sensitivity": (_is_share, "a number from 0 to 1"),
+    "loss_without_code": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "a number for each code"),
+}
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """Reads and checks ``best_model_config.json``. Raises `BadConfig` with what is wrong and what to do."""
     where = f"config {str(path)!r}"
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise BadConfig(f"{where} does not exist; run generate_features.py first") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadConfig(f"{where} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict) or "schema_version" not in config:
         raise BadConfig(f"{where} has no schema_version; it was not written by generate_features.py")
@@ -1598,24 +1697,26 @@ def load_config(path: str | Path) -> dict[str, Any]:
             f"{where} has schema version {config['schema_version']!r}, this code reads version {SCHEMA_VERSION}; "
             "search and train again, or use the code the config was made with"
         )
-    for key, kind in _CONFIG_KEYS.items():
-        if not isinstance(config.get(key), kind):
-            raise BadConfig(f"{where}: {key!r} is missing or of the wrong type; search and train again")
-    fill = config.get("fill_value")
-    if not (fill is None or (isinstance(fill, int | float) and not isinstance(fill, bool))):
-        raise BadConfig(f"{where}: 'fill_value' must be a number or null")
-    levels = config["risk_thresholds"]
-    if not (
-        set(levels) == {"medium", "high"}
-        and all(isinstance(v, int | float) for v in levels.values())
-        and 0 < levels["medium"] < levels["high"] < 1
-    ):
-        raise BadConfig(f"{where}: 'risk_thresholds' must hold 0 < medium < high < 1")
-    if not {"observations", "features", "probability"} <= set(config["golden"]):
-        raise BadConfig(f"{where}: 'golden' lacks its observations, features or probability; search and train again")
-    if not config["feature_names"]:
-        raise BadConfig(f"{where}: 'feature_names' is empty")
+    for key, (does, expected) in (_CONFIG_KEYS | _OPTIONAL_KEYS).items():
+        absent = config.get(key) is None
+        if (absent and key in _CONFIG_KEYS) or (not absent and not does(config[key])):
+            found = "is missing" if absent else "is not as it must be"
+            raise BadConfig(f"{where}: {key!r} {found}; expected {expected}; search and train again")
+    if config["model"].get("fill_value") != config.get("fill_value"):
+        raise BadConfig(f"{where}: 'fill_value' is not the model's own; search and train again")
+    check_synonyms(config.get("synonyms"), where)
     return config
+
+
+def check_synonyms(synonyms: Any, where: str) -> None:
+    """Raises `BadConfig` unless `synonyms` maps codes to names of `CONCEPTS`."""
+    if not isinstance(synonyms, dict) or not all(isinstance(name, str) for name in synonyms.values()):
+        raise BadConfig(f"{where}: 'synonyms' must map codes to names of concepts")
+    for code, name in synonyms.items():
+        if name not in CONCEPT:
+            raise BadConfig(
+                f"{where}: synonym {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}"
+            )
 
 
 def training_source(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -1811,6 +1912,11 @@ class Classifier:
         return np.log(probability / (1 - probability))
 
 
+def names_sha256(names: Sequence[str]) -> str:
+    """SHA-256 of feature names in their order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+
+
 class ScoreModel:
     """What ``best_model.pkl`` holds: fitted members, whose log-odds are averaged, and a calibration.
 
@@ -1848,6 +1954,8 @@ class ScoreModel:
                 f"{type(silent[0].estimator).__name__}"
             )
         features = np.ascontiguousarray(features)
+        if not len(features):  # LightGBM refuses them
+            return np.empty_like(features)
         total = self.members[0].contributions(features)
         for member in self.members[1:]:
             total = total + member.contributions(features)
@@ -1858,7 +1966,10 @@ class ProductionPipeline:
     """Observations to probability of sepsis, with the deployed config and model.
 
     Loading checks the model file's SHA-256 before it is unpickled and recomputes the config's golden example:
-    whatever would give other numbers than training refuses to start (`BadConfig`, `BadModel`).
+    whatever would give other numbers than training refuses to start (`BadConfig`, `BadModel`). While another version is
+    deployed its model file stands before its config; whoever loads then, or after such a deployment was cut short, gets
+    the config's model from the archive and an `UnfinishedSwitchWarning`. A model file that no archived version has is
+    never passed over.
     """
 
     def __init__(self, config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL):
@@ -1881,16 +1992,20 @@ class ProductionPipeline:
             content = path.read_bytes()
         except OSError as error:
             raise BadModel(f"{where} cannot be read ({error.strerror}); run train_best_model.py --full") from None
-        if hashlib.sha256(content).hexdigest() != expected:
-            # While another version is switched in, the model file may be a step ahead of the config that was read;
-            # the archive then has the one that belongs to the config.
+        if (digest := hashlib.sha256(content).hexdigest()) != expected:
             archived = path.parent / "archive" / self.model_version / path.name
             content = archived.read_bytes() if archived.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise BadModel(
-                f"{where} is not the one that the config was made with (its SHA-256 differs); "
-                "deploy config and model together, or run train_best_model.py --full"
+            other = self._version_of(digest, path.parent / "archive")
+            if other is None or hashlib.sha256(content).hexdigest() != expected:
+                raise BadModel(
+                    f"{where} is not the one that the config was made with (its SHA-256 differs); "
+                    "deploy config and model together, or run train_best_model.py --full"
+                )
+            unfinished = (
+                f"{where} is of version {other}, the config of {self.model_version}, which is served from the archive: "
+                "another version is being deployed, or that was cut short; train_best_model.py --rollback ends it"
             )
+            warnings.warn(UnfinishedSwitchWarning(unfinished), stacklevel=3)
         self.model_file = content  # for other processes, which must have the very same
         try:
             model = joblib.load(io.BytesIO(content))
@@ -1898,7 +2013,24 @@ class ProductionPipeline:
             raise BadModel(f"{where} cannot be unpickled here: {type(error).__name__}: {error}") from error
         if not isinstance(model, ScoreModel):
             raise BadModel(f"{where} holds a {type(model).__name__}, not a ScoreModel")
+        if not {"feature_names_sha256", "fill_value"} <= set(model.metadata):  # a model from before they were kept
+            return model
+        if model.metadata["feature_names_sha256"] != names_sha256(self.feature_names):
+            raise BadModel(
+                f"{where} was trained on other features, or in another order, than the config's feature_names"
+            )
+        if model.metadata["fill_value"] != self.config.get("fill_value"):
+            raise BadModel(f"{where} was trained with another fill_value than the config's")
         return model
+
+    @staticmethod
+    def _version_of(digest: str, archive: Path) -> str | None:
+        """The archived version whose model file has this SHA-256."""
+        for path in archive.glob("*/best_model_config.json"):
+            with contextlib.suppress(BadConfig):
+                if load_config(path).get("model_sha256") == digest:
+                    return path.parent.name
+        return None
 
     def outdated(self) -> bool:
         """Was the config file replaced since? One look at its date, so that a service may ask often."""
@@ -1910,7 +2042,14 @@ class ProductionPipeline:
 
     def _check_golden_example(self) -> None:
         golden = self.config["golden"]
-        observations = self.reproducer.read(golden["observations"])
+        if golden["probability"] is None:
+            raise BadConfig("config: 'golden' has no probability; run train_best_model.py --full")
+        try:
+            observations = self.reproducer.read(golden["observations"])
+        except BadObservations as error:
+            raise BadConfig(
+                f"config: 'golden' holds no usable observations ({error}); search and train again"
+            ) from None
         visit, moments, _ = resolve_snapshots(observations)
         features = self.reproducer.matrix(observations, visit, moments)
         expected = np.array(golden["features"], dtype=np.float64)  # null becomes NaN
@@ -2003,8 +2142,11 @@ class ProductionPipeline:
 
         Columns: ``visit_id, client`` (and ``as_of``), ``feature``, ``value`` (empty where not measured),
         ``contribution`` (to the log-odds, after calibration; positive raises the risk); the strongest first. Visits
-        with nothing usable have no row. Raises `NotExplainable` for models without additive contributions.
+        with nothing usable have no row. Raises `NotExplainable` for models without additive contributions,
+        `BadObservations`, and `ValueError` where `top` is not a whole number from 1.
         """
+        if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
+            raise ValueError("top, the number of features to explain by, must be a whole number from 1")
         observations = self.reproducer.read_and_warn(df)
         visit, moments, several = resolve_snapshots(observations, as_of)
         usable = _usable(observations, visit, moments)

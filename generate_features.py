@@ -277,35 +277,39 @@ def loss_without_codes(
     return {code: round(whole - auc(data.observations.without_code(code)), 4) for code in plan.codes}
 
 
-def golden_example(names: list[str], synonyms: dict[str, str], fill_value: float | None) -> dict[str, Any]:
-    """Synthetic observations of one visit and their features; the probability is added when a model is trained."""
-    codes = FeaturePlan(names).codes[:12]
-    records = []
+# Hours before the golden example's end: in each window something, and of each code another mix of it.
+GOLDEN_HOURS = (29.0, 17.0, 9.0, 4.0, 1.0)
+
+
+def golden_example(
+    names: list[str], synonyms: dict[str, str], fill_value: float | None, codes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Synthetic observations of one visit and their features; the probability is added when a model is trained.
+
+    Every code of the features, and of `codes` besides (clinical scores may take from them), is measured several times
+    with values of its own: hardly a feature is empty, and none can stand in for another. Of many codes the last one is
+    measured once, long before, so that something is empty.
+    """
+    records: list[dict[str, Any]] = []
+    end = np.datetime64("2024-01-03T12:00:00", "m")
+    codes = sorted({*FeaturePlan(names).codes, *codes}) or ["HR"]  # HR: a model may have no code of its own
     for i, code in enumerate(codes):
         concept = concept_of(code, synonyms)
         low, high = (concept.low, concept.high) if concept and np.isfinite(concept.high) else (0.0, 4.0)
-        for k in range(1 + (i + 2) % 3):
+        once = len(codes) > 10 and i == len(codes) - 1
+        for k, hours in enumerate(GOLDEN_HOURS[:1] if once else GOLDEN_HOURS[i % 2 :: 1 + i % 3 // 2]):
+            share = ((len(records) + 1) * 0.6180339887) % 1.0  # spreads evenly, and repeats nothing
             records.append(
                 {
                     "visit_id": "golden",
                     "client": "golden",
-                    "observation_date": f"2024-01-0{1 + k}T{i:02d}:{7 * k + 3:02d}:00",
+                    "observation_date": str(end - np.timedelta64(int(60 * hours) + (7 * i + 11 * k) % 50, "m")),
                     "observation_type_code": code,
-                    "observation_value": round(low + (high - low) * (0.3 + 0.07 * k + 0.01 * i), 2),
-                    "reference_range_min": round(low + (high - low) * 0.25, 2),
-                    "reference_range_max": round(low + (high - low) * 0.4, 2),
+                    "observation_value": round(low + (high - low) * (0.2 + 0.6 * share), 2),
+                    "reference_range_min": round(low + (high - low) * 0.3, 2),
+                    "reference_range_max": round(low + (high - low) * 0.5, 2),
                 }
             )
-    if not records:  # a model without any code of its own
-        records = [
-            dict(
-                zip(
-                    ("visit_id", "client", "observation_date", "observation_type_code", "observation_value"),
-                    ("golden", "golden", "2024-01-01T00:00:00", "HR", 80.0),
-                    strict=True,
-                )
-            )
-        ]
     observations = read_observations(records, synonyms)
     visit, moments, _ = resolve_snapshots(observations)
     features = filled(FeaturePlan(names).evaluate(observations, visit, moments), fill_value)
@@ -361,7 +365,7 @@ def make_config(
         },
         "library_versions": library_versions(),
         "seed": search.seed,
-        "golden": golden_example(names, search.synonyms, configuration.fill_value),
+        "golden": golden_example(names, search.synonyms, configuration.fill_value, search.codes),
         "feature_names": names,
     }
 

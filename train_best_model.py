@@ -31,9 +31,12 @@ from feature_pipeline import (
     BadConfig,
     BadObservations,
     FeatureReproducer,
+    ProductionPipeline,
     ScoreModel,
     describe_set_aside,
+    listed,
     load_config,
+    names_sha256,
 )
 from metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
 from model_card import model_card
@@ -64,12 +67,14 @@ def settings_of(config: dict[str, Any]) -> SnapshotSettings:
     """The snapshot settings that a config names."""
     try:
         return SnapshotSettings(**{k: v for k, v in config["snapshots"].items() if k != "retrospective"})
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise BadConfig(f"config: 'snapshots' is missing or unknown ({error}); search again") from error
 
 
 def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
     """The data that the config was made with, or those named instead."""
+    if lacking := [key for key in ("seed", "metrics", "decision_sensitivity") if config.get(key) is None]:
+        raise BadConfig(f"config: {listed(lacking)} missing; search again")
     source = config.get("data")
     if not (isinstance(source, dict) and {"observations", "labels", "synthetic", "fingerprint"} <= set(source)):
         raise BadConfig("config: 'data' does not name the data of the search; search again")
@@ -116,7 +121,10 @@ def new_version(archive: Path) -> str:
 def deploy(
     directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str, card: str = ""
 ) -> None:
-    """Writes the files of a version to its archive folder, all of them or none, and deploys it from there."""
+    """Writes the files of a version to its archive folder, all of them or none, and deploys it from there.
+
+    Raises `BadConfig`, `BadModel` where they would not load; then nothing is changed.
+    """
     buffer = io.BytesIO()
     joblib.dump(model, buffer, compress=3)
     content = buffer.getvalue()
@@ -143,6 +151,8 @@ def _archive(archive: Path, version: str, files: dict[str, bytes | str]) -> None
         with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
             for name, text in files.items():
                 write_atomic(Path(unfinished) / "version" / name, text)
+            # what could not be served is not kept
+            ProductionPipeline(Path(unfinished, "version", CONFIG), Path(unfinished, "version", "best_model.pkl"))
             Path(unfinished, "version").replace(archive / version)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -251,9 +261,9 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
     start = time.perf_counter()
     reproducer = FeatureReproducer(directory / "best_model_config.json")
     config = reproducer.config
-    seed = config["seed"] if arguments.seed is None else arguments.seed
     configuration = configuration_of(config)
     data = load_data(config, arguments.observations, arguments.labels)
+    seed = config["seed"] if arguments.seed is None else arguments.seed
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
     table = FeatureTable.of(data, config["feature_names"], seed)
@@ -278,7 +288,7 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
         basis = "predictions on the test part"
     scores = figures(data.label[shown], probability, data.group[shown], data.visit[shown], seed)
     named = {"Cross-validated" if arguments.full else "Test part": scores}
-    if arguments.full and config["data"]["fingerprint"] == data.fingerprint:
+    if arguments.full and config["data"]["fingerprint"] == data.fingerprint and "test" in config["metrics"]:
         named["Test part of the search"] = config["metrics"]["test"]
     facts |= {f"{name}: {key}": text for name, s in named.items() for key, text in describe_figures(s).items()}
     facts["Calibration"] = f"log-odds x {trained.model.slope:.3f} {trained.model.intercept:+.3f} (Platt, out-of-fold)"
@@ -308,7 +318,12 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
             config, table.plain, probability, data.observations, data.visit, data.as_of
         )
         info = info_text(config, facts, data.notices(), version)
-        trained.model.metadata.update({"model_version": version, "trained_at": facts["Trained at"]})
+        trained.model.metadata |= {
+            "model_version": version,
+            "trained_at": facts["Trained at"],
+            "feature_names_sha256": names_sha256(config["feature_names"]),
+            "fill_value": config["fill_value"],
+        }
         card = model_card(config, version, facts, data.notices(), data, rows, probability, points, basis)
         deploy(directory, config, trained.model, info, report, version, card)
         print(info.rstrip())

@@ -29,6 +29,7 @@ from feature_pipeline import (
     ProductionPipeline,
     ScoreModel,
     SetAsideWarning,
+    UnfinishedSwitchWarning,
     get_pipeline,
     load_config,
     resolve_snapshots,
@@ -301,12 +302,34 @@ def change_config(directory, **changes):
         ({"schema_version": 99}, "schema version 99, this code reads version 1"),
         ({"schema_version": None}, "no schema_version"),
         ({"feature_names": None}, "'feature_names' is missing"),
-        ({"feature_names": []}, "'feature_names' is empty"),
+        ({"feature_names": []}, "'feature_names' .* expected a list of texts, not empty"),
+        ({"feature_names": ["HR__last", 5]}, "'feature_names' .* expected a list of texts"),
+        ({"codes": [1]}, "'codes' .* expected a list of texts"),
+        ({"windows": [6.5]}, "'windows' .* expected a list of whole hours"),
+        ({"model": {"kind": "lightgbm"}}, "'model' .* expected"),
+        ({"model_version": 5}, "'model_version' .* expected the name of a version or null"),
+        ({"model_version": "../elsewhere"}, "'model_version' .* expected"),
+        ({"decision_threshold": 1.5}, "'decision_threshold' .* expected a number from 0 to 1"),
+        ({"decision_threshold": True}, "'decision_threshold'"),
+        ({"decision_threshold": float("nan")}, "NaN is not a number in JSON"),
+        ({"fill_value": float("inf")}, "Infinity is not a number in JSON"),
+        ({"fill_value": 1e300}, "'fill_value'"),
+        ({"fill_value": 7}, "'fill_value' is not the model's own"),
+        ({"code_prevalence": ["HR"]}, "'code_prevalence' .* expected a share for each code"),
+        ({"seed": "7"}, "'seed'"),
+        ({"metrics": None, "decision_sensitivity": "0.8"}, "'decision_sensitivity'"),
+        ({"golden": None}, "'golden' is missing"),
+        ({"golden": {"observations": [None], "features": [[0]], "probability": [0.1]}}, "'golden' holds no usable"),
+        ({"golden": {"observations": [], "features": [[0], [1, 2]], "probability": [0.1]}}, "'golden' is not"),
+        ({"golden": {"observations": [], "features": [["x"]], "probability": [0.1]}}, "'golden' is not"),
+        ({"golden": {"observations": [], "features": [[0]], "probability": []}}, "'golden' is not"),
+        ({"golden": {"observations": [], "features": [[0]], "probability": None}}, "'golden' has no probability"),
         ({"feature_names": ["HR__fortune"]}, "unknown feature 'HR__fortune'"),
         ({"feature_names": ["HR__last", "HR__last"]}, "stands twice"),
         ({"risk_thresholds": {"medium": 0.8, "high": 0.7}}, "0 < medium < high < 1"),
-        ({"fill_value": "zero"}, "'fill_value' must be a number or null"),
+        ({"fill_value": "zero"}, "'fill_value' .* expected a number or null"),
         ({"synonyms": {"X": "no such thing"}}, "unknown concept 'no such thing'"),
+        ({"synonyms": {"X": ["heart_rate"]}}, "'synonyms' must map codes to names"),
     ],
 )
 def test_bad_config(deployment, changes, message):
@@ -338,11 +361,19 @@ def test_tampered_model_is_refused_before_it_is_unpickled(deployment, config_pat
 
 
 def test_while_a_version_is_switched_in_the_config_finds_its_own_model(deployment, models_dir, tmp_path):
+    """The model file is then a step ahead of the config; one that no version has is never passed over."""
     version = json.loads((deployment / "best_model_config.json").read_text())["model_version"]
     shutil.copytree(models_dir / "archive" / version, tmp_path / "archive" / version)
     shutil.copy(deployment / "best_model_config.json", tmp_path)
     (tmp_path / "best_model.pkl").write_bytes(b"the next version's model")
-    assert ProductionPipeline(tmp_path / "best_model_config.json", tmp_path / "best_model.pkl").model_version == version
+    files = tmp_path / "best_model_config.json", tmp_path / "best_model.pkl"
+    with pytest.raises(BadModel, match="SHA-256 differs"):
+        ProductionPipeline(*files)
+    shutil.copytree(tmp_path / "archive" / version, tmp_path / "archive" / "next")
+    digest = hashlib.sha256(files[1].read_bytes()).hexdigest()
+    change_config(tmp_path / "archive" / "next", model_sha256=digest)
+    with pytest.warns(UnfinishedSwitchWarning, match="is of version next"):
+        assert ProductionPipeline(*files).model_version == version
 
 
 def test_missing_model(deployment, config_path):
@@ -374,6 +405,47 @@ def test_golden_example_guards_features_and_probability(deployment, model_path, 
         ProductionPipeline(change_config(deployment, golden=moved), model_path)
     with pytest.raises(BadModel, match="another probability"):
         ProductionPipeline(change_config(deployment, golden={**golden, "probability": [0.123]}), model_path)
+
+
+def test_names_of_features_cannot_be_exchanged(deployment, pipeline):
+    """The model knows the names it learned, and each code has values of its own in the golden example."""
+    other = {"SBP": "Resp", "Resp": "SBP"}
+    parts = [name.partition("__") for name in pipeline.feature_names]
+    names = [f"{other.get(code, code)}__{tail}" for code, _, tail in parts]
+    assert names != pipeline.feature_names and sorted(names) == sorted(pipeline.feature_names)
+    path = change_config(deployment, feature_names=names)
+    with pytest.raises(BadModel, match="on other features, or in another order"):
+        ProductionPipeline(path, deployment / "best_model.pkl")
+    golden = pipeline.config["golden"]
+    features = FeatureReproducer(path).transform(golden["observations"]).iloc[:, 2:].to_numpy(float)
+    assert not np.allclose(features, np.array(golden["features"], dtype=float), equal_nan=True)
+
+
+def test_the_golden_example_leaves_hardly_a_feature_empty(pipeline):
+    features = np.array(pipeline.config["golden"]["features"], dtype=float)
+    assert np.isnan(features).mean() < 0.05
+    known = {r["observation_type_code"] for r in pipeline.config["golden"]["observations"]}
+    assert set(pipeline.reproducer.plan.codes) <= known
+
+
+def test_another_fill_value_than_the_models_is_refused(deployment, pipeline):
+    model = {**pipeline.config["model"], "fill_value": 7}
+    path = change_config(deployment, fill_value=7, model=model)
+    with pytest.raises(BadModel, match="another fill_value"):
+        ProductionPipeline(path, deployment / "best_model.pkl")
+
+
+def test_explaining_nothing_usable_gives_no_row(pipeline):
+    row = {"visit_id": 1, "client": "a", "observation_date": "2024-01-02", "observation_type_code": "HR"}
+    table = pipeline.explain([row | {"observation_value": 80}], as_of="2024-01-01")
+    assert len(table) == 0
+    assert table.columns.tolist() == ["visit_id", "client", "feature", "value", "contribution"]
+
+
+@pytest.mark.parametrize("top", [0, -1, 2.5, "5", None, True])
+def test_explaining_by_no_number_of_features_is_refused(pipeline, new_patients, top):
+    with pytest.raises(ValueError, match=r"top.* whole number from 1"):
+        pipeline.explain(new_patients, top=top)
 
 
 def test_snapshots_of_nothing_are_refused_with_a_word(pipeline):

@@ -535,6 +535,28 @@ def test_outside(value, low, high, expected):
     assert equals(feature("X__outside", visit_of((0, "X", value, low, high))), expected)
 
 
+def test_no_feature_is_too_large_for_a_model():
+    """A range next to nothing, values a microsecond apart, a divisor that is hardly one: empty rather than endless."""
+    rows = [
+        {"observation_date": f"2024-01-01T00:00:00.{micro:06d}", "observation_type_code": code} | values
+        for micro in (0, 1)
+        for code, values in {
+            "X": {"observation_value": 1e30 * (-1) ** micro, "reference_range_min": 0, "reference_range_max": 1e-300},
+            "Y": {"observation_value": 1e30, "reference_range_min": -1.7e308, "reference_range_max": 1.7e308},
+            "BUN": {"observation_value": 300},
+            "Creatinine": {"observation_value": 1e-320},
+        }.items()
+    ]
+    observations = fp.read_observations([{"visit_id": 1, "client": "a"} | row for row in rows])
+    names = [name for block in fp.BLOCKS for name in fp.block_features(block, observations.codes)]
+    visit, moments, _ = fp.resolve_snapshots(observations)
+    found = dict(zip(names, fp.FeaturePlan(names).evaluate(observations, visit, moments)[0], strict=True))
+    assert np.isfinite(np.array([v for v in found.values() if not np.isnan(v)], dtype=np.float32)).all()
+    assert np.isnan(
+        [found[name] for name in ("X__outside", "X__slope", "clinical__bun_creatinine", "Y__outside")]
+    ).all()
+
+
 def test_a_value_on_a_bound_is_inside():
     rows = visit_of((0, "X", 4.0, 4, 6), (1, "X", 6.0, 4, 6), (2, "X", 3.9, 4, 6), (3, "X", 6.1, 4, None))
     assert feature("X__share_below", rows, 3) == 1 / 4

@@ -470,6 +470,7 @@ def test_every_reason_is_counted_once_a_row_in_order():
         record(visit_id=None, client=None),
         record(client=" "),
         record(observation_type_code=None, observation_date=None),
+        record(client="M\ufffdller", observation_date=None),
         record(observation_date="", observation_value="text"),
         record(observation_date="soon", observation_value=None),
         record(observation_value=""),
@@ -739,9 +740,50 @@ def test_a_byte_order_mark(tmp_path):
         assert fp.read_observations(write(tmp_path / "o.csv.gz", content.encode(encoding))).keys() == [("c", "v")]
 
 
-def test_bytes_that_are_no_utf8_stop_no_other_row(tmp_path):
-    content = f"{HEADER}\nv,c,2024-01-01,X,1.5,,\nv,c,2024-01-01,K\xf6rper,1.5,,\n".encode("latin-1")
-    assert len(fp.read_observations(write(tmp_path / "o.csv", content)).value) == 2
+@pytest.mark.parametrize("column", ["visit_id", "client", "observation_type_code"])
+@pytest.mark.parametrize("others", [1, 1200])
+def test_bytes_that_are_no_utf8_merge_no_two_patients_and_stop_no_other_row(column, others, tmp_path):
+    """Two names that differ in such a byte alone would look the same."""
+    rows = [record(visit_id=n) for n in range(others)]
+    rows += [record(**{column: name}) for name in ("M\xfcller", "M\xf6ller")]
+    lines = [",".join(str(row[name]) for name in fp.REQUIRED_COLUMNS) for row in rows]
+    content = "\n".join([",".join(fp.REQUIRED_COLUMNS), *lines])
+    observations = fp.read_observations(write(tmp_path / "o.csv", content.encode("latin-1")))
+    assert observations.set_aside == {"not_utf8": 2}
+    assert observations.set_aside_rows == {"not_utf8": [others, others + 1]}
+    assert len(observations.value) == others
+    assert not any("\ufffd" in text for key in observations.keys() for text in key)  # noqa: SIM118 (a method)
+    whole = fp.read_observations(write(tmp_path / "o.csv", content))
+    assert len(whole.value) == others + 2 and not whole.set_aside
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+def test_half_a_character_sets_its_row_aside(pipeline):
+    """JSON may hold half of a surrogate pair, which no file and no answer can."""
+    rows = [record(observation_type_code="HR", observation_value=80), record(client=json.loads(r'"\ud83d"'))]
+    with pytest.warns(fp.SetAsideWarning, match="not UTF-8"):
+        scores = pipeline.predict(rows)
+    assert scores["client"].tolist() == ["c"] and scores["sepsis_probability"].notna().all()
+
+
+@pytest.mark.parametrize("column", ["visit_id", "client", "observation_type_code"])
+def test_whole_numbers_with_a_gap_mean_the_same_in_every_form(column, tmp_path):
+    """A gap makes pandas keep whole numbers as floats, and write them with their .0."""
+    frame = pd.DataFrame([record(**{column: n}) for n in (7, None, 1234567)])
+    frame.to_csv(tmp_path / "o.csv", index=False)
+    frame.to_parquet(tmp_path / "o.parquet")
+    assert "7.0" in (tmp_path / "o.csv").read_text()
+    sources = [frame, tmp_path / "o.csv", tmp_path / "o.parquet", frame.to_dict("records")]
+    for read_again in map(fp.read_observations, sources):
+        assert_same(read_again, fp.read_observations(frame))
+    texts = ["7.0", "7", "07.0", "7.00", "-7.0", "0.0", "0", "v.0", "7.5"]
+    assert fp.text_places(texts)[1] == ["7", "07.0", "7.00", "-7", "0", "v.0", "7.5"]
+
+
+def test_bounds_that_no_value_can_reach_are_none():
+    observations = read(*(record(reference_range_min=-b, reference_range_max=b) for b in (1.7e308, 1e31, 1e30)))
+    assert np.isnan(observations.low).tolist() == [False, True] and observations.high[0] == 1e30
+    assert observations.remarks == {"duplicate": 1}
 
 
 @pytest.mark.parametrize("newline", ["\r\n", "\r", "\n", "\n\n"])

@@ -304,6 +304,7 @@ def second_version(models_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "interrupt"])
 @pytest.mark.parametrize("at", range(2 * len(DEPLOYED)))
+@pytest.mark.filterwarnings("ignore::feature_pipeline.UnfinishedSwitchWarning")
 def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_version, monkeypatch, at, error):
     """Each write in turn fails: the old version stays in place, or a pipeline refuses to start."""
     expected = scores_of(deployment, some)

@@ -135,9 +135,10 @@ def test_a_spoilt_version_is_not_deployed(models, capsys):
 
 
 LOADER = """
-import sys
+import sys, warnings
 sys.path.insert(0, {root!r})
-from feature_pipeline import ProductionPipeline
+from feature_pipeline import ProductionPipeline, UnfinishedSwitchWarning
+warnings.simplefilter("ignore", UnfinishedSwitchWarning)
 versions = set()
 while True:
     versions.add(ProductionPipeline({config!r}, {model!r}).model_version)
