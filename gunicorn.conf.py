@@ -51,6 +51,7 @@ def prepare(server):
     from api.records import plain_log, share_pseudonym_key
     from api.security import keep_keys
     from api.settings import Settings
+    from command_line import spare_the_loaded
     from feature_pipeline import BadConfig
     from pseudonyms import Pseudonyms
 
@@ -69,6 +70,7 @@ def prepare(server):
     for name in ("api.app", "sklearn.linear_model", "lightgbm"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    spare_the_loaded()  # and a worker's first round of garbage collection does not copy it all
 
 
 def on_reload(server):
