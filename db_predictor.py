@@ -586,10 +586,11 @@ class DatabasePredictor:
         own = _same_visit(observations, visits)
         pending = sa.and_(visits["sepsis_score"].is_(None), sa.exists().where(own))
         if rescore:
-            predictions = tables.predictions
-            up_to_date = predictions["observations"] >= sa.select(sa.func.count()).where(own).scalar_subquery()
+            predictions, table = tables.predictions, visits["client"].table
+            count = sa.select(sa.func.count()).where(own).correlate(table).scalar_subquery()
+            up_to_date = predictions["observations"] >= count
             if "newest_observation" in predictions:
-                newest = sa.select(_newest(observations)).where(own).scalar_subquery()
+                newest = sa.select(_newest(observations)).where(own).correlate(table).scalar_subquery()
                 known_newest = predictions["newest_observation"]
                 up_to_date = sa.and_(up_to_date, sa.or_(known_newest.is_(None), known_newest == newest))
             new = ~sa.exists().where(_same_visit(predictions, visits), up_to_date)
@@ -676,10 +677,13 @@ class DatabasePredictor:
             rows = cursor.fetchall()
         except driver.Error as error:
             raise sa.exc.DBAPIError.instance(None, None, error, driver.Error, dialect=connection.dialect) from None
-        clients, visits, *cells = zip(*rows, strict=True) if rows else [()] * (2 + len(columns))
+        table = pd.DataFrame(rows, columns=["client", "visit_id", *columns])
+        client, clients = pd.factorize(table["client"])
+        visit, visits = pd.factorize(table["visit_id"])
+        pair, pairs = pd.factorize(client * len(visits) + visit)
         index = {key: i for i, key in enumerate(keys)}
-        place = np.array([index[key] for key in zip(clients, visits, strict=True)], dtype=np.int64)
-        table = pd.DataFrame(dict(zip(columns, map(list, cells), strict=True)))
+        found = [index[clients[i // len(visits)], visits[i % len(visits)]] for i in pairs.tolist()]
+        place = np.array(found, dtype=np.int64)[pair]
         # blank keys name no visit
         named = np.array([[bool(as_text(part)) for part in key] for key in keys])
         table["visit_id"] = np.where(named[place, 1], place, np.nan)

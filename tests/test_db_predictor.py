@@ -333,7 +333,7 @@ def test_rescore_takes_visits_with_new_observations(predictor, rows, pipeline):
         frame(predictor.engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"]
     )
     assert len(frame(predictor.engine, PREDICTIONS)) == 45  # the history stays
-    assert predictor.process_pending_visits(rescore=True).scored == 0
+    assert predictor.process_pending_visits(rescore=True).batches == 0
 
 
 def test_rescore_takes_visits_whose_newest_observation_is_another(predictor, rows, pipeline):
@@ -350,10 +350,10 @@ def test_rescore_takes_visits_whose_newest_observation_is_another(predictor, row
         connection.execute(sa.text("DELETE FROM patient_observations"))
     load(predictor.engine, pd.concat([kept, new]), both.head(0)[["client", "visit_id"]])
     assert predictor.process_pending_visits(rescore=True).rescored == 1
+    assert predictor.process_pending_visits(rescore=True).batches == 0
     found = frame(predictor.engine, VISITS).set_index("visit_id")["sepsis_score"]
     expected = predict(pipeline, pd.concat([kept, new])).set_index("visit_id")["sepsis_probability"]
     assert found[first] == expected[first] and found[second] == scores[second]
-    assert predictor.process_pending_visits(rescore=True).scored == 0
 
 
 @pytest.mark.parametrize("how", ["null", "absent"])
@@ -369,7 +369,7 @@ def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path,
     load(engine, rows)
     predictor = DatabasePredictor(url, config_path, model_path, tables=without if how == "null" else None)
     assert predictor.process_pending_visits().scored == 40
-    assert predictor.process_pending_visits(rescore=True).scored == 0
+    assert predictor.process_pending_visits(rescore=True).batches == 0
     late = rows.head(1).assign(observation_date=rows["observation_date"].max() + pd.Timedelta(days=1))
     load(engine, late, rows.head(0)[["client", "visit_id"]])
     assert predictor.process_pending_visits(rescore=True).rescored == 1
@@ -378,7 +378,7 @@ def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path,
         predictor = DatabasePredictor(url, config_path, model_path)
         predictor.init_db()
         assert "newest_observation" in frame(engine, PREDICTIONS).columns
-        assert predictor.process_pending_visits(rescore=True).scored == 0
+        assert predictor.process_pending_visits(rescore=True).batches == 0
         predictor.close()
     engine.dispose()
 
