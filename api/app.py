@@ -301,7 +301,7 @@ def ready() -> Response:
 
 def model() -> Response:
     """What the model is, what it was trained on, and how good it was on patients that no choice was made on."""
-    pipeline = current_app.service.pipeline()
+    pipeline, settings = current_app.service.pipeline(), current_app.settings
     config = pipeline.config
     source = training_source(config)
     return jsonify(
@@ -321,6 +321,7 @@ def model() -> Response:
             "codes": config["codes"],
             "code_prevalence": config.get("code_prevalence", {}),
             "loss_without_code": config.get("loss_without_code", {}),
+            "limits": {name: getattr(settings, f"max_{name}") for name in ("bytes", "rows", "visits")},
             "library_versions": config.get("library_versions", {}),
         }
     )

@@ -518,6 +518,41 @@ def test_a_person_pastes_nonsense(page):
     assert "cannot be read" in page.locator("#status").inner_text()
 
 
+def test_a_person_pastes_many_visits_and_opens_one(page):
+    """More than there are scores over time for at once; numbers that JavaScript would round; a row that is none."""
+    row = {"client": "x", "observation_type_code": "HR", "observation_value": 90}
+    rows = [
+        {**row, "visit_id": 2**53 + i, "observation_date": f"2024-01-01T0{hour}:00:00"}
+        for i in range(140)
+        for hour in (1, 2)
+    ]
+    page.get_by_label("Observations, as CSV").fill("\ufeff" + json.dumps([None, *rows]))
+    page.get_by_role("button", name="Score").click()
+    page.locator("#visits button").first.wait_for()
+    assert page.locator("#visits button").count() == 140
+    assert "1 not used: not a row of the expected form" in page.locator("#remarks").inner_text()
+    page.locator("#visits button", has_text="visit 9007199254740993").click()
+    page.locator("#detail h3", has_text="Visit 9007199254740993").wait_for()
+    assert page.locator("#detail .reasons li").count() == 6
+    assert page.locator("#detail h4", has_text="Score over time").count() == 1
+
+
+def test_a_person_looks_at_a_service_with_keys(browser, models_dir, tmp_path):
+    key, line = new_key("ward")
+    server = Server(tmp_path, models_dir, SEPSIS_API_KEYS=line)
+    try:
+        page = browser.new_page()
+        page.goto(f"http://localhost:{server.port}/")
+        page.get_by_role("button", name="Service").click()
+        page.locator("#requests", has_text="needs an API key").wait_for()
+        page.get_by_label("API key").fill(key)
+        page.get_by_label("API key").press("Enter")
+        page.locator("#card dd").first.wait_for()
+        page.close()
+    finally:
+        server.stop()
+
+
 def test_a_person_looks_at_the_service(page, pipeline):
     page.get_by_role("button", name="Service").click()
     page.locator("#card dd").first.wait_for()

@@ -10,7 +10,8 @@ const VITALS = [["heart rate", /^(hr|heart.?rate|pulse|8867-4)$/i], ["systolic p
   ["mean pressure", /^(map|mbp|8478-0)$/i], ["respiratory rate", /^(resp|rr|respir.*|9279-1)$/i],
   ["temperature", /^(temp.*|8310-5)$/i], ["oxygen saturation", /^(spo2|o2sat|59408-5|2708-6)$/i],
   ["lactate", /^(lactate|2524-7|32693-4)$/i], ["white cells", /^(wbc|6690-2)$/i]];
-let model = null, scored = [], series = new Map();
+const DETAILS = "explain=6&trajectory=16", MOST = 16; // of each visit
+let model = null, scored = [], series = new Map(), given = [];
 
 export const percent = (p) => (p === null ? "no score" : p < 0.001 ? "< 0.1%" : p > 0.999 ? "> 99.9%" : `${(100 * p).toFixed(p < 0.1 || p > 0.99 ? 1 : 0)}%`);
 
@@ -49,22 +50,35 @@ async function score(text) {
   let observations;
   try { observations = parseObservations(text); } catch (error) { return say(`These observations cannot be read: ${error.message}`, "bad"); }
   say(`Scoring ${observations.length.toLocaleString("en")} observations …`);
-  let answer, body;
-  try {
-    answer = await ask("/predict?explain=6&trajectory=16", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(observations) });
-    body = await answer.json();
-  } catch { return say("The service does not answer.", "bad"); }
+  const n = new Set(observations.filter((row) => row).map(visitKey)).size;
+  const [answer, body] = await predict(observations, n * MOST <= (model?.limits.visits ?? 2000)); // else when a visit is opened
+  if (!answer) return say("The service does not answer.", "bad");
   if (!answer.ok) {
     asideRemarks(body.set_aside);
     return say(body.message, "bad");
   }
-  series = seriesByVisit(observations);
+  [series, given] = [seriesByVisit(observations), observations];
   scored = body.predictions.sort((a, b) => ORDER[a.risk_level] - ORDER[b.risk_level] || (b.sepsis_probability ?? -1) - (a.sepsis_probability ?? -1));
   for (const text of body.warnings) $("remarks").append(make("li", {}, text));
   asideRemarks(body.set_aside);
   say("");
   $("version").textContent = `model ${body.model_version}`;
   showVisits();
+}
+
+// [answer, body], or [null] where none comes
+async function predict(observations, details) {
+  try {
+    const answer = await ask(`/predict${details ? `?${DETAILS}` : ""}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(observations) });
+    return [answer, await answer.json()];
+  } catch { return [null]; }
+}
+
+// reasons and scores over time of one visit of many
+async function addDetails(p) {
+  if (p.trajectory || p.sepsis_probability === null) return;
+  const [answer, body] = await predict(given.filter((row) => row && visitKey(row) === visitKey(p)), true);
+  if (answer?.ok) Object.assign(p, { reasons: body.predictions[0].reasons, trajectory: body.predictions[0].trajectory });
 }
 
 function asideRemarks(aside) {
@@ -86,9 +100,11 @@ function showVisits() {
   if (scored.length) showDetail(0, false);
 }
 
-function showDetail(index, focus = true) {
+async function showDetail(index, focus = true) {
   const p = scored[index];
   for (const button of $("visits").querySelectorAll("button")) button.setAttribute("aria-pressed", button.dataset.index === String(index));
+  await addDetails(p);
+  if ($("visits").querySelector("[aria-pressed=true]")?.dataset.index !== String(index) || scored[index] !== p) return; // another one was opened meanwhile
   const box = $("detail");
   const horizon = model && !model.retrospective && model.horizon_hours ? ` within ${model.horizon_hours} h` : "";
   box.replaceChildren(make("h3", {}, `Visit ${p.visit_id}, ${p.client}`),
@@ -157,7 +173,7 @@ function samples(text) {
 async function showService() {
   await loadModel();
   const answer = await ask("/metrics").catch(() => null);
-  if (!answer?.ok) { $("requests").replaceChildren(make("p", { class: "bad" }, "not available")); return; }
+  if (!answer?.ok) { $("requests").replaceChildren(make("p", { class: "bad" }, answer?.status === 401 || answer?.status === 403 ? "needs an API key" : "not available")); return; }
   const all = samples(await answer.text());
   const of = (name) => all.filter((s) => s.name === name);
   const edges = of("sepsis_score_bucket").map((s) => ({ le: Number(s.labels.le.replace("+Inf", "Infinity")), n: s.value })).sort((a, b) => a.le - b.le);
@@ -191,5 +207,5 @@ function show(view) {
 $("tab-patients").addEventListener("click", () => show("patients"));
 $("tab-service").addEventListener("click", () => show("service"));
 $("refresh").addEventListener("click", showService);
-$("key").addEventListener("change", loadModel);
+$("key").addEventListener("change", () => ($("service").hidden ? loadModel() : showService()));
 loadModel();

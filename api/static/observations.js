@@ -1,8 +1,8 @@
 // Pasted text to observations: JSON, or CSV with quotes; comma, semicolon or tab between fields.
 export function parseObservations(text) {
-  const start = text.trimStart();
+  const start = text.trimStart(); // also without a byte order mark
   if (start.startsWith("[") || start.startsWith("{")) {
-    const value = JSON.parse(text);
+    const value = JSON.parse(exact(start));
     if (!Array.isArray(value)) throw new Error("the JSON is not a list of observations");
     return value;
   }
@@ -12,6 +12,9 @@ export function parseObservations(text) {
   if (!header.includes("visit_id")) throw new Error("the first line must be a header with visit_id, client, observation_date, observation_type_code, observation_value");
   return rows.slice(1).map((row) => Object.fromEntries(header.map((name, i) => [name, row[i] ?? ""])));
 }
+
+// long whole numbers as texts: as numbers they would be rounded, and two visits become one
+const exact = (json) => json.replace(/"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g, (token) => (/^-?\d{16,}$/.test(token) ? `"${token}"` : token));
 
 function parseCsv(text) {
   const first = text.slice(0, text.indexOf("\n") + 1 || text.length);
@@ -41,6 +44,7 @@ export const visitKey = (row) => JSON.stringify([String(row.client).trim(), Stri
 export function seriesByVisit(observations) {
   const visits = new Map();
   for (const row of observations) {
+    if (row === null || typeof row !== "object") continue; // the service tells of it
     const time = Date.parse(zoned(String(row.observation_date)));
     const value = Number(String(row.observation_value ?? "").replace(/^[<>=≤≥~\s]+/, "") || NaN);
     if (!Number.isFinite(time) || !Number.isFinite(value)) continue;
