@@ -36,6 +36,9 @@ CONNECTIONS = 8
 SCRIPT = """
 local file = io.open(os.getenv("BODY"), "r"); wrk.body = file:read("*a"); file:close()
 wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"
+done = function(summary, latency, requests)
+  for _, p in ipairs({50, 95, 99}) do io.write(string.format("p%d %.0f us\\n", p, latency:percentile(p))) end
+end
 """
 
 
@@ -105,7 +108,7 @@ def wrk(port: int, body: bytes, seconds: int, folder: Path) -> dict[str, float]:
     """Throughput and latency (ms) under full load; `failed` counts answers other than 2xx, and broken connections."""
     (folder / "body").write_bytes(body)
     (folder / "post.lua").write_text(SCRIPT)
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "20s", "--latency"]
+    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "20s"]
     command += ["-s", str(folder / "post.lua"), f"http://127.0.0.1:{port}/predict"]
     env = {**os.environ, "BODY": str(folder / "body")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -114,9 +117,8 @@ def wrk(port: int, body: bytes, seconds: int, folder: Path) -> dict[str, float]:
         raise OSError(f"wrk fails: {done.stderr.strip()}")
     out = {"rate": float(re.search(r"Requests/sec:\s+(\S+)", text)[1])}
     out["requests"] = float(re.search(r"(\d+) requests in", text)[1])
-    for name, share in (("p50", "50%"), ("p99", "99%")):
-        value, unit = re.search(rf"{share}\s+([\d.]+)(us|ms|s)", text).groups()
-        out[name] = float(value) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+    for name, microseconds in re.findall(r"^(p\d+) (\d+) us$", text, re.M):
+        out[name] = float(microseconds) / 1e3
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
     broken = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
     out["failed"] = (int(bad[1]) if bad else 0) + (sum(map(int, broken.groups())) if broken else 0)
@@ -160,8 +162,8 @@ def memory(server: psutil.Process) -> float:
 
 
 def line(name: str, r: dict[str, float]) -> None:
-    print(f"  {name:<44s} {r['rate']:8.1f} requests/s   p50 {r['p50']:7.2f} ms   p99 {r['p99']:7.2f} ms   "
-          f"failed {r['failed']:.0f} of {r['requests']:.0f}")  # fmt: skip
+    latency = "   ".join(f"{p} {r[p]:7.2f} ms" for p in ("p50", "p95", "p99"))
+    print(f"  {name:<44s} {r['rate']:8.1f} requests/s   {latency}   failed {r['failed']:.0f} of {r['requests']:.0f}")
 
 
 def watch_memory(body: bytes, port: int, folder: Path, arguments: argparse.Namespace) -> None:
