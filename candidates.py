@@ -13,6 +13,7 @@ import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from command_line import log
 from feature_pipeline import (
     DEFAULT_WINDOWS,
     BoostedTrees,
@@ -295,7 +296,8 @@ def _fit_hist_gradient_boosting(params, features, label, seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params)
-    return Classifier(model.fit(features, label))
+    never = np.isnan(features).all(axis=0)  # scikit-learn cannot bin a column without a number; it splits no constant
+    return Classifier(model.fit(np.where(never, 0.0, features) if never.any() else features, label))
 
 
 def judge_candidate(
@@ -339,11 +341,11 @@ def cross_validate(
     n_folds: int = 5,
     seed: int = 0,
     jobs: int = 1,
-) -> list[np.ndarray]:
+) -> list[np.ndarray | None]:
     """For each contender (a configuration with its columns) the out-of-fold log-odds of the snapshots `rows`.
 
-    Groups (clients) are never on both sides. All folds of all contenders share the processes. Raises
-    `FeaturePipelineError` when a fold fails.
+    Groups (clients) are never on both sides. All folds of all contenders share the processes. A contender of which a
+    fold fails gives None, and the log says why; raises `FeaturePipelineError` when all do.
     """
     folds = list(grouped_folds(data, rows, n_folds, seed))
     results = joblib.Parallel(n_jobs=jobs)(
@@ -351,14 +353,22 @@ def cross_validate(
         for configuration, columns in contenders
         for train, held_out in folds
     )
-    scores = []
+    scores: list[np.ndarray | None] = []
+    failures = []
     for k, (configuration, _) in enumerate(contenders):
+        own = results[k * len(folds) : (k + 1) * len(folds)]
+        if errors := [result["error"] for result in own if "error" in result]:
+            failures.append(f"{configuration.name} failed in cross-validation: {errors[0]}")
+            scores.append(None)
+            continue
         out = np.full(len(data.label), np.nan)
-        for (_, held_out), result in zip(folds, results[k * len(folds) :], strict=False):
-            if "error" in result:
-                raise FeaturePipelineError(f"{configuration.name} failed in cross-validation: {result['error']}")
+        for (_, held_out), result in zip(folds, own, strict=True):
             out[held_out] = result["log_odds"]
         scores.append(out[rows])
+    if len(failures) == len(contenders):
+        raise FeaturePipelineError("; ".join(dict.fromkeys(failures)))
+    for failure in failures:
+        log.warning("%s", failure)
     return scores
 
 

@@ -8,19 +8,29 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from feature_pipeline import DEFAULT_CONFIG, DEFAULT_MODEL, BadConfig, FeaturePipelineError
+from feature_pipeline import (
+    DEFAULT_CONFIG,
+    DEFAULT_MODEL,
+    BadConfig,
+    FeaturePipelineError,
+    as_text,
+    check_synonyms,
+)
 
 DONE, SOME_FAILED, COULD_NOT_START = 0, 1, 2
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # as shells have it: 128 + SIGINT, 128 + SIGTERM
 
 log = logging.getLogger("sepsis")
 
@@ -127,21 +137,53 @@ def nothing_for_others() -> Iterator[None]:
         os.umask(before)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends work as Ctrl-C does: worker processes end too, and temporary files go."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` meanwhile, in this process alone; a handler that somebody else has set stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    own = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() == own:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked child ends as it always did
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parses, runs, and turns the project's own errors into one line and an exit status."""
     arguments = parser.parse_args(argv)
     start_logging(arguments)
     try:
-        with nothing_for_others():
+        with nothing_for_others(), ended_by_sigterm():
             return work(arguments)
     except (FeaturePipelineError, OSError) as error:
         if arguments.debug:
             raise
         log.error("error: %s", error)
         return COULD_NOT_START
-    except KeyboardInterrupt:
+    except BrokenProcessPool:
+        if arguments.debug:
+            raise
+        go_on = getattr(arguments, "go_on", "")
+        log.error("error: the system ended a worker process, most often for want of memory: try fewer --jobs%s", go_on)
+        return COULD_NOT_START
+    except KeyboardInterrupt as stop:
         log.error("interrupted; finished work is kept%s", getattr(arguments, "go_on", ""))
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def progress(items: Iterable[Any], total: int, quiet: bool, **settings: Any) -> tqdm:
@@ -161,7 +203,9 @@ def read_synonyms(path: str | None) -> dict[str, str]:
         raise BadConfig(f"synonyms {path!r} cannot be read: {error}") from error
     if list(table.columns[:2]) != ["code", "concept"]:
         raise BadConfig(f"synonyms {path!r}: expected the columns code,concept")
-    return dict(zip(table["code"], table["concept"], strict=True))
+    synonyms = dict(zip(table["code"].map(as_text), table["concept"].map(as_text), strict=True))
+    check_synonyms(synonyms, f"synonyms {path!r}")
+    return synonyms
 
 
 def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:

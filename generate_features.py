@@ -58,6 +58,7 @@ from metrics import (
     threshold_for_sensitivity,
 )
 from training_data import (
+    MOST_HOURS,
     PARTS,
     TEST,
     TRAIN,
@@ -446,19 +447,27 @@ def _risk_level_remark(config: dict[str, Any], evaluation: Evaluation) -> list[s
 
 @contextlib.contextmanager
 def backend(name: str, scheduler: str | None, search: Search) -> Iterator[None]:
-    """Runs joblib's work in local processes, or on the Dask cluster of `scheduler`."""
+    """Runs joblib's work in local processes, or on the Dask cluster of `scheduler`. Raises `BadConfig`."""
     if name == "local":
         yield
         return
-    from distributed import Client
+    try:
+        from distributed import Client
 
-    with Client(scheduler), joblib.parallel_config(backend="dask", scatter=[search.table]):
+        client = Client(scheduler)
+    except ImportError as error:
+        raise BadConfig(f"--backend dask needs the packages of requirements-dask.txt ({error})") from None
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"--scheduler {scheduler!r} cannot be reached: {' '.join(str(error).split())[:200]}") from None
+    with client, joblib.parallel_config(backend="dask", scatter=[search.table]):
         yield
 
 
 def search_features(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     arguments.go_on = GO_ON
+    if arguments.scheduler is not None and arguments.backend != "dask":
+        raise BadConfig("--scheduler goes with --backend dask")
     synonyms = read_synonyms(arguments.synonyms)
     settings = SnapshotSettings(arguments.snapshot_every, arguments.horizon, arguments.after_onset)
     data = load_training_data(arguments.observations, arguments.labels, settings, synonyms, arguments.synthetic)
@@ -486,6 +495,9 @@ def search_features(arguments: argparse.Namespace) -> int:
         finalists = []
         for entry, out_of_fold in zip(best, scores, strict=True):
             fs, model = entry["feature_set"], entry["model"]
+            if out_of_fold is None:
+                log.warning("no finalist: %s with %s", fs, model)
+                continue
             score = ranking_scores(data.label[rows], out_of_fold)["score"]
             log.info("cross-validated: %.4f  %s with %s", score, fs, model)
             finalists.append((score, fs, model, out_of_fold))
@@ -507,7 +519,7 @@ def search_features(arguments: argparse.Namespace) -> int:
             str(directory / n) for n in ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")
         ),
     )
-    return SOME_FAILED if len(good) < len(entries) else DONE
+    return SOME_FAILED if len(good) < len(entries) or len(finalists) < len(best) else DONE
 
 
 def thresholds(text: str) -> tuple[float, float]:
@@ -525,7 +537,7 @@ def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         names = tuple(text.split(","))
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
-        return names
+        return tuple(dict.fromkeys(names))
 
     return read
 
@@ -537,10 +549,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("observations", "labels", "models-dir", "seed", "jobs"),
     )
     parser.add_argument(
-        "--snapshot-every", type=number(float, 0.01), default=6.0, metavar="HOURS", help="between snapshots of a visit"
+        "--snapshot-every",
+        type=number(float, 0.01, MOST_HOURS),
+        default=6.0,
+        metavar="HOURS",
+        help="between snapshots of a visit",
     )
     parser.add_argument(
-        "--horizon", type=number(float, 0), default=6.0, metavar="HOURS", help="positive this long before onset"
+        "--horizon",
+        type=number(float, 0, MOST_HOURS),
+        default=6.0,
+        metavar="HOURS",
+        help="positive this long before onset",
     )
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
     parser.add_argument("--synthetic", action="store_true", help="no real patients: every report shall say so")

@@ -34,6 +34,7 @@ from pseudonyms import lasting_pseudonyms, pseudonymized
 
 ADMISSION = np.datetime64("2019-01-01T00:00:00", "us")
 ONSET_AFTER_LABEL_HOURS = 6
+MOST_HOURS = 100_000  # eleven years; later hours would make dates that no reader takes
 STATIC_CODES = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime")
 # Generic adult ranges, in the challenge's units; None where a range would mean nothing.
 REFERENCE_RANGES: dict[str, tuple[float, float] | None] = {
@@ -110,6 +111,8 @@ def read_patient(path: Path, prefix: str) -> Patient:
     # Negated so that NaN fails too.
     if not (np.all(hours == np.floor(hours)) and hours[0] >= 0 and np.all(np.diff(hours) > 0)):
         raise BadPsvFile("column ICULOS must hold whole hours, each later than the one before")
+    if hours[-1] > MOST_HOURS:
+        raise BadPsvFile(f"column ICULOS goes beyond {MOST_HOURS} hours: no stay is that long")
     if not np.all((label == 0) | (label == 1)):
         raise BadPsvFile("column SepsisLabel must hold 0 or 1 only")
     hours = hours.astype(np.int64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from feature_pipeline import CONCEPT, FeaturePlan, concept_of
+from feature_pipeline import FeaturePlan
 from metrics import OperatingPoint, calibration_table, figures
 from training_data import TrainingData
 
@@ -22,7 +22,8 @@ FEWEST_POSITIVE = 10  # snapshots; below, a group's figures say nothing
 def groups_of(data: TrainingData) -> Iterator[tuple[str, str, np.ndarray]]:
     """(attribute, group, (n_snapshots,) bool) for age, sex and unit, where the observations have them."""
     for name in ("age", "sex", "unit_medical", "unit_surgical"):
-        codes = [c for c in data.observations.codes if concept_of(c) is CONCEPT[name]]
+        observed = zip(data.observations.codes, data.observations.concepts, strict=True)
+        codes = [code for code, concept in observed if concept and concept.name == name]
         if not codes:
             continue
         columns = FeaturePlan([f"{code}__last" for code in codes]).evaluate(data.observations, data.visit, data.as_of)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from artifacts import write_atomic
-from command_line import DONE, SOME_FAILED, log, make_parser, run
+from command_line import DONE, SOME_FAILED, log, make_parser, number, run
 from demo_cohort import DEMO_NOTICE, make_demo_cohort
 from feature_pipeline import BadModel, ProductionPipeline, SetAsideWarning
 
@@ -128,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python run_tests.py pipeline", "config", "model", "jobs")
     parser.add_argument("what", nargs="?", choices=("all", "pipeline"), default="all", help="the suite, or the check")
     parser.add_argument("--fast", action="store_true", help="leave out the tests that take more than a few seconds")
-    parser.add_argument("--patients", type=int, default=150, help="of the demo cohort that the check scores")
+    parser.add_argument(
+        "--patients", type=number(int, 10), default=150, help="of the demo cohort that the check scores"
+    )
     parser.add_argument("--sample", default=SAMPLE, help="where the check writes new patients to score")
     return run(lambda a: (check_pipeline if a.what == "pipeline" else run_suite)(a), parser, argv)
 

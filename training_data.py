@@ -7,6 +7,7 @@ Without them a visit gives one snapshot at its end, and the figures are retrospe
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -37,13 +38,23 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 PARTS = ("training", "validation", "test")
 
 
+MOST_HOURS = 1_000_000  # between snapshots, or before onset: more than a life
+
+
 @dataclass(frozen=True)
 class SnapshotSettings:
-    """When a visit is scored in training, and which snapshots are positive. Hours."""
+    """When a visit is scored in training, and which snapshots are positive. Hours.
+
+    Raises `ValueError` where these are beyond `MOST_HOURS`.
+    """
 
     every_hours: float = 6.0
     horizon_hours: float = 6.0
     after_onset: bool = False  # also take snapshots after onset, as positives
+
+    def __post_init__(self):
+        if not (0 < self.every_hours <= MOST_HOURS and 0 <= self.horizon_hours <= MOST_HOURS):
+            raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
 
 
 @dataclass(frozen=True)
@@ -136,10 +147,15 @@ def hide_codes(observations: Observations, seed: int = 0, visits: float = 0.7, c
 
 
 def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
-    """Labels as a frame ``visit_id, client, sepsis, sepsis_onset``: texts, 0 or 1 (-1 where neither), microseconds.
+    """Labels as a frame ``visit_id, client, sepsis, sepsis_onset, bad_onset``: texts, 0 or 1 (-1 where neither),
+    microseconds, and whether an onset is given that is not a date.
 
-    Reads .csv, .csv.gz and .parquet. Raises `BadObservations` when a column is missing or the file cannot be read.
+    Reads .csv, .csv.gz and .parquet. Warns of columns that are not used where none is `sepsis_onset`: one may be meant
+    for it. Raises `BadObservations` when a column is missing or stands twice, when onsets are given and none of a
+    septic visit is a date, or the file cannot be read.
     """
+    if not isinstance(source, str | Path | pd.DataFrame):
+        raise BadObservations(f"labels must be a file or a frame, not {type(source).__name__}")
     where = "labels" if isinstance(source, pd.DataFrame) else f"labels {str(source)!r}"
     table = source if isinstance(source, pd.DataFrame) else read_cells(source, where)
     missing = [name for name in LABEL_COLUMNS if name not in table.columns]
@@ -149,15 +165,28 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
             f"{where}: missing column {listed(missing)} among {table.shape[1]}; "
             "expected visit_id, client, sepsis and optionally sepsis_onset"
         )
+    names = [name for name in table.columns if name in (*LABEL_COLUMNS, "sepsis_onset")]
+    if len(set(names)) < len(names):
+        raise BadObservations(f"{where}: a column stands twice; expected visit_id, client, sepsis, sepsis_onset")
     known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
     sepsis = table["sepsis"].map(lambda cell: known.get(as_text(cell).casefold(), -1)).to_numpy()
     out = pd.DataFrame(
         {"visit_id": table["visit_id"].map(as_text), "client": table["client"].map(as_text), "sepsis": sepsis}
     )
     if "sepsis_onset" in table.columns:
-        out["sepsis_onset"] = parse_times(table["sepsis_onset"])[0]
+        out["sepsis_onset"], empty = parse_times(table["sepsis_onset"])
+        out["bad_onset"] = (out["sepsis_onset"] == NO_TIME) & ~empty
+        septic = out[out["sepsis"] == 1]
+        n_bad = int(septic["bad_onset"].sum())
+        if n_bad and (septic["sepsis_onset"] == NO_TIME).all():
+            raise BadObservations(
+                f"{where}: sepsis_onset of septic visits holds {n_bad} values and not one date; "
+                "expected ISO 8601, such as 2024-12-31T20:30, between 1900 and 2299"
+            )
     else:
-        out["sepsis_onset"] = NO_TIME
+        out["sepsis_onset"], out["bad_onset"] = NO_TIME, False
+        if others := [name for name in table.columns if name not in LABEL_COLUMNS]:
+            warnings.warn(f"{where}: no column sepsis_onset; not used: {listed(others)}", stacklevel=2)
     return out
 
 
@@ -166,7 +195,14 @@ def read_cells(path: str | Path, where: str) -> pd.DataFrame:
     try:
         if str(path).endswith(".parquet"):
             return pd.read_parquet(path)
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            # without index_col a comma at the end of each row would shift the columns
+            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except pd.errors.ParserWarning:
+        raise BadObservations(
+            f"{where} cannot be read: a row has more fields than the header; a comma at its end?"
+        ) from None
     except FileNotFoundError:
         raise BadObservations(f"{where} does not exist") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -221,7 +257,8 @@ def make_training_data(
     visit = np.array([place[keys[row]] for row in rows], dtype=np.int64)
     sepsis = labels["sepsis"].to_numpy()[rows]
     onset = labels["sepsis_onset"].to_numpy()[rows]
-    retrospective = bool((onset == NO_TIME).all())
+    bad_onset = labels["bad_onset"].to_numpy()[rows]
+    retrospective = bool((onset == NO_TIME).all()) and not bad_onset.any()
     keep = sepsis >= 0
     leave_out("labels that are neither 0 nor 1", (~keep).sum())
     has_rows = observations.last_time[visit] != NO_TIME
@@ -229,7 +266,8 @@ def make_training_data(
     keep &= has_rows
     if not retrospective:
         undated = keep & (sepsis == 1) & (onset == NO_TIME)
-        leave_out("septic visits without an onset", undated.sum())
+        leave_out("septic visits without an onset", (undated & ~bad_onset).sum())
+        leave_out("septic visits whose onset is not a date", (undated & bad_onset).sum())
         keep &= ~undated
     order = np.argsort(visit[keep], kind="stable")
     visit, sepsis, onset = visit[keep][order], sepsis[keep][order], onset[keep][order]

@@ -110,6 +110,8 @@ def test_onset_is_six_hours_after_the_label_turns(folder):
         ("p100009.psv", psv([1], [0]) + "80|90\n", "line 3 has 2 fields"),
         ("p100009.psv", psv([], []), "no rows"),
         ("p100009.psv", psv([2, 1], [0, 0]), "ICULOS"),
+        ("p100009.psv", psv([1, 1e15], [0, 1]), "ICULOS"),
+        ("p100009.psv", psv([1, 1e300], [0, 1]), "ICULOS"),
         ("p100009.psv", psv([1], ["NaN"]), "SepsisLabel"),
         ("patient9.psv", psv([1], [0]), "file name"),
     ],

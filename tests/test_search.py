@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -14,6 +16,7 @@ import pandas as pd
 import pytest
 
 import candidates
+import command_line
 import generate_features
 import training_data
 from candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, FeatureTable, feature_set_names, filled
@@ -643,6 +646,9 @@ def test_a_refused_search_leaves_an_earlier_one_as_it_was(search, cohort, tmp_pa
         ["--feature-sets", "latest,none"],
         ["--models", ""],
         ["--backend", "spark"],
+        ["--scheduler", "tcp://127.0.0.1:8786"],  # without --backend dask
+        ["--snapshot-every", "1e300"],
+        ["--horizon", "1e300"],
         ["--snapshot-ever", "oops"],
     ],
     ids=" ".join,
@@ -658,11 +664,86 @@ def test_settings_out_of_range_are_refused_by_name(cohort_files, tmp_path, capsy
     assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
 
 
+def test_a_scheduler_that_is_none(cohort_files, tmp_path, capsys):
+    pytest.importorskip("distributed")
+    line = refused(capsys, options(cohort_files, tmp_path, "--backend", "dask", "--scheduler", "garbage://1"))
+    assert "--scheduler 'garbage://1' cannot be reached" in line
+
+
+def test_without_dask(cohort_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    line = refused(capsys, options(cohort_files, tmp_path, "--backend", "dask", "--scheduler", "tcp://127.0.0.1:1"))
+    assert "needs the packages of requirements-dask.txt" in line
+
+
+def test_a_name_that_stands_twice_is_searched_once(cohort_files, tmp_path):
+    assert len(searched(cohort_files, tmp_path, "--quiet", sets=("latest", "latest"), models=MODELS[1:] * 2)) == 1
+
+
+def test_a_finalist_that_fails_is_dropped_and_the_others_go_on(cohort_files, tmp_path, monkeypatch, capsys):
+    original = candidates.judge_candidate
+
+    def judge(configuration, *rest, hide=True, **more):
+        if not hide and configuration.name in failing:
+            return {"error": "ValueError: too little", "seconds": 0.0}
+        return original(configuration, *rest, hide=hide, **more)
+
+    monkeypatch.setattr(candidates, "judge_candidate", judge)
+    failing = {"lightgbm_shallow"}
+    assert len(searched(cohort_files, tmp_path, "--finalists", "2", "--quiet", status=1)) == 2
+    assert "lightgbm_shallow failed in cross-validation: ValueError: too little" in capsys.readouterr().err
+    assert load_config(tmp_path / "best_model_config.json")["model"]["name"] == "logistic_regression"
+    failing |= {"logistic_regression"}
+    assert generate_features.main(options(cohort_files, tmp_path, "--finalists", "2", "--quiet")) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_histogram_boosting_bears_a_column_that_training_never_saw():
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(400, 3))
+    label = (features[:, 0] + generator.normal(size=400) > 0).astype(int)
+    never = np.column_stack([features, np.full(400, np.nan)])
+    params = {**CONFIGURATION["hist_gradient_boosting"].params, "max_features": 1.0}
+    with_it, without = (candidates._FIT["hist_gradient_boosting"](params, x, label, 0) for x in (never, features))
+    measured = np.column_stack([features, generator.normal(size=400)])
+    assert np.array_equal(with_it.log_odds(measured), without.log_odds(features))
+
+
+def test_a_killed_worker_is_one_line_that_says_how_to_go_on(cohort_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate_features, "_candidate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = refused(capsys, options(cohort_files, tmp_path, jobs=2))
+    assert "ended a worker process" in line and "--resume" in line
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does(tmp_path, capsys):
+    parser = command_line.make_parser("Waits.", "wait")
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+
+    def work(arguments):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ended.append(True)  # temporary files go, pools close
+        return 0
+
+    assert command_line.run(work, parser, []) == command_line.TERMINATED == 128 + signal.SIGTERM
+    assert ended and capsys.readouterr().err == "interrupted; finished work is kept\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    own = signal.signal(signal.SIGTERM, lambda *_: ended.append("own"))
+    try:  # a script that has its own way keeps it
+        assert command_line.run(work, parser, []) == 0 and "own" in ended
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("code,meaning\nX,heart_rate\n", "expected the columns code,concept"),
         ("code,concept\nHR,fortune\n", "'fortune'"),
+        ("code,concept\nnever observed,fortune\n", "'fortune'"),
     ],
 )
 def test_bad_synonyms(cohort_files, tmp_path, capsys, content, message):

@@ -212,8 +212,8 @@ def test_a_missing_column_of_the_labels_is_named(column, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.csv", None, "do not exist"),
-        ("none.parquet", None, "do not exist"),
+        ("none.csv", None, "does not exist"),
+        ("none.parquet", None, "does not exist"),
         ("empty.csv", b"", "cannot be read"),
         ("half.parquet", b"PAR1 and no more", "cannot be read"),
         ("plain.csv.gz", b"visit_id,client,sepsis\n", "cannot be read"),
@@ -227,6 +227,57 @@ def test_labels_that_cannot_be_read(name, content, message, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(BadObservations, match=message):
         read_labels(tmp_path / name)
+
+
+@pytest.mark.parametrize("row", ["1,a,1,2024-01-01,", "1,Doe, J,1,2024-01-01"])
+def test_a_row_longer_than_the_header_shifts_no_column(row, tmp_path):
+    (tmp_path / "l.csv").write_text(f"visit_id,client,sepsis,sepsis_onset\n{row}\n")
+    with pytest.raises(BadObservations, match="a row has more fields than the header") as caught:
+        read_labels(tmp_path / "l.csv")
+    assert "Doe" not in str(caught.value)
+
+
+def test_labels_of_another_kind_are_refused_without_their_content():
+    with pytest.raises(BadObservations, match="must be a file or a frame, not list") as caught:
+        load_training_data(pd.DataFrame([*OTHER, *SEPTIC]), BOTH)
+    assert "septic" not in str(caught.value)
+
+
+def test_a_column_of_labels_that_stands_twice_is_refused():
+    table = pd.DataFrame(BOTH)
+    with pytest.raises(BadObservations, match="a column stands twice"):
+        read_labels(pd.concat([table, table[["client"]]], axis=1))
+
+
+def test_onsets_that_are_no_dates_are_told_from_onsets_that_are_absent():
+    """Day first is no ISO 8601; without an error all visits would be scored at their end."""
+    labels = pd.DataFrame(BOTH).astype({"sepsis_onset": object})
+    unreadable = labels.assign(sepsis_onset=["", "02/01/2024 20:27"])
+    with pytest.raises(BadObservations, match=r"holds 1 values and not one date; expected ISO 8601, such as") as e:
+        read_labels(unreadable)
+    assert "02/01" not in str(e.value)
+    not_septic = labels.assign(sepsis_onset=["none", at(0)])
+    assert made([*OTHER, *SEPTIC], not_septic).remarks == {}
+    rows = [*OTHER, *SEPTIC, *observed("absent", [0]), *observed("unreadable", [0])]
+    more = pd.concat([labels, pd.DataFrame([labelled("absent", 1), labelled("unreadable", 1)])])
+    more["sepsis_onset"] = [pd.NaT, at(0), None, "13/01/2024"]
+    data = made(rows, more)
+    assert data.remarks == {"septic visits without an onset": 1, "septic visits whose onset is not a date": 1}
+    assert not data.retrospective
+
+
+def test_an_onset_that_is_no_date_makes_nothing_retrospective():
+    labels = pd.DataFrame([*BOTH, labelled("elsewhere", 1, onset=0)]).astype({"sepsis_onset": object})
+    labels.loc[1, "sepsis_onset"] = "soon"
+    with pytest.raises(BadObservations, match="septic visits whose onset is not a date': 1"):
+        made([*OTHER, *SEPTIC], labels)
+
+
+def test_columns_are_named_where_one_may_be_meant_for_the_onset():
+    table = pd.DataFrame(BOTH).rename(columns={"sepsis_onset": "sepsis_time"})
+    with pytest.warns(UserWarning, match="no column sepsis_onset; not used: 'sepsis_time'"):
+        read_labels(table)
+    read_labels(pd.DataFrame(BOTH).assign(ward="x"))  # no warning
 
 
 def test_what_is_left_out_is_counted():
