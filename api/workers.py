@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from gunicorn.http import get_parser
+from gunicorn.sock import ssl_wrap_socket
 from gunicorn.workers.gthread import _DEFER, TConn, ThreadWorker
 
 SLOTS = 128
@@ -142,14 +144,16 @@ class Worker(ThreadWorker):
 
     def _read(self, conn: TConn) -> bool:
         """Reads what has come of a request. True when it is the parser's turn: the request is whole, or will not be."""
+        if not conn.began:
+            conn.began = time.monotonic()
+        if not conn.initialized and self.cfg.is_ssl and not self._has_shaken_hands(conn):
+            return False
         conn.init()
         if conn.is_http2:
             return True
         conn.sock.setblocking(False)
         waiting, most = conn.waiting, self.wsgi.settings.max_bytes
         waiting += conn.parser.unreader.take_buffered()
-        if not conn.began:
-            conn.began = time.monotonic()
         over = False
         while not (over := over or is_whole(waiting, most)):
             try:
@@ -167,6 +171,19 @@ class Worker(ThreadWorker):
             conn.parser.unreader.unread(bytes(waiting))
             conn.waiting, conn.began = bytearray(), 0.0
         return over
+
+    def _has_shaken_hands(self, conn: TConn) -> bool:
+        """Goes on with TLS' handshake. In gunicorn's own, which HTTP/2 needs, a thread waits for the client without end."""
+        if self.cfg.do_handshake_on_connect or "h2" in self.cfg.http_protocols:
+            return True
+        if not isinstance(conn.sock, ssl.SSLSocket):
+            conn.sock = ssl_wrap_socket(conn.sock, self.cfg)
+        try:
+            conn.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        conn.parser = get_parser(self.cfg, conn.sock, conn.client)  # with one, `init` leaves the socket as it is
+        return True
 
     def finish_request(self, conn: TConn, fs: Future) -> None:
         """What becomes of a connection; in the loop."""

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -51,8 +52,9 @@ def until(condition, what):
 class Server:
     """gunicorn on loopback, with a models directory of its own."""
 
-    def __init__(self, folder, models_dir, *options, **settings):
+    def __init__(self, folder, models_dir, *options, tls=None, **settings):
         self.models, self.port, self.folder = folder / "models", free_port(), folder
+        self.tls = tls
         shutil.copytree(models_dir, self.models)
         env = {
             **os.environ,
@@ -72,10 +74,10 @@ class Server:
         until(lambda: self.get("/ready")[0] == 200, "the server is ready")
 
     def request(self, path, data=None, **headers):
-        url = f"http://127.0.0.1:{self.port}{path}"
+        url = f"https://localhost:{self.port}{path}" if self.tls else f"http://127.0.0.1:{self.port}{path}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE, context=self.tls) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -280,6 +282,31 @@ def test_clients_that_do_not_close_do_not_stop_the_others(server):
     finally:
         for s in open_ends:
             s.close()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+def test_slow_clients_of_tls_do_not_stop_the_others(models_dir, tmp_path):
+    """Some with half a handshake, some with half a request, in more numbers than there are threads."""
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    made += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
+    subprocess.run(made, check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "cert"))
+    server = Server(
+        tmp_path, models_dir, "--certfile", str(tmp_path / "cert"), "--keyfile", str(tmp_path / "key"), tls=trusted
+    )
+    slow = [socket.create_connection(("localhost", server.port)) for _ in range(80)]
+    try:
+        for s in slow[:40]:
+            s.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
+        slow[40:] = [trusted.wrap_socket(s, server_hostname="localhost") for s in slow[40:]]
+        for s in slow[40:]:
+            s.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n[")
+        assert [server.predict()[0] for _ in range(4)] == [200] * 4
+        assert server.predict(json.dumps(json.loads(EXAMPLE.read_text()) * 20).encode())[0] == 200
+    finally:
+        for s in slow:
+            s.close()
+        server.stop()
 
 
 def test_a_body_that_waits_to_be_asked_for(server):
