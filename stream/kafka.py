@@ -63,8 +63,10 @@ def consume(
         while not stopped():
             partition_feed.step()
         partition_feed.close()
-    except BaseException:
+    except BaseException as error:
         partition_feed.abandon()
+        if isinstance(error, KafkaException):
+            raise Unanswered(f"Kafka: {error.args[0].str()}; start again to go on") from error
         raise
     return bool(processor.set_aside or partition_feed.trouble)
 
@@ -246,6 +248,8 @@ class PartitionFeed:
             except BufferError:
                 self._producer.poll(0.1)
                 self._look_whether_out_of_time()
+            except KafkaException as error:  # it knows at once that it cannot be
+                raise self._undeliverable(error.args[0].str()) from None
 
     def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
@@ -261,10 +265,13 @@ class PartitionFeed:
             self._look_whether_out_of_time()
         self._ended = None
         if self._undelivered:
-            raise Undelivered(
-                f"{len(self._undelivered)} results could not be brought to Kafka ({self._undelivered[0]}); "
-                "nothing of them is committed: start again to go on"
-            )
+            raise self._undeliverable(self._undelivered[0])
+
+    def _undeliverable(self, why: str) -> Undelivered:
+        return Undelivered(
+            f"{len(self._undelivered) or 'some'} results could not be brought to Kafka ({why}); "
+            "nothing of them is committed: start again to go on"
+        )
 
     def _look_whether_out_of_time(self) -> None:
         if not self._stopped():
@@ -343,7 +350,9 @@ class PartitionFeed:
         def theirs(visit: Visit) -> bool:
             return visit.origin[0] in gone
 
-        self.processor.forget([key for key, visit in self.processor.visits.items() if theirs(visit)])
+        leaving = [key for key, visit in self.processor.visits.items() if theirs(visit)]
+        self.processor.forget(leaving)
+        self.book.forget(leaving)  # whoever gets the partitions learns their alerts from the topic
         for partition in partitions:
             self._done.pop(partition, None)
             self._replaying.pop(partition, None)
@@ -395,7 +404,7 @@ class PartitionFeed:
         """Leaves the group and commits nothing: whoever takes the partitions gives what is not out."""
         self._abandoned = True
         self._producer.purge()
-        with contextlib.suppress(RuntimeError):  # closed already
+        with contextlib.suppress(RuntimeError, KafkaException):  # closed already, or not in a state to be
             self._consumer.close()
 
     @property

@@ -171,7 +171,9 @@ def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline
     second = stream.start()
     wanted = expected(pipeline, records)
     stream.until(lambda: stream.last_scores() == wanted, "the scores of all")
-    alerted_once(stream.read(stream.topics[2]))
+    alerts = stream.read(stream.topics[2])
+    alerted_once(alerts)
+    assert not any(alert["alert_id"] in process.log.read_text() for alert in alerts for process in stream.processes)
     assert stream.stop()[1] == 1  # something was set aside
     told = second.log.read_text()
     assert "4 observations set aside" in told and "Traceback" not in told and records[0]["client"] not in told
@@ -256,8 +258,9 @@ def test_what_kafka_refused_is_given_after_a_restart(troubled, pipeline):
     stream.send(records)
     cluster.refuse(cluster.PRODUCE, 29, 1000)  # not authorized
     process = stream.start()
-    assert process.wait(PATIENCE) == 2
+    ended = process.wait(PATIENCE)
     told = process.log.read_text()
+    assert ended == 2, told
     assert "could not be brought to Kafka" in told and "Traceback" not in told
     cluster.allow(cluster.PRODUCE)
     all_given_by_another(stream, expected(pipeline, records))
