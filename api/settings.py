@@ -24,7 +24,7 @@ class Settings:
     rate_storage: str = ""  # each worker counts for itself; redis://HOST:6379 counts for all
     max_bytes: int = 8 * 1024 * 1024  # of a request
     max_rows: int = 100_000  # observations of a request
-    max_visits: int = 2_000  # of a request, and snapshots of a trajectory
+    max_visits: int = 2_000  # of a request, and reasons or moments of all its visits together
     body_seconds: int = 20  # to send a request in
     access_log: str = "-"  # a file, - for stderr, empty for none
     audit_log: str = "data/audit.jsonl"  # a file, - for stderr, empty for none
