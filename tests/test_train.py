@@ -17,6 +17,7 @@ import run_tests
 import train_best_model
 import versions
 from feature_pipeline import BadModel, ProductionPipeline, load_config, read_observations
+from model_card import groups_of
 from training_data import TEST, load_training_data, split_parts
 from versions import DEPLOYED
 
@@ -329,6 +330,48 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
     left[0] = 99
     train_best_model.deploy(deployment, *copy.deepcopy(second_version))  # done again, it is whole
     assert not np.array_equal(scores_of(deployment, some), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fill_value": 7}, "'fill_value' is not the model's own"),
+        ({"seed": None}, "'seed' missing"),
+        ({"metrics": None, "decision_sensitivity": None}, "'metrics', 'decision_sensitivity' missing"),
+    ],
+)
+def test_an_edited_config_is_refused_before_training(deployment, capsys, changes, message):
+    change_config(deployment, **changes)
+    before = files_of(deployment)
+    assert message in refused(capsys, "--models-dir", deployment, "--jobs", 1, "--full")
+    assert files_of(deployment) == before
+
+
+def test_what_would_not_load_is_neither_deployed_nor_archived(deployment, second_version, some):
+    """The golden example of the new version is checked before a file of the deployed one is touched."""
+    expected, before = scores_of(deployment, some), files_of(deployment)
+    config, *rest = copy.deepcopy(second_version)
+    config["golden"]["features"][0][0] = 12345.0
+    with pytest.raises(BadModel, match="golden example gives other features"):
+        train_best_model.deploy(deployment, config, *rest)
+    assert files_of(deployment) == before
+    version = second_version[4]
+    assert not (deployment / "archive" / version).exists()
+    assert np.array_equal(scores_of(deployment, some), expected)
+
+
+def test_the_card_knows_groups_by_the_hospitals_own_codes(cohort):
+    observations, labels = cohort
+    own = {"Age": "own age", "Gender": "own sex"}
+    renamed = observations.assign(
+        observation_type_code=observations["observation_type_code"].map(lambda code: own.get(code, code))
+    )
+    groups = [
+        {attribute for attribute, _, _ in groups_of(load_training_data(table, labels, synonyms=synonyms))}
+        for table, synonyms in ((observations, {}), (renamed, {"own age": "age", "own sex": "sex"}), (renamed, {}))
+    ]
+    assert groups[0] == groups[1] >= {"age", "sex"}
+    assert not groups[2] & {"age", "sex"}
 
 
 @pytest.mark.parametrize(("error", "status"), [(OSError("no space left"), 2), (KeyboardInterrupt(), 130)])
