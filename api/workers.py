@@ -173,7 +173,7 @@ class Worker(ThreadWorker):
         return over
 
     def _has_shaken_hands(self, conn: TConn) -> bool:
-        """Goes on with TLS' handshake. In gunicorn's own, which HTTP/2 needs, a thread waits for the client for ever."""
+        """Goes on with TLS' handshake. In gunicorn's own, which HTTP/2 needs, a thread waits without end."""
         if self.cfg.do_handshake_on_connect or "h2" in self.cfg.http_protocols:
             return True
         if not isinstance(conn.sock, ssl.SSLSocket):
