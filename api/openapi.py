@@ -30,8 +30,8 @@ def document(settings: Settings) -> dict[str, Any]:
 
 def _paths(settings: Settings) -> dict[str, Any]:
     limits = (
-        f"At most {settings.max_bytes:,} bytes, {settings.max_rows:,} observations, {settings.max_visits:,} visits, and "
-        "as many reasons or moments in all."
+        f"At most {settings.max_bytes:,} bytes, {settings.max_rows:,} observations, {settings.max_visits:,} visits, "
+        "and as many reasons or moments in all."
     )
     fhir = "application/fhir+json"
     # what any protected route may answer; FHIR routes answer it as an OperationOutcome
