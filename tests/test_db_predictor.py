@@ -240,7 +240,7 @@ KEYS = {
         [("V", "A"), ("W", "B")],
         [("v", "a"), ("w", "b")],
     ),
-    "numbers": ("postgresql", "BIGINT", "NUMERIC(10, 1)", [(7, 1), (8, 2)], None),
+    "numbers": ("postgresql", "BIGINT", "NUMERIC(10, 2)", [(7, 1), (8, 2)], None),
     "padding": ("postgresql", "CHAR(4)", "VARCHAR(4)", [("1   ", "a   "), ("2   ", "b   ")], [("1", "a"), ("2", "b")]),
     "blanks": ("sqlite", "TEXT", "TEXT", [("1", "a"), ("1 ", "a"), ("1", " a")], None),
     "cases": ("postgresql", "TEXT", "TEXT", [("v", "a"), ("V", "a"), ("v", "A")], None),
@@ -297,7 +297,7 @@ def test_keys_are_equal_where_the_database_says_so(
 def test_observations_that_go_meanwhile_are_none(predictor, rows, when, monkeypatch):
     """The hospital purges between the claim and the reading."""
     load(predictor.engine, rows)
-    gone = rows["visit_id"].unique()[:3]
+    gone = rows.sort_values(["client", "visit_id"])["visit_id"].unique()[:3]  # the first that are claimed
     original = getattr(DatabasePredictor, when)
 
     def purged(self, connection, *arguments):
@@ -306,7 +306,7 @@ def test_observations_that_go_meanwhile_are_none(predictor, rows, when, monkeypa
         return original(self, connection, *arguments)
 
     monkeypatch.setattr(DatabasePredictor, when, purged)
-    monkeypatch.setattr(predictor, "batch_size", 1)
+    monkeypatch.setattr(predictor, "batch_size", 3)
     result = predictor.process_pending_visits()
     assert (result.scored, result.unusable, result.without_observations) == (37, 0, 3)
 
