@@ -347,9 +347,9 @@ def test_dates_as_python_and_pandas_have_them():
         np.datetime64("2024-01-02T03:04:05"),
         pd.Timestamp("2024-01-02T03:04:05"),
     ]
-    assert set(times(read(*(record(visit_id=n, observation_date=cell) for n, cell in enumerate(cells))))) == {
-        "2024-01-02T03:04:05"
-    }
+    observations = read(*(record(visit_id=n, observation_date=cell) for n, cell in enumerate(cells)))
+    assert times(observations) == ["2024-01-02T03:04:05"] * len(cells)
+    assert read(record(), record(observation_date=np.datetime64("NaT"))).set_aside == {"no_date": 1}
     assert times(read(record(observation_date=date(2024, 1, 2)))) == ["2024-01-02T00:00:00"]
 
 
