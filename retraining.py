@@ -17,7 +17,7 @@ import generate_features
 from artifacts import locked, write_atomic, write_json, write_tables
 from command_line import DONE, SOME_FAILED, log
 from demo_cohort import make_demo_cohort
-from feature_pipeline import COLUMNS, BadConfig, as_text, load_config, training_source
+from feature_pipeline import COLUMNS, BadConfig, as_text, load_config, read_table, training_source
 from training_data import SnapshotSettings, read_cells, read_labels
 from versions import CONFIG, compare, fingerprint_of_files, switch
 
@@ -186,7 +186,10 @@ def training_clients(config: dict[str, Any]) -> set[str]:
 
 def read_raw(observations: str, labels: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The columns that count, every cell a text as it stands. Raises `BadObservations`."""
-    return tuple(as_cells(read_cells(path, f"file {path!r}")) for path in (observations, labels))
+    frame, malformed = read_table(Path(observations))
+    if malformed:
+        log.warning("warning: %s: %d lines with too many fields are left out", observations, malformed)
+    return as_cells(frame), as_cells(read_cells(labels, f"labels {labels!r}"))
 
 
 def as_cells(frame: pd.DataFrame) -> pd.DataFrame:
