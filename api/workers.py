@@ -34,19 +34,20 @@ TOO_LATE = (
     b"Content-Length: %d\r\n\r\n%s" % (len(_MESSAGE), _MESSAGE)
 )
 _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,12})[ \t]*(?:\r|$)")
-_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n$")
+_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+MOST_TRAILER = 4096  # bytes of a chunked request's end that may come in pieces
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r)", re.IGNORECASE)
 
 
-def is_whole(request: bytearray, most: int) -> bool:
+def is_whole(request: bytearray, most: int, looked: int = 0) -> bool:
     """Is the whole request there, as far as can be told? Yes also for what gunicorn or the service will refuse: an
-    odd head, a body of more than `most` bytes."""
-    end = request.find(b"\r\n\r\n")
+    odd head, a body of more than `most` bytes. Of a chunked one the first `looked` bytes were looked at before."""
+    end = request.find(b"\r\n\r\n", 0, MOST_HEAD)
     if end < 0:
-        return len(request) > MOST_HEAD
+        return len(request) > MOST_HEAD or b"\n\n" in request
     head = bytes(request[:end]).lower()
     if b"\ntransfer-encoding" in head:
-        return len(request) - end > most or bool(_LAST_CHUNK.search(request, max(end, len(request) - 4096)))
+        return len(request) - end > most or bool(_LAST_CHUNK.search(request, max(end, looked - MOST_TRAILER)))
     length = _LENGTH.search(head)
     return not length or int(length[1]) > most or len(request) >= end + 4 + int(length[1])
 
@@ -116,7 +117,7 @@ class Worker(ThreadWorker):
         if conn.initialized or conn.data_ready:
             super().enqueue_req(conn)
         else:
-            conn.waiting, conn.began = bytearray(), 0.0  # what has come of a request, and when it began to
+            conn.waiting, conn.began, conn.looked = bytearray(), 0.0, 0  # what has come, since when, looked at up to
             self._wait(conn)
 
     def _wait(self, conn: TConn) -> None:
@@ -154,8 +155,9 @@ class Worker(ThreadWorker):
         conn.sock.setblocking(False)
         waiting, most = conn.waiting, self.wsgi.settings.max_bytes
         waiting += conn.parser.unreader.take_buffered()
-        over = False
-        while not (over := over or is_whole(waiting, most)):
+        over, looked = False, conn.looked
+        while not (over := over or is_whole(waiting, most, looked)):
+            looked = len(waiting)
             try:
                 chunk = conn.sock.recv(1 << 18)
             except (BlockingIOError, ssl.SSLWantReadError):
@@ -164,12 +166,13 @@ class Worker(ThreadWorker):
             over = not chunk
         if not over and self._bytes_waiting + len(waiting) > MOST_WAITING:
             over = True
-        if not over and b" HTTP/1.1\r" in waiting[:4096] and (expect := _EXPECT.search(waiting)):
+        conn.looked, head = looked, max(waiting.find(b"\r\n\r\n", 0, MOST_HEAD), 0) + 2
+        if not over and b" HTTP/1.1\r" in waiting[:4096] and (expect := _EXPECT.search(waiting, 0, head)):
             del waiting[expect.start() : expect.end()]  # else gunicorn would send it again
             conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if over:
             conn.parser.unreader.unread(bytes(waiting))
-            conn.waiting, conn.began = bytearray(), 0.0
+            conn.waiting, conn.began, conn.looked = bytearray(), 0.0, 0
         return over
 
     def _has_shaken_hands(self, conn: TConn) -> bool:

@@ -339,6 +339,14 @@ def test_chunks_and_requests_behind_one_another(server):
         s.sendall(one[-5:])
         while text.count(b"HTTP/1.1 200") < 3:
             text += s.recv(1 << 16)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        s.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked + b"0\r\n\r\n" + one)
+        text = b""
+        while text.count(b"HTTP/1.1 200") < 2:
+            part = s.recv(1 << 16)
+            assert part
+            text += part
 
 
 @pytest.mark.parametrize(
@@ -352,11 +360,23 @@ def test_chunks_and_requests_behind_one_another(server):
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n", False),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", True),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0;x=1\r\nTrailer: y\r\n\r\n", True),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n", True),
+        (b"GET / HTTP/1.1\nHost: x\n\n", True),  # it will be refused
         (b"x" * 100_000, True),
     ],
 )
 def test_when_a_request_is_whole(request_, whole):
     assert workers.is_whole(bytearray(request_), most=1000) is whole
+
+
+def test_a_chunked_request_is_whole_when_its_last_piece_has_come():
+    """However it is cut; what was looked at before is not searched again."""
+    request_ = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n" + b"a" * 5000 + b"\r\n0\r\n\r\n"
+    for size in (1, 7, 1000):
+        looked = 0
+        for end in (*range(size, len(request_), size), len(request_)):
+            assert workers.is_whole(bytearray(request_[:end]), 10_000, looked) is (end == len(request_))
+            looked = end
 
 
 @pytest.fixture
