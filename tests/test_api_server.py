@@ -452,9 +452,13 @@ def test_a_bad_line_in_the_key_file_ends_nothing(models_dir, tmp_path):
     try:
         keys.write_text(f"{line}\nward-2 without a key")
         old = server.workers()
-        for worker in old:  # as if renewed
-            os.kill(worker, signal.SIGTERM)
-        until(lambda: len(server.workers() - old) == 2 and not server.workers() & old, "new workers")
+
+        def renewed():
+            for worker in server.workers() & old:  # again, since one that is just starting does not listen yet
+                os.kill(worker, signal.SIGTERM)
+            return len(server.workers() - old) == 2 and not server.workers() & old
+
+        until(renewed, "new workers")
         until(lambda: server.get("/ready")[0] == 200, "the new ones are ready")
         assert status(first) == 200
         server.process.send_signal(signal.SIGHUP)
