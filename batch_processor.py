@@ -62,6 +62,7 @@ from command_line import (
     number,
     progress,
     run,
+    run_every,
 )
 from feature_pipeline import (
     COLUMNS,
@@ -1030,20 +1031,7 @@ def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.Data
 
 def watch(processor: BatchProcessor, seconds: float, once: Callable[[], BatchResult], stop: threading.Event) -> None:
     """Runs `once` every so many seconds until `stop`; a new config or model is taken up between runs."""
-    problem = ""
-    while not stop.is_set():
-        try:
-            processor.load_if_changed()
-            problem = ""
-        except FeaturePipelineError as error:
-            if str(error) != problem:
-                problem = str(error)
-                log.error("error: %s; model %s goes on", error, processor.pipeline.model_version)
-        try:
-            report(once(), quiet=processor.quiet)
-        except (FeaturePipelineError, OSError) as error:
-            log.error("error: %s; next try in %g s", error, seconds)
-        stop.wait(seconds)
+    run_every(seconds, processor, lambda: report(once(), quiet=processor.quiet), stop)
 
 
 def report(result: BatchResult, quiet: bool) -> int:

@@ -44,7 +44,7 @@ import pandas as pd
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 
-from command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, number, progress, run
+from command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, number, progress, run, run_every
 from feature_pipeline import (
     COLUMNS,
     DEFAULT_CONFIG,
@@ -764,20 +764,7 @@ class DatabasePredictor:
         self, seconds: float, stop: threading.Event, rescore: bool = False, told: Callable[[RunResult], Any] = print
     ) -> None:
         """Scores what is pending every so many seconds until `stop`; takes up a new config or model in between."""
-        problem = ""
-        while not stop.is_set():
-            try:
-                self.load_if_changed()
-                problem = ""
-            except FeaturePipelineError as error:
-                if str(error) != problem:
-                    problem = str(error)
-                    log.error("error: %s; model %s goes on", error, self.pipeline.model_version)
-            try:
-                told(self.process_pending_visits(rescore))
-            except (FeaturePipelineError, OSError) as error:
-                log.error("error: %s; next try in %g s", error, seconds)
-            stop.wait(seconds)
+        run_every(seconds, self, lambda: told(self.process_pending_visits(rescore)), stop)
 
 
 def _same_visit(a: Mapping[str, sa.Column[Any]], b: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:

@@ -23,8 +23,6 @@ img { max-width: 100%; }
 
 _NAMES = {
     "roc_auc": "ROC AUC",
-    "roc_auc_from": "ROC AUC from",
-    "roc_auc_to": "ROC AUC to",
     "brier": "Brier score",
     "psi": "PSI",
     "psi_by_chance": "PSI by chance",

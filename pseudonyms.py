@@ -13,13 +13,13 @@ import secrets
 import numpy as np
 import pandas as pd
 
-from feature_pipeline import COLUMNS, NO_TIME, BadConfig, iso_times, parse_times, text_places
+from feature_pipeline import COLUMNS, MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, iso_times, parse_times, text_places
 
 KEY_VARIABLE = "SEPSIS_PSEUDONYM_KEY"
 SHORTEST_KEY = 16  # characters
 LONGEST_SHIFT = 3652  # days
 DATES = ("observation_date", "sepsis_onset")
-MICROSECONDS_PER_DAY = 86_400_000_000
+MICROSECONDS_PER_DAY = 24 * MICROSECONDS_PER_HOUR
 UNREADABLE = "unreadable"  # stands for what a date should have been, and may be anything
 
 

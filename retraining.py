@@ -18,7 +18,7 @@ from artifacts import locked, write_atomic, write_json, write_tables
 from command_line import DONE, SOME_FAILED, log
 from demo_cohort import make_demo_cohort
 from feature_pipeline import COLUMNS, BadConfig, as_text, load_config, read_table, training_source
-from training_data import SnapshotSettings, read_cells, read_labels
+from training_data import read_cells, read_labels
 from versions import CONFIG, compare, fingerprint_of_files, switch
 
 HELD_OUT = 0.3  # of the new data's clients
@@ -91,16 +91,9 @@ def _retrain(arguments, train, directory, champion, fingerprint, folder, rows) -
     if train(["--models-dir", str(challenger), *named, *common]) != DONE:
         raise BadConfig("the challenger could not be trained; see above")
 
-    settings = {k: v for k, v in champion["snapshots"].items() if k != "retrospective"}
     observations, labels = (frame[frame["client"].map(as_text).isin(held_out)] for frame in new)
-    comparison = compare(
-        directory,
-        challenger,
-        observations,
-        read_labels(labels),
-        SnapshotSettings(**settings),
-        "new patients that neither has learned from",
-    )
+    basis = "new patients that neither has learned from"
+    comparison = compare(directory, challenger, observations, read_labels(labels), basis)
     decision = comparison.decision(arguments.force)
     for line in comparison.lines():
         print(line)

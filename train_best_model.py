@@ -42,7 +42,7 @@ from metrics import describe_figures, figures, operating_points, threshold_for_s
 from model_card import model_card
 from prediction_log import make_profile
 from retraining import retrain, training_clients
-from training_data import TEST, SnapshotSettings, TrainingData, load_training_data, read_labels, split_parts
+from training_data import TEST, TrainingData, load_training_data, read_labels, settings_of, split_parts
 from training_report import report_page
 from versions import CONFIG, archive_of, compare, list_versions, switch
 
@@ -61,14 +61,6 @@ def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
         return ModelConfiguration(**config["model"])
     except TypeError as error:
         raise BadConfig(f"config: 'model' is not a model configuration ({error}); search again") from error
-
-
-def settings_of(config: dict[str, Any]) -> SnapshotSettings:
-    """The snapshot settings that a config names."""
-    try:
-        return SnapshotSettings(**{k: v for k, v in config["snapshots"].items() if k != "retrospective"})
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise BadConfig(f"config: 'snapshots' is missing or unknown ({error}); search again") from error
 
 
 def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
@@ -230,9 +222,7 @@ def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
         labels = labels[~labels["client"].isin(learned_clients(trained))]
         if labels.empty:
             raise BadConfig(f"model {trained['model_version']} was trained on these patients; compare on others")
-    comparison = compare(
-        directory, folder, arguments.observations, labels, settings_of(config), "patients of --observations"
-    )
+    comparison = compare(directory, folder, arguments.observations, labels, "patients of --observations")
     for line in comparison.lines():
         print(line)
     refused = bool(comparison.objections) and not arguments.force

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from demo_cohort import DEMO_NOTICE, make_demo_cohort
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
+    BadConfig,
     BadObservations,
     FeaturePlan,
     Observations,
@@ -55,6 +57,14 @@ class SnapshotSettings:
     def __post_init__(self):
         if not (0 < self.every_hours <= MOST_HOURS and 0 <= self.horizon_hours <= MOST_HOURS):
             raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
+
+
+def settings_of(config: Mapping[str, Any]) -> SnapshotSettings:
+    """The snapshot settings that a config names. Raises `BadConfig`."""
+    try:
+        return SnapshotSettings(**{k: v for k, v in config["snapshots"].items() if k != "retrospective"})
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise BadConfig(f"config: 'snapshots' is missing or unknown ({error}); search again") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from command_line import log
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
 from metrics import compared
 from pages import facts_table, frame_table, listing, page, paragraph
-from training_data import SnapshotSettings, make_training_data
+from training_data import make_training_data, settings_of
 
 CONFIG = "best_model_config.json"
 REPORTS = ("production_model_info.txt", "training_report.html", "MODEL_CARD.md")
@@ -138,7 +138,6 @@ def compare(
     new: Path,
     observations: Any,
     labels: pd.DataFrame,
-    settings: SnapshotSettings,
     basis: str,
     alert_rate: float = 0.05,
     seed: int = 0,
@@ -147,11 +146,11 @@ def compare(
     observations in its own way, as it would in service.
 
     `observations` are what `read_observations` takes, `labels` what `read_labels` gives; the moments are those of the
-    old one's reading. The figures are honest only where neither has learned from these patients: that is for the
-    caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
+    old one's reading and settings. The figures are honest only where neither has learned from these patients: that is
+    for the caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
     """
     champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
-    data = make_training_data(champion.reproducer.read(observations), labels, settings)
+    data = make_training_data(champion.reproducer.read(observations), labels, settings_of(champion.config))
     read = challenger.reproducer.read(observations)
     keys, place = data.observations.keys(), {key: i for i, key in enumerate(read.keys())}
     visit = np.array([place[key] for key in keys], dtype=np.int64)[data.visit]

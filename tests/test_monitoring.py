@@ -27,7 +27,7 @@ from demo_cohort import make_demo_cohort
 from feature_pipeline import ProductionPipeline
 from monitoring import Findings, Rows, jensen_shannon, look, main, psi, psi_limit
 from prediction_log import PredictionLog, Profile, open_engine, predictions
-from training_data import SnapshotSettings, make_training_data, read_labels, read_observations
+from training_data import make_training_data, read_labels, read_observations, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = datetime(2026, 3, 2, 12)
@@ -42,7 +42,7 @@ def ward(pipeline):
 
 
 def snapshots_of(observations, labels, pipeline):
-    settings = SnapshotSettings(**{k: v for k, v in pipeline.config["snapshots"].items() if k != "retrospective"})
+    settings = settings_of(pipeline.config)
     read = read_observations(observations, pipeline.config["synonyms"])
     return make_training_data(read, read_labels(labels), settings)
 
