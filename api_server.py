@@ -2,7 +2,7 @@
 
 For development: ``python api_server.py``. For production: ``gunicorn -w 4 -b 0.0.0.0:5000 api_server:app``, which reads
 gunicorn.conf.py. Settings come from the environment (SEPSIS_CONFIG, SEPSIS_MODEL, SEPSIS_API_KEYS, ...; see
-api/settings.py) or from the options below. Without a key the service answers programs on its own machine only.
+serving/api/settings.py) or from the options below. Without a key only programs on the same machine are answered.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 from werkzeug.serving import make_server
 
-from api.security import new_key
-from api.settings import Settings
-from command_line import COULD_NOT_START, DONE, log, make_parser, number, run
+from common.command_line import COULD_NOT_START, DONE, log, make_parser, number, run
 from feature_pipeline import BadConfig
+from serving.api.security import new_key
+from serving.api.settings import Settings
 
 
 def __getattr__(name: str) -> Any:
     """`app`, made when it is first asked for: importing this module starts and loads nothing."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from api.app import create_app
-    from api.records import plain_log
+    from serving.api.app import create_app
+    from serving.api.records import plain_log
 
     plain_log()
     globals()["app"] = create_app()
@@ -43,9 +43,9 @@ def serve(arguments: argparse.Namespace) -> int:
         print("the line for the file of SEPSIS_API_KEYS:", file=sys.stderr)
         print(line)
         return DONE
-    from api.app import create_app
-    from api.records import share_pseudonym_key
-    from api.service import NoModel
+    from serving.api.app import create_app
+    from serving.api.records import share_pseudonym_key
+    from serving.api.service import NoModel
 
     settings = Settings.from_environment()
     given = {

@@ -16,7 +16,7 @@ import tempfile
 bind = "127.0.0.1:5000"
 workers = min(os.cpu_count() or 1, 8)
 # Threads wait for slow clients; scoring itself keeps one core busy a worker.
-worker_class = "api.workers.Worker"
+worker_class = "serving.api.workers.Worker"
 threads = 16
 timeout = 60  # a worker that shows no life is replaced
 graceful_timeout = 30  # to answer what was accepted, at a stop or a reload
@@ -47,13 +47,13 @@ def on_starting(server):
 
 def prepare(server):
     """Settings are checked once, before workers would fail one after the other; what workers share is made here."""
-    from api.limits import check_rate_limit
-    from api.records import plain_log, share_pseudonym_key
-    from api.security import keep_keys
-    from api.settings import Settings
-    from command_line import spare_the_loaded
+    from common.command_line import spare_the_loaded
+    from common.pseudonyms import Pseudonyms
     from feature_pipeline import BadConfig
-    from pseudonyms import Pseudonyms
+    from serving.api.limits import check_rate_limit
+    from serving.api.records import plain_log, share_pseudonym_key
+    from serving.api.security import keep_keys
+    from serving.api.settings import Settings
 
     plain_log()
     try:
@@ -74,10 +74,10 @@ def prepare(server):
 
 
 def on_reload(server):
-    from api.security import keep_keys
-    from api.settings import Settings
-    from command_line import log
+    from common.command_line import log
     from feature_pipeline import BadConfig
+    from serving.api.security import keep_keys
+    from serving.api.settings import Settings
 
     try:
         keep_keys(Settings.from_environment().api_keys)
@@ -86,7 +86,7 @@ def on_reload(server):
 
 
 def when_ready(server):
-    from api.workers import STALLED_SECONDS
+    from serving.api.workers import STALLED_SECONDS
 
     # connections inherit it from the socket they are accepted on: no thread waits longer for a client to send or read
     for listener in server.LISTENERS:
@@ -96,8 +96,8 @@ def when_ready(server):
 
 def post_worker_init(worker):
     """Loads the model before the first request; without one the worker still answers /health and says 503."""
-    from api.service import NoModel
-    from command_line import spare_the_loaded
+    from common.command_line import spare_the_loaded
+    from serving.api.service import NoModel
 
     with contextlib.suppress(NoModel):
         worker.wsgi.service.pipeline()
@@ -107,7 +107,7 @@ def post_worker_init(worker):
 def child_exit(server, worker):
     from prometheus_client import multiprocess
 
-    from api.workers import Worker
+    from serving.api.workers import Worker
 
     multiprocess.mark_process_dead(worker.pid)
     if isinstance(worker, Worker):  # --worker-class may name another

@@ -18,16 +18,15 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from command_line import DONE, SOME_FAILED, log, make_parser, number, run, spare_the_loaded
+from common.command_line import DONE, SOME_FAILED, log, make_parser, number, run, spare_the_loaded
 from feature_pipeline import BadConfig
-from prediction_log import url_of
-from stream.alerts import AlertBook, AlertSinks
-from stream.feed import Feed, read_lines
-from stream.journal import Journal
-from stream.processor import StreamProcessor
+from monitoring.log import url_of
+from serving.stream.alerts import AlertBook, AlertSinks
+from serving.stream.feed import Feed, read_lines
+from serving.stream.journal import Journal
+from serving.stream.processor import StreamProcessor
 
 __all__ = ["StreamProcessor", "main"]
-
 DEFAULT_STATE = "data/stream_state.jsonl"
 
 
@@ -50,7 +49,7 @@ def stream(arguments: argparse.Namespace) -> int:
         book = AlertBook(arguments.cooldown_hours)
         sinks = AlertSinks(arguments.alerts, arguments.webhook)
         if arguments.kafka:
-            from stream.kafka import consume
+            from serving.stream.kafka import consume
 
             return SOME_FAILED if consume(processor, book, sinks, arguments, stop.is_set) else DONE
         state = arguments.state or (DEFAULT_STATE if arguments.mllp else None)
@@ -82,7 +81,7 @@ def receive(feed: Feed, address: tuple[str, int], stop: threading.Event) -> None
     """Serves MLLP until SIGTERM or SIGINT."""
     import asyncio
 
-    from stream.mllp import serve
+    from serving.stream.mllp import serve
 
     async def work() -> None:
         ended, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -28,9 +28,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.features import clean  # noqa: E402
-from command_line import COULD_NOT_START, DONE, log, make_parser, number, run  # noqa: E402
-from demo_cohort import make_demo_cohort  # noqa: E402
+from benchmarks.features import clean
+from common.command_line import COULD_NOT_START, DONE, log, make_parser, number, run
+from sources.demo_cohort import make_demo_cohort
 
 CONNECTIONS = 8
 SCRIPT = """

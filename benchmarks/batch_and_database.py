@@ -30,11 +30,13 @@ import sqlalchemy as sa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import generate_features  # noqa: E402
-import train_best_model  # noqa: E402
-from db_predictor import DatabasePredictor, connect, make_tables  # noqa: E402
-from demo_cohort import DEMO_NOTICE, make_demo_cohort  # noqa: E402
-from feature_pipeline import ProductionPipeline  # noqa: E402
+import generate_features
+import train_best_model
+from feature_pipeline import ProductionPipeline
+from serving.db.connection import connect
+from serving.db.predictor import DatabasePredictor
+from serving.db.tables import make_tables
+from sources.demo_cohort import DEMO_NOTICE, make_demo_cohort
 
 
 def trained_models(folder: Path) -> Path:

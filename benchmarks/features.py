@@ -20,8 +20,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import DONE, make_parser, run
-from demo_cohort import make_demo_cohort
+from common.command_line import DONE, make_parser, run
 from feature_pipeline import (
     BLOCKS,
     FeaturePlan,
@@ -30,6 +29,7 @@ from feature_pipeline import (
     read_observations,
     resolve_snapshots,
 )
+from sources.demo_cohort import make_demo_cohort
 
 STATISTICS = ("last", "min", "max", "mean", "std", "count", "change", "delta", "range", "age")
 

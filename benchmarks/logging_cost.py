@@ -26,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from command_line import DONE, make_parser, number, run  # noqa: E402
-from feature_pipeline import ProductionPipeline, resolve_snapshots  # noqa: E402
-from prediction_log import OFF, PredictionLog  # noqa: E402
+from common.command_line import DONE, make_parser, number, run
+from feature_pipeline import ProductionPipeline, resolve_snapshots
+from monitoring.log import OFF, PredictionLog
 
 BODY = json.dumps(json.loads((ROOT / "examples" / "new_patient_data.json").read_text())[:40]).encode()
 PATIENCE = 60  # seconds until a server must be ready

@@ -5,7 +5,7 @@ ROC AUC and average precision, patient-level ROC AUC and average precision, and 
 (Reyna et al., Crit Care Med 2020;48:210-217, doi 10.1097/CCM.0000000000004145). The threshold of each fold is chosen on
 patients of other folds.
 
-Observations and labels are those of import_physionet2019.py: labels with sepsis_onset, first_hour and last_hour.
+Observations and labels are those of prepare_data.py physionet2019: labels with sepsis_onset, first_hour and last_hour.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from candidates import CONFIGURATION, FEATURE_SETS, FeatureTable, judge_candidate, part_names
-from command_line import DONE, log, make_parser, run
+from common.command_line import DONE, log, make_parser, run
+from common.labels import read_labels
+from common.metrics import bootstrap_intervals, ranking_scores
 from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadObservations, listed, read_observations, to_micros
-from import_physionet2019 import ADMISSION
-from metrics import bootstrap_intervals, ranking_scores
-from training_data import SnapshotSettings, TrainingData, grouped_folds, in_order_of_names, read_labels
+from sources.physionet2019 import ADMISSION
+from training.candidates import CONFIGURATION, FEATURE_SETS, part_names
+from training.fitting import FeatureTable, judge_candidate
+from training.snapshots import SnapshotSettings, TrainingData, grouped_folds, in_order_of_names
 
 EARLIEST, OPTIMAL, LATEST = -12, -6, 3  # hours from onset
 FALSE_ALARM, MISS = -0.05, -2.0
@@ -75,7 +77,7 @@ def hourly_data(observations: str, labels: str) -> tuple[TrainingData, np.ndarra
     table = pd.read_parquet(labels) if labels.endswith(".parquet") else pd.read_csv(labels, dtype={"client": str})
     texts = read_labels(table)
     if missing := [name for name in ("first_hour", "last_hour") if name not in table.columns]:
-        raise BadObservations(f"labels: missing column {listed(missing)}; import_physionet2019.py writes them")
+        raise BadObservations(f"labels: missing column {listed(missing)}; prepare_data.py physionet2019 writes them")
     known = in_order_of_names(read_observations(observations))
     place = {key: i for i, key in enumerate(known.keys())}
     visit_of_row = np.array([place.get(key, -1) for key in zip(texts["client"], texts["visit_id"], strict=True)])
@@ -217,7 +219,7 @@ def line(name: str, figures: dict[str, Any], seconds: float) -> str:
 def benchmark(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     if not (arguments.observations and arguments.labels):
-        raise BadObservations("name --observations and --labels, as import_physionet2019.py writes them")
+        raise BadObservations("name --observations and --labels, as prepare_data.py physionet2019 writes them")
     data, from_onset = hourly_data(arguments.observations, arguments.labels)
     log.info("%s; read in %.1f s", data.describe(), time.perf_counter() - began)
     blocks = FEATURE_SETS[arguments.feature_set]

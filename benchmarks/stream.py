@@ -24,9 +24,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.features import clean
-from command_line import DONE, SOME_FAILED, make_parser, number, run, spare_the_loaded
-from demo_cohort import make_demo_cohort
+from common.command_line import DONE, SOME_FAILED, make_parser, number, run, spare_the_loaded
 from feature_pipeline import COLUMNS, ProductionPipeline, read_observations, resolve_snapshots
+from sources.demo_cohort import make_demo_cohort
 from stream_processor import StreamProcessor
 
 

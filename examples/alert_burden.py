@@ -19,9 +19,10 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from command_line import DONE, make_parser, number, run  # noqa: E402
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, ProductionPipeline  # noqa: E402
-from training_data import SnapshotSettings, TrainingData, make_training_data, read_labels  # noqa: E402
+from common.command_line import DONE, make_parser, number, run
+from common.labels import read_labels
+from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, ProductionPipeline
+from training.snapshots import SnapshotSettings, TrainingData, make_training_data
 
 
 def burden(data: TrainingData, probability: np.ndarray, onset: np.ndarray, threshold: float) -> dict[str, object]:

@@ -31,10 +31,11 @@ import sqlalchemy as sa
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from command_line import DONE, SOME_FAILED, make_parser, number, run  # noqa: E402
-from db_predictor import connect, make_tables  # noqa: E402
-from demo_cohort import make_demo_cohort  # noqa: E402
-from feature_pipeline import BadConfig, FeaturePipelineError  # noqa: E402
+from common.command_line import DONE, SOME_FAILED, make_parser, number, run
+from feature_pipeline import BadConfig, FeaturePipelineError
+from serving.db.connection import connect
+from serving.db.tables import make_tables
+from sources.demo_cohort import make_demo_cohort
 
 Scores = dict[tuple[str, str], float]  # (client, visit_id) -> probability
 PATIENCE = 120
@@ -247,7 +248,7 @@ def production_system(arguments: argparse.Namespace) -> int:
     highest = max(alerts, key=lambda alert: alert["sepsis_probability"], default=None)
     print(f"{len(alerts)} alerts" + (f", the worst: visit rose to {highest['risk_level']} risk" if highest else ""))
     page = system.work / "monitoring_report.html"
-    system.script("monitoring.py", "report", "--config", system.config, "--html", page)
+    system.script("monitor.py", "report", "--config", system.config, "--html", page)
     engine = sa.create_engine(system.monitor)
     with engine.connect() as connection:
         counted = connection.execute(sa.text("select source, count(*) from predictions group by source")).all()

@@ -7,8 +7,8 @@ import pytest
 
 import generate_features
 import train_best_model
-from demo_cohort import make_demo_cohort
 from feature_pipeline import ProductionPipeline
+from sources.demo_cohort import make_demo_cohort
 
 os.environ["SEPSIS_MONITOR_URL"] = "off"  # tests that look at the prediction log name one
 

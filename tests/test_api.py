@@ -19,15 +19,15 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from api import fhir
-from api.app import create_app
-from api.limits import ThreadSafeMemory
-from api.security import keep_keys, new_key, read_keys
-from api.settings import Settings
-from artifacts import write_atomic
-from command_line import log
+from common.artifacts import write_atomic
+from common.command_line import log
 from feature_pipeline import BadConfig, ProductionPipeline
-from prediction_log import PredictionLog
+from monitoring.log import PredictionLog
+from serving.api import fhir
+from serving.api.app import create_app
+from serving.api.limits import ThreadSafeMemory
+from serving.api.security import keep_keys, new_key, read_keys
+from serving.api.settings import Settings
 from tests.test_api_server import until
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from api import workers
-from api.security import new_key
+from serving.api import workers
+from serving.api.security import new_key
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"

@@ -26,10 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import batch_processor
-from artifacts import locked
-from batch_processor import LOCK, BadDirectories, BatchProcessor, Chunks, Manifest, Processes, main, watch
+from batch_processor import main, watch
+from common.artifacts import locked
+from common.pseudonyms import Pseudonyms
 from feature_pipeline import COLUMNS, BadObservations, ProductionPipeline
-from pseudonyms import Pseudonyms
+from serving.batch.backends import Processes
+from serving.batch.directory import LOCK, BadDirectories, BatchProcessor, Manifest
+from serving.batch.reading import Chunks
 
 ROOT = Path(batch_processor.__file__).parent
 COLUMNS_OUT = ["visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version"]

@@ -25,8 +25,11 @@ import pytest
 import sqlalchemy as sa
 
 import db_predictor
-from db_predictor import BatchUndone, DatabaseError, DatabasePredictor, connect, main, make_tables, safe_url, schema
-from pseudonyms import Pseudonyms
+from common.pseudonyms import Pseudonyms
+from db_predictor import main
+from serving.db.connection import BatchUndone, DatabaseError, connect, safe_url
+from serving.db.predictor import DatabasePredictor
+from serving.db.tables import make_tables, schema
 
 ROOT = Path(db_predictor.__file__).parent
 

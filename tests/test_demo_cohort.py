@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from demo_cohort import CODES, DEMO_NOTICE, main, make_demo_cohort
+from sources.demo_cohort import CODES, DEMO_NOTICE, main, make_demo_cohort
 
 OBSERVATION_COLUMNS = [
     "visit_id",

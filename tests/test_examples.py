@@ -14,11 +14,13 @@ import pytest
 import sqlalchemy as sa
 from confluent_kafka import Producer
 
-from db_predictor import connect, make_tables
+from common.labels import read_labels
+from common.pseudonyms import Pseudonyms
 from examples import alert_burden, production_system
 from feature_pipeline import BadConfig, read_observations
-from pseudonyms import Pseudonyms
-from training_data import SnapshotSettings, make_training_data, read_labels
+from serving.db.connection import connect
+from serving.db.tables import make_tables
+from training.snapshots import SnapshotSettings, make_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import import_physionet2019 as importer
+from sources import physionet2019 as importer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("SEPSIS_SHARED_DATA", ROOT.parent / "shared" / "data"))

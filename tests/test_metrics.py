@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from metrics import (
+from common.metrics import (
     SENSITIVITIES,
     bootstrap_intervals,
     brier_score,

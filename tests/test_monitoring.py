@@ -20,14 +20,19 @@ import pandas as pd
 import pytest
 import sqlalchemy as sa
 
-import metrics
-import monitoring
-import prediction_log
-from demo_cohort import make_demo_cohort
+import monitor as monitoring
+from common import metrics
+from common.labels import read_labels
 from feature_pipeline import ProductionPipeline
-from monitoring import Findings, Rows, jensen_shannon, look, main, psi, psi_limit
-from prediction_log import PredictionLog, Profile, open_engine, predictions
-from training_data import make_training_data, read_labels, read_observations, settings_of
+from monitor import main
+from monitoring import log as prediction_log
+from monitoring.drift import jensen_shannon, psi, psi_limit
+from monitoring.findings import Findings, Rows
+from monitoring.log import PredictionLog, open_engine, predictions
+from monitoring.look import look
+from monitoring.profile import Profile
+from sources.demo_cohort import make_demo_cohort
+from training.snapshots import make_training_data, read_observations, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = datetime(2026, 3, 2, 12)

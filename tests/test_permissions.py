@@ -10,7 +10,7 @@ import batch_processor
 import db_predictor
 import generate_features
 import stream_processor
-from command_line import nothing_for_others
+from common.command_line import nothing_for_others
 
 FOR_OTHERS, FOR_ALL_BUT_OWNER = 0o007, 0o077
 

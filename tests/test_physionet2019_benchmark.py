@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 
-import import_physionet2019
 from benchmarks import physionet2019
 from benchmarks.physionet2019 import (
     best_threshold,
@@ -20,8 +19,10 @@ from benchmarks.physionet2019 import (
     report,
     utilities,
 )
-from import_physionet2019 import ADMISSION, PSV_COLUMNS
-from training_data import SnapshotSettings, make_training_data, read_labels, read_observations
+from common.labels import read_labels
+from sources import physionet2019 as import_physionet2019
+from sources.physionet2019 import ADMISSION, PSV_COLUMNS
+from training.snapshots import SnapshotSettings, make_training_data, read_observations
 
 NAN = math.nan  # hours from onset of a patient without sepsis
 

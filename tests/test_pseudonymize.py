@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import import_physionet2019
-import pseudonymize
+from common.pseudonyms import Pseudonyms, pseudonymized
 from feature_pipeline import BadConfig, BadObservations, read_observations, resolve_snapshots
-from pseudonyms import Pseudonyms, pseudonymized
+from sources import physionet2019 as import_physionet2019
+from sources import pseudonymize
 from tests.strategies import observations
 from tests.test_import_physionet2019 import psv
-from training_data import SnapshotSettings, load_training_data
+from training.snapshots import SnapshotSettings, load_training_data
 
 KEY = "a key of more than sixteen letters"
 

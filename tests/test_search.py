@@ -15,14 +15,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import candidates
-import command_line
 import generate_features
-import training_data
-from candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, FeatureTable, feature_set_names, filled
-from demo_cohort import make_demo_cohort
+from common import command_line
 from feature_pipeline import FeaturePlan, load_config, parse_feature
-from training_data import TEST, TRAIN, SnapshotSettings, load_training_data, split_parts
+from sources.demo_cohort import make_demo_cohort
+from training import candidates
+from training import snapshots as training_data
+from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, feature_set_names
+from training.fitting import FeatureTable, filled
+from training.snapshots import TEST, TRAIN, SnapshotSettings, load_training_data, split_parts
 
 SETS, MODELS = ("latest", "clinical"), ("lightgbm_shallow", "logistic_regression")
 WRITTEN = ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")

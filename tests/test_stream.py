@@ -21,13 +21,13 @@ from hl7.client import MLLPClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from artifacts import write_atomic
+from common.artifacts import write_atomic
 from feature_pipeline import BadConfig, FeaturePlan, resolve_snapshots
-from stream import mllp
-from stream.alerts import AlertBook, AlertSinks
-from stream.feed import Feed, read_lines
-from stream.journal import Journal
-from stream.processor import _fold_hours
+from serving.stream import mllp
+from serving.stream.alerts import AlertBook, AlertSinks
+from serving.stream.feed import Feed, read_lines
+from serving.stream.journal import Journal
+from serving.stream.processor import _fold_hours
 from stream_processor import StreamProcessor, main
 from tests.strategies import cohorts
 

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import artifacts
 import generate_features
 import run_tests
 import train_best_model
-import versions
+from common import artifacts
 from feature_pipeline import BadModel, ProductionPipeline, load_config, read_observations
-from model_card import groups_of
-from training_data import TEST, load_training_data, split_parts
-from versions import DEPLOYED
+from training import versions
+from training.model_card import groups_of
+from training.snapshots import TEST, load_training_data, split_parts
+from training.versions import DEPLOYED
 
 pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.SetAsideWarning")  # the cohort has dirt on purpose
 

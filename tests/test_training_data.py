@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import training_data
-from demo_cohort import make_demo_cohort
+from common.labels import read_labels
 from feature_pipeline import BLOCKS, NO_TIME, BadObservations, block_features, read_observations
-from training_data import (
+from sources.demo_cohort import make_demo_cohort
+from training import snapshots as training_data
+from training.snapshots import (
     PARTS,
     TEST,
     SnapshotSettings,
@@ -19,7 +20,6 @@ from training_data import (
     in_order_of_names,
     load_training_data,
     make_training_data,
-    read_labels,
     split_parts,
 )
 

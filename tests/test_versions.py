@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 
 import train_best_model
-from demo_cohort import make_demo_cohort
+from common.metrics import compared, sensitivity_at_alert_rate
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
-from generate_features import golden_example
-from metrics import compared, sensitivity_at_alert_rate
+from sources.demo_cohort import make_demo_cohort
 from tests.test_api_server import Server
-from versions import CONFIG, Comparison, list_versions, switch
+from training.comparison import Comparison
+from training.config import golden_example
+from training.versions import CONFIG, list_versions, switch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())

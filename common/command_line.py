@@ -1,0 +1,270 @@
+"""What the scripts share at the shell: options of one vocabulary, logs, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from feature_pipeline import (
+    DEFAULT_CONFIG,
+    DEFAULT_MODEL,
+    BadConfig,
+    FeaturePipelineError,
+    as_text,
+    check_synonyms,
+)
+
+DONE, SOME_FAILED, COULD_NOT_START = 0, 1, 2
+INTERRUPTED, TERMINATED = 130, 143  # as shells have it: 128 + SIGINT, 128 + SIGTERM
+log = logging.getLogger("sepsis")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults (where there is one), keeps the example's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A reader of option values that takes numbers from `low` to `high`."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
+
+
+TABLES = (".csv", ".csv.gz", ".parquet")
+
+
+def table_path(text: str) -> Path:
+    """The value of an option that names a table; its format is told by its name."""
+    if not text.endswith(TABLES):
+        raise argparse.ArgumentTypeError(f"{text!r}: the name must end in {', '.join(TABLES)}")
+    return Path(text)
+
+
+def make_parser(description: str, example: str, *options: str) -> argparse.ArgumentParser:
+    """A parser with the named shared options (without dashes) and those that every script has."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=Formatter
+    )
+    shared: dict[str, dict[str, Any]] = {
+        "observations": {"help": ".csv, .csv.gz or .parquet; the demo cohort where not given"},
+        "labels": {"help": "visit_id, client, sepsis[, sepsis_onset]; .csv, .csv.gz or .parquet"},
+        "models-dir": {"default": "models", "help": "where config, model and reports lie"},
+        "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
+        "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
+        "seed": {"type": number(int, 0), "default": 0, "help": "seed of splits, models and resampling"},
+        "jobs": {"type": number(int, 1), "default": available_cores(), "help": "processes at once"},
+    }
+    for name in options:
+        parser.add_argument(f"--{name}", **{"help": " ", **shared[name]})
+    add_log_options(parser)
+    return parser
+
+
+def add_log_options(parser: argparse.ArgumentParser, **settings: Any) -> None:
+    """What every script has; a command of a script with ``default=argparse.SUPPRESS``, so that it may stand before the
+    command as well as after it."""
+    parser.add_argument("--quiet", action="store_true", help="warnings and errors only", **settings)
+    about = "of the log on stderr (default: text)" if settings else "of the log on stderr"
+    parser.add_argument("--log-format", choices=("text", "json"), help=about, **{"default": "text", **settings})
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error", **settings)
+
+
+def add_command(
+    commands: Any, name: str, about: str, example: str, work: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """The parser of one command of a script; `run_command` calls its `work`."""
+    command = commands.add_parser(
+        name,
+        help=about.partition("\n")[0],
+        description=about,
+        epilog=f"example:\n  {example}",
+        formatter_class=Formatter,
+    )
+    command.set_defaults(work=work)
+    add_log_options(command, default=argparse.SUPPRESS)
+    return command
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """`run` with the work of the command that was chosen."""
+    return run(lambda arguments: arguments.work(arguments), parser, argv)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "level": record.levelname.lower(), "message": record.getMessage()})
+
+
+def spare_the_loaded() -> None:
+    """Takes all that is loaded by now out of the garbage collector's rounds, for a process that answers many.
+
+    A full round over the objects of all libraries takes a tenth of a second, in which nobody is answered.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def start_logging(arguments: argparse.Namespace) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if arguments.log_format == "json" else logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    log.propagate = False
+    warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
+
+
+@contextlib.contextmanager
+def nothing_for_others() -> Iterator[None]:
+    """Files and folders that are made meanwhile, by whatever library, are for the owner and the group alone: with the
+    usual umask 0640 and 0750. A stricter umask stands."""
+    before = os.umask(0o077)  # there is no way to ask for it but to set it
+    os.umask(before | 0o007)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends work as Ctrl-C does: worker processes end too, and temporary files go."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` meanwhile, in this process alone; a handler that somebody else has set stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    own = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() == own:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked child ends as it always did
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parses, runs, and turns the project's own errors into one line and an exit status."""
+    arguments = parser.parse_args(argv)
+    start_logging(arguments)
+    try:
+        with nothing_for_others(), ended_by_sigterm():
+            return work(arguments)
+    except (FeaturePipelineError, OSError) as error:
+        if arguments.debug:
+            raise
+        log.error("error: %s", error)
+        return COULD_NOT_START
+    except BrokenProcessPool:
+        if arguments.debug:
+            raise
+        go_on = getattr(arguments, "go_on", "")
+        log.error("error: the system ended a worker process, most often for want of memory: try fewer --jobs%s", go_on)
+        return COULD_NOT_START
+    except KeyboardInterrupt as stop:
+        log.error("interrupted; finished work is kept%s", getattr(arguments, "go_on", ""))
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def run_every(seconds: float, processor: Any, work: Callable[[], Any], stop: threading.Event) -> None:
+    """Runs `work` every so many seconds until `stop`, whatever error the last time had.
+
+    Before it `processor` takes up what was deployed since (its ``load_if_changed``); where that fails it is told once,
+    and its ``pipeline`` goes on.
+    """
+    problem = ""
+    while not stop.is_set():
+        try:
+            processor.load_if_changed()
+            problem = ""
+        except FeaturePipelineError as error:
+            if str(error) != problem:
+                problem = str(error)
+                log.error("error: %s; model %s goes on", error, processor.pipeline.model_version)
+        try:
+            work()
+        except (FeaturePipelineError, OSError) as error:
+            log.error("error: %s; next try in %g s", error, seconds)
+        stop.wait(seconds)
+
+
+def progress(items: Iterable[Any], total: int, quiet: bool, **settings: Any) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(items, total=total, disable=quiet or not sys.stderr.isatty(), file=sys.stderr, **settings)
+
+
+def read_synonyms(path: str | None) -> dict[str, str]:
+    """A two-column CSV file ``code,concept`` as a mapping."""
+    if path is None:
+        return {}
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise BadConfig(f"synonyms {path!r} cannot be read: {error}") from error
+    if list(table.columns[:2]) != ["code", "concept"]:
+        raise BadConfig(f"synonyms {path!r}: expected the columns code,concept")
+    synonyms = dict(zip(table["code"].map(as_text), table["concept"].map(as_text), strict=True))
+    check_synonyms(synonyms, f"synonyms {path!r}")
+    return synonyms
+
+
+def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
+    """POSTs JSON to a webhook; tries twice. Raises `OSError` with one line that does not name the URL's secrets."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+    for last in (False, True):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                answer.read()
+                return
+        except urllib.error.HTTPError as error:
+            if last or error.code < 500:
+                raise OSError(f"the webhook answers {error.code}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if last:
+                raise OSError(f"the webhook cannot be reached ({type(error).__name__})") from None

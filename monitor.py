@@ -1,0 +1,209 @@
+"""Watches a deployed model through the log of its predictions: drift, missing codes, volume, latency, errors, quality.
+
+``report`` writes a page, ``check`` prints a line for each alert and ends with status 1 if there is any (for cron),
+``export`` gives the log's rows, ``prune`` deletes old ones.
+
+Drift compares the last days with the reference profile that training wrote into the config, or with the log's own first
+days (--baseline-days), which is the better reference where visits are scored at other moments than in training. Every
+visit counts once, however often it was scored. The population stability index (PSI) has the usual limits 0.1 and 0.25,
+but without any drift it is about (1/n + 1/m) times a chi-square variable with (bins - 1) degrees of freedom, n and m
+being the numbers of visits (Yurdakul and Naranjo, J Risk Model Valid 2020;14(4):89): an alert needs both the size and
+the significance, at 1% over all features together. No drift library was taken: those that are kept up bring a data
+platform with them, for what are forty lines here.
+
+Drift is that of the deployed version; volume, latency and errors are those of all versions together, since a promotion
+changes neither how many visits there are nor how they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sqlite3
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import pandas as pd
+import sqlalchemy as sa
+
+from common.artifacts import write_atomic, write_tables
+from common.command_line import DONE, SOME_FAILED, add_log_options, log, make_parser, number, post_json, run, table_path
+from common.pseudonyms import Pseudonyms
+from feature_pipeline import DEFAULT_CONFIG, BadConfig, load_config
+from monitoring.findings import Findings, read_rows
+from monitoring.log import DEFAULT_URL, OFF, URL_VARIABLE, errors, open_engine, predictions, url_of
+from monitoring.look import look
+from monitoring.quality import read_outcomes
+from monitoring.report import report_html
+
+MOST_DAYS = 36_500
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def moment(text: str) -> datetime:
+    """ISO 8601 as a naive UTC time, far enough from the calendar's ends to count days from."""
+    time = datetime.fromisoformat(text)
+    if not 1970 <= time.year <= 9000:
+        raise argparse.ArgumentTypeError(f"{text} is not in the years 1970 to 9000")
+    return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+
+
+def web_address(text: str) -> str:
+    """An http URL; the error does not quote it, since such a URL often holds a secret."""
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # asking for it checks it
+    except ValueError:
+        good = False
+    if not good or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError("expected http://host/... or https://host/...")
+    return text
+
+
+def work(arguments: argparse.Namespace) -> int:
+    url = url_of(arguments.monitor)
+    if url == OFF:
+        raise BadConfig(f"there is no prediction log to read: {URL_VARIABLE} or --monitor says {OFF!r}")
+    try:
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # which may quote the password
+        raise BadConfig(
+            "the URL of the prediction log cannot be read; expected sqlite:///file.db or "
+            "dialect+driver://user:password@host:port/name with special characters of the password as %40 and the like"
+        ) from None
+    engine = None
+    try:
+        engine = open_engine(address)
+        return COMMANDS[arguments.command](engine, arguments)
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, pd.errors.DatabaseError, ImportError) as error:
+        raise BadConfig(_in_words(error, address)) from None
+    finally:
+        if engine is not None:
+            engine.dispose()
+
+
+def _in_words(error: Exception, address: sa.URL) -> str:
+    """What a database's error means, in one line that quotes neither password nor data."""
+    what = f"the prediction log ({address.drivername})"
+    if isinstance(error, ImportError | sa.exc.NoSuchModuleError):
+        return f"{what} has no driver here; see requirements-database.txt"
+    if isinstance(error, pd.errors.DatabaseError):
+        error = error.__cause__ or error
+    original = getattr(error, "orig", None) or error
+    if address.get_backend_name() == "sqlite":
+        return f"{what} cannot be used: {address.database}: {original}"
+    return (
+        f"{what} cannot be used: {type(original).__name__}; is the server there, are name, password and rights right?"
+    )
+
+
+def _findings(engine: sa.Engine, arguments: argparse.Namespace) -> tuple[Findings, dict[str, Any], datetime]:
+    config = load_config(arguments.config)
+    until = arguments.until or datetime.now(UTC).replace(tzinfo=None)
+    labels = read_outcomes(arguments.labels) if arguments.labels else None
+    options = (arguments.days, arguments.baseline_days, labels, arguments.max_seconds)
+    return look(engine, config, until, *options), config, until
+
+
+def report(engine: sa.Engine, arguments: argparse.Namespace) -> int:
+    findings, config, until = _findings(engine, arguments)
+    write_atomic(arguments.html, report_html(findings, config, until, arguments.days))
+    for line in findings.alerts:
+        print(line)
+    log.info("written: %s", arguments.html)
+    return DONE
+
+
+def check(engine: sa.Engine, arguments: argparse.Namespace) -> int:
+    findings, config, until = _findings(engine, arguments)
+    for line in findings.alerts:
+        print(line)
+    for line in findings.remarks:
+        log.info("%s", line)
+    if findings.alerts and arguments.webhook:
+        told = {"model_version": config.get("model_version"), "until": until.isoformat(), "alerts": findings.alerts}
+        try:
+            post_json(arguments.webhook, told)
+        except OSError as error:
+            log.error("error: %s", error)
+    return SOME_FAILED if findings.alerts else DONE
+
+
+def export(engine: sa.Engine, arguments: argparse.Namespace) -> int:
+    until = arguments.until or datetime.now(UTC).replace(tzinfo=None)
+    rows = read_rows(engine, until - timedelta(days=arguments.days), until, None)
+    if arguments.pseudonymize:
+        rows = detached(rows, Pseudonyms.from_environment())
+    if arguments.out:
+        write_tables({arguments.out: rows})
+    else:
+        rows.to_csv(sys.stdout, index=False)
+    log.info("%d rows", len(rows))
+    return DONE
+
+
+def detached(rows: pd.DataFrame, pseudonyms: Pseudonyms) -> pd.DataFrame:
+    """Rows that cannot be joined to the log or to a calendar: visits under other hashes, in their order, all times of a
+    visit shifted by the same number of days. (The log does not know clients, so the shift is by visit.)"""
+    days = [pseudonyms.shift_days(visit) for visit in rows["visit"]]
+    shift = pd.to_timedelta(pd.Series(days, index=rows.index, dtype="int64"), unit="D")
+    out = rows.assign(visit=[f"v{pseudonyms.visit('export', visit)}" for visit in rows["visit"]])
+    return out.assign(time=rows["time"] - shift, as_of=rows["as_of"] - shift).sort_values("visit").drop(columns="id")
+
+
+def prune(engine: sa.Engine, arguments: argparse.Namespace) -> int:
+    horizon = (arguments.until or datetime.now(UTC).replace(tzinfo=None)) - timedelta(days=arguments.older_than)
+    with engine.begin() as connection:
+        gone = [connection.execute(t.delete().where(t.c.time <= horizon)).rowcount for t in (predictions, errors)]
+    print(json.dumps({"predictions_deleted": gone[0], "errors_deleted": gone[1]}))
+    return DONE
+
+
+COMMANDS = {"report": report, "check": check, "export": export, "prune": prune}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "python monitor.py check --days 1")
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "report": ("write a page", "--labels outcomes.csv --html report.html"),
+        "check": ("print alerts, status 1 if there is any", "--days 1 --webhook https://hooks.example.org/sepsis"),
+        "export": ("the log's rows", "--days 30 --out rows.parquet"),
+        "prune": ("delete old rows", "--older-than 365"),
+    }
+    for name, (text, example) in helps.items():
+        end = f"example:\n  python monitor.py {name} {example}"
+        style = parser.formatter_class
+        command = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=style)
+        option = command.add_argument
+        option("--monitor", metavar="URL", help=f"database of the log; else {URL_VARIABLE}, else {DEFAULT_URL}")
+        option("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now if not given")
+        if name in ("report", "check"):
+            option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
+            option("--labels", metavar="FILE", help="outcomes, for the quality by week")
+            about = "compare with so many first days of the log; 0: with training"
+            option("--baseline-days", type=number(int, 0, MOST_DAYS), default=0, metavar="DAYS", help=about)
+            about = "alert where the p95 latency is longer"
+            option("--max-seconds", type=number(float, 0), default=1.0, metavar="SECONDS", help=about)
+        if name == "prune":
+            option("--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="is deleted")
+        else:
+            option("--days", type=number(int, 1, MOST_DAYS), default=7, help="length of the period")
+        if name == "report":
+            option("--html", default="data/monitoring_report.html", metavar="FILE", help="the page")
+        if name == "check":
+            option("--webhook", type=web_address, metavar="URL", help="POST the alerts there as JSON")
+        if name == "export":
+            option("--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet; stdout if not given")
+            option("--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit")
+        add_log_options(command, default=argparse.SUPPRESS)
+    return run(work, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

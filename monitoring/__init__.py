@@ -1,0 +1,1 @@
+"""The log of predictions, and what is read from it."""

@@ -1,0 +1,217 @@
+"""The log of every prediction that any of the serving scripts gives: what monitor.py looks at.
+
+A row holds no name and no value: the visit as a keyed hash, features as bins, codes as measured or not. Many processes
+write to one database; a row is committed before the prediction is answered. SQLite by default, any SQLAlchemy URL.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from common.command_line import log
+from common.pseudonyms import KEY_VARIABLE, Pseudonyms
+from feature_pipeline import Observations, ProductionPipeline
+from monitoring.profile import Profile
+
+URL_VARIABLE = "SEPSIS_MONITOR_URL"
+DEFAULT_URL = "sqlite:///data/predictions.db"
+OFF = "off"
+OPENING_TRIES = 8
+WAL_PAGES = 16_000  # of SQLite's write-ahead log, 64 MB: each checkpoint waits for the disk
+metadata = sa.MetaData()
+predictions = sa.Table(
+    "predictions",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("time", sa.DateTime(), nullable=False, index=True),  # UTC
+    sa.Column("source", sa.String(16), nullable=False),  # api, batch, database, stream
+    sa.Column("model_version", sa.String(32), nullable=False),
+    sa.Column("visit", sa.String(16), nullable=False),  # Pseudonyms.visit
+    sa.Column("as_of", sa.DateTime()),  # the observations' time that the score is of
+    sa.Column("score", sa.Double()),  # empty where nothing was usable
+    sa.Column("risk_level", sa.String(8), nullable=False),
+    sa.Column("bins", sa.Text(), nullable=False),  # a letter for each feature of the profile: a, b, ..., - for empty
+    sa.Column("codes", sa.Text(), nullable=False),  # for each of the model's codes 1 where the visit has it, else 0
+    sa.Column("unknown", sa.Integer(), nullable=False),  # observations of codes that the model does not know
+    sa.Column("seconds", sa.Double(), nullable=False),  # of the call that gave it
+)
+errors = sa.Table(
+    "prediction_errors",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("time", sa.DateTime(), nullable=False, index=True),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("model_version", sa.String(32), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("n", sa.Integer(), nullable=False),
+)
+_NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: they keep what they are compiled to
+
+
+def open_engine(url: str) -> sa.Engine:
+    """An engine whose tables exist. SQLite is set so that processes wait for one another, and readers for nobody."""
+    address = sa.make_url(url)
+    sqlite = address.get_backend_name() == "sqlite"
+    if sqlite and address.database and address.database != ":memory:":
+        folder = Path(address.database).parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+        os.close(os.open(address.database, os.O_CREAT | os.O_WRONLY, 0o600))
+    engine = sa.create_engine(address, pool_pre_ping=not sqlite)
+    if sqlite:
+
+        @sa.event.listens_for(engine, "connect")
+        def _on_connect(connection: Any, _: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA busy_timeout = 10000")
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
+            cursor.execute(f"PRAGMA wal_autocheckpoint = {4 * WAL_PAGES}")  # should `_checkpoint` not come to it
+            cursor.close()
+
+    for attempt in range(OPENING_TRIES):
+        try:
+            metadata.create_all(engine)
+            return engine
+        except (sa.exc.DBAPIError, sqlite3.OperationalError):  # another process makes the same tables just now
+            if attempt == OPENING_TRIES - 1:
+                engine.dispose()
+                raise
+            time.sleep(0.05 * (attempt + 1))
+    raise AssertionError("unreachable")
+
+
+def url_of(url: str | None) -> str:
+    """The URL that is meant: the one given, else of the environment, else the default."""
+    return url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+class PredictionLog:
+    """Writes rows for one pipeline and one source. `open` makes one; a log that fails never stops the scoring."""
+
+    def __init__(
+        self,
+        engine: sa.Engine | None,
+        pipeline: ProductionPipeline,
+        source: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ):
+        self._clock = clock
+        self._engine, self._pipeline, self._source = engine, pipeline, source
+        self._profile = Profile(pipeline.config)
+        self._pseudonyms = Pseudonyms.from_environment()
+        self._failing = False
+        self._pages, self._checkpointing = 0, threading.Lock()
+        if engine is not None and not self._pseudonyms.lasting:
+            log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
+
+    @classmethod
+    def open(cls, url: str | None, pipeline: ProductionPipeline, source: str) -> PredictionLog:
+        """The log at `url` (None: the environment's, else `DEFAULT_URL`; ``off``: none) for what `source` scores."""
+        url, engine = url_of(url), None
+        if url != OFF:
+            try:
+                engine = open_engine(url)
+            except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
+                log.error("error: the prediction log cannot be opened: %s", type(error).__name__)
+        return cls(engine, pipeline, source)
+
+    def record(
+        self,
+        observations: Observations,
+        visit: np.ndarray,
+        as_of: np.ndarray,
+        probability: np.ndarray,
+        features: np.ndarray,
+        seconds: float,
+    ) -> bool:
+        """Writes one row a snapshot, all in one transaction, before it returns. False where that was not possible.
+
+        `probability` and `features` are what `ProductionPipeline.evaluate` gave for these snapshots, `seconds` how
+        long the call took.
+        """
+        if self._engine is None or not len(visit):
+            return self._engine is not None
+        clients, visits = observations.client_text[visit].tolist(), observations.visit_text[visit].tolist()
+        codes, unknown = self._profile.present(observations, visit, as_of)
+        shared = {
+            "time": self._clock().replace(tzinfo=None),
+            "source": self._source,
+            "model_version": self._pipeline.model_version,
+            "seconds": seconds,
+        }
+        levels = self._pipeline.risk_level(probability).tolist()
+        moments = as_of.astype("datetime64[us]").astype(object)  # datetime, None for none
+        rows = [
+            {
+                **shared,
+                "visit": self._pseudonyms.visit(client, number),
+                "as_of": moment,
+                "score": score if score == score else None,
+                "risk_level": level,
+                "bins": bins,
+                "codes": present,
+                "unknown": others,
+            }
+            for client, number, moment, score, level, bins, present, others in zip(
+                clients,
+                visits,
+                moments,
+                probability.tolist(),
+                levels,
+                self._profile.bins(features),
+                codes,
+                unknown,
+                strict=True,
+            )
+        ]
+        return self._write(_NEW_PREDICTION, rows)
+
+    def record_error(self, kind: str, n: int = 1) -> bool:
+        """Counts requests, files or visits that could not be scored."""
+        if self._engine is None:
+            return False
+        row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
+        return self._write(_NEW_ERROR, [{"time": self._clock().replace(tzinfo=None), **row}])
+
+    def _write(self, statement: sa.Insert, rows: list[dict[str, Any]]) -> bool:
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(statement, rows)
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+            if not self._failing:  # once, not for every prediction
+                log.error("error: the prediction log cannot be written: %s", type(error).__name__)
+            self._failing = True
+            return False
+        if self._failing:
+            log.warning("the prediction log is written again")
+        self._failing = False
+        if self._engine.dialect.name == "sqlite":
+            self._pages += 3 + len(rows) // 10  # about so many go to the write-ahead log
+            if self._pages >= WAL_PAGES and self._checkpointing.acquire(blocking=False):
+                self._pages = 0
+                threading.Thread(target=self._checkpoint, daemon=True).start()
+        return True
+
+    def _checkpoint(self) -> None:
+        """Brings the write-ahead log into the database. Left to SQLite, a request would wait for the disk meanwhile."""
+        try:
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+        except sa.exc.SQLAlchemyError:  # it is tried again later
+            pass
+        finally:
+            self._checkpointing.release()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.dispose()

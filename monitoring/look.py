@@ -1,0 +1,61 @@
+"""Everything that is looked at in one period of the prediction log."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pandas as pd
+import sqlalchemy as sa
+
+from monitoring.drift import look_for_drift
+from monitoring.findings import Findings, Rows, look_at_service, read_counts, read_rows
+from monitoring.log import predictions
+from monitoring.profile import Profile
+from monitoring.quality import expected_quality, look_at_quality
+
+
+def look(
+    engine: sa.Engine,
+    config: dict[str, Any],
+    until: datetime,
+    days: int = 7,
+    baseline_days: int = 0,
+    labels: pd.DataFrame | None = None,
+    most_seconds: float = 1.0,
+) -> Findings:
+    """Everything there is to say about the `days` before `until` (UTC, naive): the service as a whole, and drift and
+    quality of the config's model version."""
+    findings, version = Findings(), config.get("model_version") or "unversioned"
+    since = until - timedelta(days=days)
+    everything = read_rows(engine, since, until)
+    look_at_service(findings, everything, *read_counts(engine, since, until, days), days, most_seconds)
+    rows = everything[everything["model_version"] == version]
+    reference = config.get("reference_profile")
+    if not reference:
+        findings.remarks.append("the config has no reference profile; train again to watch drift")
+    elif not Rows(rows, profile := Profile(config)).usable.any():
+        findings.remarks.append(f"drift is not judged: model {version} has no usable score in {days} days")
+    else:
+        current = Rows(rows, profile).distribution(reference)
+        if baseline_days:
+            with engine.connect() as connection:
+                first = connection.scalar(
+                    sa.select(sa.func.min(predictions.c.time)).where(predictions.c.model_version == version)
+                )
+            first_days = Rows(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
+            expected = first_days.distribution(reference) if first_days.usable.any() else {"n_visits": 0}
+        else:
+            features = {name: watched["shares"] for name, watched in reference["features"].items()}
+            expected = {**reference, "features": features, "score": reference["score"]["shares"]}
+        look_for_drift(findings, expected, current)
+        if "score" in expected:
+            findings.score = (reference["score"]["edges"], expected["score"], current["score"])
+        promised = expected_quality(rows["score"].to_numpy())
+        findings.service["estimate without outcomes"] = (
+            f"ROC AUC {promised['expected_roc_auc']:.3f}, share of positives {promised['expected_share']:.2%} "
+            "(from the scores alone, right only while they are calibrated)"
+        )
+    if labels is not None:
+        look_at_quality(findings, read_rows(engine, None, until, version), labels, config, since)
+    return findings

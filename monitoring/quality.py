@@ -1,0 +1,138 @@
+"""Quality: do the scores hold what they promise, once outcomes are known?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common.metrics import calibration_table, figures
+from common.pseudonyms import KEY_VARIABLE, Pseudonyms
+from feature_pipeline import BadConfig, BadObservations
+from monitoring.findings import Findings
+
+FEWEST_SEPTIC = 10  # septic visits; below, nothing is said about quality
+
+
+def expected_quality(score: np.ndarray) -> dict[str, float]:
+    """What ROC AUC and share of positives calibrated scores promise of themselves: each row counts as positive by its
+    own probability. An estimate that holds only as long as the calibration does."""
+    p = np.sort(score[~np.isnan(score)])
+    if len(p) < 2:
+        return {"expected_roc_auc": float("nan"), "expected_share": float("nan")}
+    negatives_below = np.cumsum(1 - p) - (1 - p) / 2
+    return {
+        "expected_roc_auc": float(np.sum(p * negatives_below) / (p.sum() * (1 - p).sum())),
+        "expected_share": float(p.mean()),
+    }
+
+
+def quality_of(part: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    """Sizes and figures of predictions with ``label``; ``_from`` and ``_to`` bound 95%, whole visits resampled."""
+    label, score, visit = (part[name].to_numpy() for name in ("label", "score", "visit"))
+    _, own = np.unique(visit, return_inverse=True)
+    sums = np.column_stack([np.bincount(own, x) for x in (np.ones(len(own)), score >= threshold, score, label)])
+    n, generator = len(sums), np.random.default_rng(0)
+    drawn = np.array([sums.sum(axis=0), *(sums[generator.integers(0, n, n)].sum(axis=0) for _ in range(1000))])
+    row = {"visits": n, "septic_visits": int((sums[:, 3] > 0).sum())}
+    row |= {"predictions": len(part), "positives": int(label.sum())}
+
+    def put(name: str, value: float, interval: Sequence[float]) -> None:
+        row.update({name: value, f"{name}_from": interval[0], f"{name}_to": interval[1]})
+
+    for name, values in {
+        "alert_rate": drawn[:, 1] / drawn[:, 0],
+        "expected_over_observed": drawn[:, 2] / np.maximum(drawn[:, 3], 0.5),
+    }.items():
+        put(name, float(values[0]), np.percentile(values[1:], [2.5, 97.5]).tolist())
+    if 0 < label.sum() < len(label):
+        found = figures(label, score, visit, visit)
+        put("roc_auc", found["roc_auc"], found["roc_auc_95"])
+        put("average_precision", found["average_precision"], found["average_precision_95"])
+        row["brier"] = found["brier"]
+    return row
+
+
+def look_at_quality(
+    findings: Findings,
+    rows: pd.DataFrame,
+    labels: pd.DataFrame,
+    config: dict[str, Any],
+    since: datetime | None = None,
+) -> None:
+    """Quality by week, where outcomes are known: rows of the log joined to `labels` (``visit, sepsis, onset``).
+
+    A prediction is right about sepsis where onset is within the horizon after it. As in training, septic visits without
+    onset are left out, and predictions after onset unless the model was trained with them. The table has all weeks;
+    alerts are only about those that reach beyond `since`, and about all predictions since then together, which judges
+    also a ward with few septic visits a week. Raises nothing: what cannot be judged is remarked.
+    """
+    snapshots = config["snapshots"]
+    retrospective = snapshots.get("retrospective")
+    undated = (labels["sepsis"] == 1) & labels["onset"].isna()
+    if undated.any() and not retrospective:
+        findings.remarks.append(f"{undated.sum():,} septic visits of the labels have no onset and are left out")
+        labels = labels[~undated]
+    joined = rows[rows["score"].notna() & rows["as_of"].notna()].merge(labels, on="visit", how="inner")
+    if not len(joined):
+        findings.remarks.append("no prediction of the log has an outcome in the labels; is the pseudonym key the same?")
+        return
+    if retrospective:
+        joined["label"] = joined["sepsis"]
+    else:
+        ahead = (joined["onset"] - joined["as_of"]) / pd.Timedelta(hours=1)
+        joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots["horizon_hours"])).astype(int)
+        if not snapshots.get("after_onset"):
+            joined = joined[~((joined["sepsis"] == 1) & (ahead < 0))]
+    since = since or datetime.min
+    monday = joined["time"].dt.to_period("W-SUN").dt.start_time
+    parts = [
+        (f"{week:%Y-%m-%d}", f"in the week of {week:%Y-%m-%d}", week + timedelta(days=7) > since, part)
+        for week, part in joined.groupby(monday)
+    ]
+    if sum(looked_at for _, _, looked_at, _ in parts) > 1:
+        parts.append(("whole period", "in the whole period", True, joined[joined["time"] > since]))
+    told = config.get("metrics", {}).get("out_of_fold") or config.get("metrics", {}).get("test")
+    table = []
+    for week, when, looked_at, part in parts:
+        row = {"week": week, **quality_of(part, config["decision_threshold"])}
+        table.append(row)
+        if not looked_at:
+            continue
+        if row["septic_visits"] < FEWEST_SEPTIC:
+            findings.remarks.append(
+                f"quality {when} is not judged: {row['septic_visits']} septic visits; {FEWEST_SEPTIC} are needed"
+            )
+        elif told and "roc_auc" in row and row["roc_auc_to"] < min(told["roc_auc"] - 0.02, told["roc_auc_95"][0]):
+            findings.alerts.append(
+                f"quality {when}: ROC AUC {row['roc_auc']:.3f} ({row['roc_auc_from']:.3f} to {row['roc_auc_to']:.3f}), "
+                f"{told['roc_auc']:.3f} in training"
+            )
+        # where the scores are calibrated, at least as many visits are septic as the visits' mean scores sum to
+        promised = part.groupby("visit")["score"].mean().sum()
+        low, high = row["expected_over_observed_from"], row["expected_over_observed_to"]
+        if row["septic_visits"] + promised >= FEWEST_SEPTIC and (low > 2 or high < 0.5):
+            findings.alerts.append(
+                f"calibration {when}: {part['score'].sum():.0f} positives expected, {row['positives']} seen"
+            )
+    findings.quality = pd.DataFrame(table)
+    findings.calibration = calibration_table(joined["label"].to_numpy(), joined["score"].to_numpy())
+
+
+def read_outcomes(path: str) -> pd.DataFrame:
+    """Labels as ``visit`` (pseudonym), ``sepsis``, ``onset``. Raises `BadObservations`, `BadConfig`."""
+    pseudonyms = Pseudonyms.from_environment()
+    if not pseudonyms.lasting:
+        raise BadConfig(f"{KEY_VARIABLE} is not set: outcomes cannot be joined to the log, which holds pseudonyms")
+    from common.labels import read_labels
+
+    table = read_labels(path).drop_duplicates(["client", "visit_id"], keep="last")  # as in training
+    table = table[table["sepsis"] >= 0]
+    if not len(table):
+        raise BadObservations(f"labels {path!r} hold no outcome")
+    visits = [pseudonyms.visit(c, v) for c, v in zip(table["client"], table["visit_id"], strict=True)]
+    onset = pd.to_datetime(table["sepsis_onset"].where(table["sepsis_onset"] > 0), unit="us").astype("datetime64[us]")
+    return pd.DataFrame({"visit": visits, "sepsis": table["sepsis"].to_numpy(), "onset": onset.to_numpy()})

@@ -1,0 +1,82 @@
+"""The monitoring report as one self-contained page."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common.pages import frame_table, heading, image, listing, page, paragraph
+from feature_pipeline import training_source
+from monitoring.findings import Findings
+
+
+def report_html(findings: Findings, config: dict[str, Any], until: datetime, days: int) -> str:
+    """The page."""
+    from matplotlib.figure import Figure
+
+    parts = [paragraph(f"The {days} days to {until:%Y-%m-%d %H:%M} UTC.")]
+    if not findings.alerts:
+        parts.append(paragraph("Nothing to alert about."))
+    if findings.remarks:
+        parts.append(listing(findings.remarks))
+    parts += [heading("Service"), frame_table(pd.DataFrame(findings.service.items(), columns=["what", "now"]))]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    if len(findings.daily):
+        left.bar(findings.daily["day"], findings.daily["predictions"])
+        middle.plot(findings.daily["day"], findings.daily["p95_seconds"] * 1e3, "o-")
+    left.set(title="Predictions a day", ylabel="predictions")
+    middle.set(title="Latency", ylabel="p95 of the day, ms", ylim=(0, None))
+    left.tick_params(axis="x", rotation=60)
+    middle.tick_params(axis="x", rotation=60)
+    if findings.score:
+        edges, expected, actual = findings.score
+        place = np.arange(len(expected) - 1)
+        right.bar(place - 0.2, expected[:-1], 0.4, label="reference")
+        right.bar(place + 0.2, actual[:-1], 0.4, label="now")
+        right.set_xticks(place, [f"< {edge:.3g}" for edge in edges] + [f">= {edges[-1]:.3g}" if edges else "all"])
+        right.tick_params(axis="x", rotation=60)
+        right.legend()
+    right.set(title="Scores", ylabel="share of visits")
+    parts.append(image(figure, "Predictions and latency by day; distribution of the scores"))
+    if len(findings.quality):
+        parts += [heading("Quality by week, with outcomes"), frame_table(with_intervals(findings.quality))]
+        parts.append(image(quality_figure(findings), "ROC AUC by week; calibration"))
+    if len(findings.drift):
+        parts += [heading("Drift"), frame_table(findings.drift)]
+        parts += [heading("Codes, share of visits"), frame_table(findings.codes)]
+    title = f"Monitoring of model {config.get('model_version')}"
+    notices = ["The model was trained on synthetic patients."] if training_source(config)["synthetic"] else []
+    return page(title, notices, *parts, alerts=findings.alerts)
+
+
+def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """For a person: each figure in one cell with its interval."""
+    out = table.copy()
+    for name in [name.removesuffix("_to") for name in table if name.endswith("_to")]:
+        ends = zip(table[name], out.pop(f"{name}_from"), out.pop(f"{name}_to"), strict=True)
+        out[name] = ["" if pd.isna(x) else f"{x:.3f} ({low:.3f}\N{EN DASH}{high:.3f})" for x, low, high in ends]
+    return out
+
+
+def quality_figure(findings: Findings) -> Any:
+    """ROC AUC by week with its interval, and calibration."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if "roc_auc" in findings.quality:
+        known = findings.quality.dropna(subset=["roc_auc"])
+        below, above = known["roc_auc"] - known["roc_auc_from"], known["roc_auc_to"] - known["roc_auc"]
+        left.errorbar(known["week"], known["roc_auc"], [below.clip(0), above.clip(0)], fmt="o", capsize=3)
+    left.set(title="ROC AUC by week", ylabel="ROC AUC, 95% interval")
+    left.tick_params(axis="x", rotation=60)
+    table = findings.calibration
+    top = 1.1 * max(table["mean_probability"].max(), table["observed_rate"].max(), 1e-6)
+    right.plot([0, top], [0, top], "--", color="grey")
+    right.plot(table["mean_probability"], table["observed_rate"], "o-")
+    right.set(title="Calibration", xlabel="mean predicted probability", ylabel="observed share")
+    return figure

@@ -1,0 +1,1 @@
+"""The ways of scoring, and what they share."""

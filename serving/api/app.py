@@ -1,0 +1,357 @@
+"""The Flask application: its routes for JSON, the pages and the service's own state; errors; logs."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, current_app, g, jsonify, request, send_from_directory
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
+
+from common.command_line import log
+from common.pseudonyms import Pseudonyms
+from feature_pipeline import COLUMNS, BadObservations, training_source
+from serving.api import cds_hooks, fhir, metrics
+from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
+from serving.api.limits import ThreadSafeMemory, check_rate_limit
+from serving.api.openapi import document
+from serving.api.records import Lines, code_places
+from serving.api.security import Gate, Refused
+from serving.api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
+from serving.api.settings import Settings
+
+STATIC = Path(__file__).with_name("static")
+EXAMPLE = Path(__file__).parents[2] / "examples"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The service as a WSGI application. The model is loaded at the first request that needs it, or by
+    ``app.service.pipeline()``. Raises `BadConfig` for settings that cannot be right."""
+    settings = settings or Settings.from_environment()
+    check_rate_limit(settings)
+    app = Flask("sepsis", static_folder=None)
+    app.json.sort_keys = False
+    app.settings, app.service, app.gate = settings, Service(settings), Gate(settings)
+    app.access_log, app.audit_log = Lines(settings.access_log, "access"), Lines(settings.audit_log, "audit")
+    app.pseudonyms = Pseudonyms.from_environment()
+    if settings.insecure and not app.gate.keys:
+        log.warning("warning: SEPSIS_INSECURE is set: this service answers everybody who can reach it")
+    limiter = Limiter(
+        _who,
+        app=app,
+        storage_uri=settings.rate_storage or f"{ThreadSafeMemory.STORAGE_SCHEME[0]}://",
+        headers_enabled=True,
+        in_memory_fallback_enabled=bool(settings.rate_storage),
+        swallow_errors=True,  # a fault of the limit costs the limit, not a prediction
+        strategy="fixed-window",
+    )
+    app.before_request(_begin)
+    app.after_request(_finish)
+    app.teardown_request(_leave)
+    app.register_error_handler(Exception, _error)
+
+    limited = limiter.limit(settings.rate_limit)
+    for rule, view, method in (
+        ("/predict", predict, "POST"),
+        ("/fhir/predict", fhir_predict, "POST"),
+        ("/cds-services/sepsis-risk", cds_card, "POST"),
+    ):
+        app.add_url_rule(rule, view_func=limited(view), methods=[method])
+    for rule, view in (
+        ("/", page),
+        ("/docs", docs),
+        ("/static/<path:name>", static),
+        ("/demo-patients", demo_patients),
+        ("/health", health),
+        ("/ready", ready),
+        ("/model", model),
+        ("/metrics", prometheus),
+        ("/openapi.json", openapi),
+        ("/cds-services", cds_services),
+    ):
+        app.add_url_rule(rule, view_func=view, methods=["GET"])
+    return app
+
+
+PROTECTED = {"predict", "fhir_predict", "cds_card", "model", "prometheus"}
+
+
+def _who() -> str:
+    """Whom a rate limit counts for."""
+    client = getattr(g, "client", None)
+    return f"key:{client}" if client not in (None, "local", "anyone") else f"address:{get_remote_address()}"
+
+
+def _begin() -> None:
+    g.start = time.perf_counter()
+    given = request.headers.get("X-Request-ID", "")
+    g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    if request.endpoint in PROTECTED:
+        g.client = current_app.gate.client(request)
+
+
+def _finish(response: Response) -> Response:
+    seconds = time.perf_counter() - g.get("start", time.perf_counter())
+    route = request.url_rule.rule if request.url_rule else "none"
+    metrics.REQUESTS.labels(route, str(response.status_code)).inc()
+    metrics.LATENCY.labels(route).observe(seconds)
+    response.headers["X-Request-ID"] = g.get("request_id", "")
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    response.headers.setdefault("Cache-Control", "no-store")
+    if route not in ("/health", "/ready"):  # asked every few seconds by those who watch
+        current_app.access_log.write(
+            request_id=g.get("request_id"),
+            client=g.get("client"),
+            address=request.remote_addr,
+            method=request.method,
+            route=route,
+            status=response.status_code,
+            milliseconds=round(seconds * 1e3, 2),
+        )
+    return response
+
+
+def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:
+    return read_body(request, current_app.settings, types)
+
+
+def _take_turn(records: Callable[[], list[Any]] | None = None) -> Waiting:
+    """This request's turn, which lasts to its end; see `Service.take_turn`."""
+    waiting = current_app.service.take_turn(records)
+    g.has_turn = not waiting.settled
+    return waiting
+
+
+def _leave(_: BaseException | None) -> None:
+    if g.pop("has_turn", False):
+        current_app.service.leave()
+
+
+def _audit(outcome: str, scored: Any = None) -> None:
+    """One line a request that concerns patients: who asked, about whom (as pseudonyms), with what outcome."""
+    if not current_app.audit_log.path:
+        return
+    names = current_app.pseudonyms
+    keys = scored.observations.keys() if scored else []
+    current_app.audit_log.write(
+        request_id=g.request_id,
+        client=g.client,
+        address=request.remote_addr,
+        route=request.url_rule.rule,
+        outcome=outcome,
+        model_version=scored.pipeline.model_version if scored else None,
+        visits=len(keys),
+        visit_pseudonyms=[names.visit(client, visit) for client, visit in keys],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def _error(error: Exception) -> Response:
+    """Every error as a document of its route's own kind, with the right status and no detail of ours."""
+    status, message, more, headers = _explained(error)
+    if request.endpoint in PROTECTED and "client" in g and request.method == "POST":
+        _audit(f"error {status}")
+    if request.path.startswith("/fhir"):
+        response = fhir.outcome_response(status, message, more)
+    else:
+        response = jsonify({"status": "error", "message": message, **more})
+        response.status_code = status
+    response.headers.extend(headers)
+    return response
+
+
+def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str]]:
+    if isinstance(error, Refused):
+        wanted = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        return error.status, str(error), {}, wanted
+    if isinstance(error, NoModel):
+        # why it cannot be loaded names files of this machine: that is for the log
+        return 503, "there is no usable model; the service's log says why", {}, {"Retry-After": "30"}
+    if isinstance(error, TooMuch):
+        return 413, str(error), {}, {}
+    if isinstance(error, BadObservations):
+        aside = described_set_aside(error.set_aside, error.set_aside_rows)
+        return 422, str(error), {"set_aside": aside, "expected": list(COLUMNS)}, {}
+    if isinstance(error, HTTPException):
+        if error.code == 429:
+            # Flask-Limiter adds Retry-After
+            return 429, f"more than {error.description}; ask again later", {}, {}
+        headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
+        return error.code or 500, error.description or error.name, {}, headers
+    log.error("error: request %s failed: %s", g.get("request_id"), code_places(error))
+    return 500, "an error of this service", {"request_id": g.get("request_id")}, {}
+
+
+def _number(name: str, most: int) -> int:
+    text = request.args.get(name, "0")
+    if not re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) or int(text) > most:
+        raise UnprocessableEntity(f"?{name}= is not a whole number from 0 to {most}")
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------------- routes
+
+
+def predict() -> Response:
+    """Observations to scores; ``?explain=N`` adds reasons, ``?trajectory=N`` the score at earlier moments."""
+    top, points = _number("explain", 20), _number("trajectory", 100)
+    service, body = current_app.service, _read_body()
+    scored = service.scored(_take_turn(lambda: _records(body)))
+    predictions, remarks = scored.predictions(), scored.warnings()
+    if top:
+        reasons, remark = scored.reasons(top)
+        remarks += [remark] if remark else []
+        for prediction, own in zip(predictions, reasons, strict=True):
+            prediction["reasons"] = own
+    if points:
+        for prediction, own in zip(predictions, scored.trajectories(points), strict=True):
+            prediction["trajectory"] = own
+    _audit("scored", scored)
+    return jsonify(
+        {
+            "status": "success",
+            "model_version": scored.pipeline.model_version,
+            "predictions": predictions,
+            "set_aside": scored.set_aside(),
+            "warnings": remarks,
+        }
+    )
+
+
+def _records(body: bytes) -> list[Any]:
+    records = parse_json(body)
+    if not isinstance(records, list):
+        raise BadRequest(f"expected a JSON list of observations: {', '.join(COLUMNS)}")
+    for name in ("visit_id", "client"):
+        kinds = {type(row.get(name)) for row in records if type(row) is dict}
+        if not kinds <= {str, int}:
+            return [_named(row) for row in records]
+    return records
+
+
+def _named(row: Any) -> Any:
+    """A row without a visit or client that is no text or number: true, a list, or 1e400, which JSON cannot answer."""
+    if not isinstance(row, dict):
+        return row
+    bad = {
+        name: None
+        for name in ("visit_id", "client")
+        if (value := row.get(name)) is not None
+        and (isinstance(value, bool) or not isinstance(value, str | int | float) or value in (math.inf, -math.inf))
+    }
+    return {**row, **bad} if bad else row
+
+
+def fhir_predict() -> Response:
+    """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
+    service, body = current_app.service, _read_body(FHIR_TYPES)
+    turn = _take_turn()
+    found = fhir.observations_of(parse_json(body), turn.deployed.pipeline)
+    turn.records = lambda: found.records
+    scored = service.scored(turn)
+    _audit("scored", scored)
+    return fhir.response(fhir.risk_assessments(found, scored))
+
+
+def cds_services() -> Response:
+    """CDS Hooks discovery."""
+    return jsonify(cds_hooks.SERVICES)
+
+
+def cds_card() -> Response:
+    """CDS Hooks: prefetched observations to cards."""
+    service, body = current_app.service, _read_body()
+    turn = _take_turn()
+    found = cds_hooks.observations_of(parse_json(body), turn.deployed.pipeline)
+    if not found.rows:
+        _audit("no observations")
+        return jsonify({"cards": []})
+    turn.records = lambda: found.records
+    scored = service.scored(turn)
+    _audit("scored", scored)
+    return jsonify({"cards": cds_hooks.cards(found, scored)})
+
+
+def health() -> Response:
+    """The process answers."""
+    return jsonify({"status": "alive"})
+
+
+def ready() -> Response:
+    """The model is loaded and reproduces its golden example."""
+    return jsonify({"status": "ready", "model_version": current_app.service.pipeline().model_version})
+
+
+def model() -> Response:
+    """What the model is, what it was trained on, and how good it was on patients that no choice was made on."""
+    pipeline, settings = current_app.service.pipeline(), current_app.settings
+    config = pipeline.config
+    source = training_source(config)
+    return jsonify(
+        {
+            "model_version": pipeline.model_version,
+            "feature_set": config["feature_set"],
+            "n_features": len(config["feature_names"]),
+            "model": config["model"]["name"],
+            "trained_at": config.get("trained_at"),
+            "trained_on": source["description"],
+            "synthetic": source["synthetic"],
+            "horizon_hours": config["snapshots"].get("horizon_hours"),
+            "retrospective": config["snapshots"].get("retrospective", False),
+            "risk_thresholds": config["risk_thresholds"],
+            "decision_threshold": config["decision_threshold"],
+            "metrics": config.get("metrics", {}),
+            "codes": config["codes"],
+            "code_prevalence": config.get("code_prevalence", {}),
+            "loss_without_code": config.get("loss_without_code", {}),
+            "limits": {name: getattr(settings, f"max_{name}") for name in ("bytes", "rows", "visits")},
+            "library_versions": config.get("library_versions", {}),
+        }
+    )
+
+
+def prometheus() -> Response:
+    """Counters for Prometheus."""
+    return Response(metrics.exposition(), mimetype="text/plain; version=0.0.4")
+
+
+def openapi() -> Response:
+    """The OpenAPI document of this service."""
+    return jsonify(document(current_app.settings))
+
+
+def page() -> Response:
+    """The page for a ward or a data scientist."""
+    return send_from_directory(STATIC, "index.html")
+
+
+def docs() -> Response:
+    """The OpenAPI document, to read."""
+    return send_from_directory(STATIC, "docs.html")
+
+
+def static(name: str) -> Response:
+    """Styles and scripts of the pages."""
+    return send_from_directory(STATIC, name)
+
+
+def demo_patients() -> Response:
+    """Synthetic patients for the page's first try."""
+    return send_from_directory(EXAMPLE, "new_patient_data.json")

@@ -1,0 +1,77 @@
+"""Who asked what: JSON lines for the access log and the audit log, without values and without names of patients."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.command_line import log
+from common.pseudonyms import KEY_VARIABLE
+from serving.api import metrics
+
+
+class Lines:
+    """Appends JSON objects to a file, each by one system call, so that processes never mix theirs.
+
+    The file is opened for each line: a log that was rotated away is begun anew. ``-`` is stderr, empty is none.
+    """
+
+    def __init__(self, path: str, name: str):
+        self.path, self.name = path, name
+
+    def write(self, **entry: Any) -> None:
+        if not self.path:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "log": self.name, **entry}, separators=(",", ":")) + "\n"
+        if self.path == "-":
+            sys.stderr.write(line)
+            return
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            metrics.LOG_ERRORS.labels(self.name).inc()
+            log.error("error: the %s log cannot be written: %s", self.name, error.strerror)
+
+    def _append(self, line: bytes) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try:
+            file = os.open(self.path, flags, 0o600)
+        except FileNotFoundError:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            file = os.open(self.path, flags, 0o600)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
+
+
+def plain_log() -> None:
+    """The log on stderr, for gunicorn's processes, where no script has set it up."""
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        log.setLevel(logging.INFO)
+
+
+def share_pseudonym_key() -> None:
+    """Makes a key where none is set: both logs, and all workers that are forked, then have one name for a visit."""
+    if not os.environ.get(KEY_VARIABLE):
+        os.environ[KEY_VARIABLE] = secrets.token_urlsafe(32)
+        log.info(
+            "%s is not set: the names of visits in the audit log and the prediction log hold for this run only, and "
+            "cannot be joined to visits or outcomes later",
+            KEY_VARIABLE,
+        )
+
+
+def code_places(error: BaseException) -> str:
+    """An unexpected error for the log: its type and the lines of code, the innermost first. Its text may hold names."""
+    places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+    return f"{type(error).__name__} at {' < '.join(reversed(places))}"

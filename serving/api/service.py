@@ -1,0 +1,353 @@
+"""The loaded model, and what a request gets from it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.command_line import log
+from feature_pipeline import (
+    SET_ASIDE_REASONS,
+    BadObservations,
+    FeaturePipelineError,
+    NotExplainable,
+    Observations,
+    ProductionPipeline,
+    iso_times,
+    resolve_snapshots,
+)
+from monitoring.log import PredictionLog
+from serving.api import metrics
+from serving.api.settings import Settings
+
+MOST_REASONS = 20
+MOST_POINTS = 100
+TOGETHER = 4000  # observations that are scored together; more would keep the first of them waiting
+LOOK_SECONDS = 5.0  # between looks whether another model is deployed
+
+
+class NoModel(Exception):
+    """There is no usable model; the text says why."""
+
+
+class TooMuch(Exception):
+    """The request asks for more than the service's limits; the text says which."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model and the log of its predictions: what answers one request from its beginning to its end."""
+
+    pipeline: ProductionPipeline
+    prediction_log: PredictionLog
+
+
+class Service:
+    """Loads the pipeline once a process, when first asked to; takes up another version that is deployed meanwhile."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self._lock = threading.Lock()
+        # One thread works at a time: several that compute only take the interpreter from one another.
+        self._lock_of_turns = threading.Lock()
+        self._busy = False
+        self._waiting: deque[Waiting] = deque()
+        self._deployed: Deployed | None = None
+        self._problem = ""
+        self._looked = -math.inf  # by the monotonic clock
+
+    def deployed(self) -> Deployed:
+        """The model as it is now. Raises `NoModel`."""
+        if self._deployed is None:
+            with self._lock:
+                if self._deployed is None:
+                    self._load_first()
+        elif time.monotonic() - self._looked > LOOK_SECONDS and self._lock.acquire(blocking=False):
+            try:
+                self._looked = time.monotonic()
+                if self._deployed.pipeline.outdated():  # requests go on with the old one meanwhile
+                    threading.Thread(target=self._renew, daemon=True).start()
+            finally:
+                self._lock.release()
+        return self._deployed
+
+    def pipeline(self) -> ProductionPipeline:
+        """The pipeline as it is now. Raises `NoModel`."""
+        return self.deployed().pipeline
+
+    def _load_first(self) -> None:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            raise NoModel(self._problem)
+        self._looked = time.monotonic()
+        try:
+            self._use(ProductionPipeline(self.settings.config, self.settings.model))
+        except FeaturePipelineError as error:
+            self._tell(error)
+            raise NoModel(self._problem) from None
+
+    def _renew(self) -> None:
+        with self._lock:  # until it is done nobody looks again
+            old = self._deployed.pipeline
+            try:
+                if successor := old.successor():
+                    metrics.MODEL.labels(old.model_version).set(0)
+                    self._use(successor)
+            except FeaturePipelineError as error:
+                self._tell(error)
+
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        log_ = PredictionLog.open(self.settings.monitor_url or None, pipeline, "api")
+        self._deployed, self._problem = Deployed(pipeline, log_), ""
+        # when the last request that uses it has gone; not at the end of the process
+        weakref.finalize(self._deployed, log_.close).atexit = False
+        metrics.MODEL.labels(pipeline.model_version).set(1)
+        log.info("model %s is loaded", pipeline.model_version)
+
+    def _tell(self, error: FeaturePipelineError) -> None:
+        if str(error) != self._problem:
+            self._problem = str(error)
+            log.error("error: %s%s", error, "; the service goes on as it was" if self._deployed else "")
+
+    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None) -> Waiting:
+        """Waits until no other thread works on a request; `leave` ends the turn.
+
+        Where `records`, which gives the request's observations, is known before, another thread may score the request
+        meanwhile: then it is `settled` and there is no turn to leave. Raises `NoModel`.
+        """
+        own = Waiting(self.deployed(), records)
+        with self._lock_of_turns:
+            if not self._busy:
+                self._busy = True
+                return own
+            self._waiting.append(own)
+        own.go.acquire()
+        return own
+
+    def leave(self) -> None:
+        """Passes the turn on. Whoever has it should keep it until the answer is made: meanwhile others come, and are
+        scored together."""
+        with self._lock_of_turns:
+            if self._waiting:
+                self._waiting.popleft().go.release()
+            else:
+                self._busy = False
+
+    def scored(self, own: Waiting) -> Scored:
+        """The scores of a request that has its turn. Reads, scores and logs what waits by now together with it: for a
+        few visits more the features take hardly longer. Raises what reading the records raises, `BadObservations`,
+        `TooMuch`."""
+        if not own.settled:
+            self._work_off(own)
+        if own.error is not None:
+            raise own.error
+        return own.scored
+
+    def _work_off(self, own: Waiting) -> None:
+        """Scores a request and others of the same model that wait, up to `TOGETHER` observations."""
+        batch = [own]
+        try:
+            rows = self._read(own)
+            while rows < TOGETHER and (other := self._next_like(own)):
+                batch.append(other)
+                rows += self._read(other)
+            readable = [waiting for waiting in batch if waiting.observations is not None]
+            try:
+                self._score(readable)
+            except Exception as error:
+                if len(readable) == 1:
+                    readable[0].error = error
+                else:  # the fault of one is not the others'
+                    for waiting in readable:
+                        try:
+                            self._score([waiting])
+                        except Exception as error:
+                            waiting.error = error
+        finally:
+            for waiting in batch:
+                if not waiting.settled:
+                    waiting.error = RuntimeError("the worker was stopped")
+            for waiting in batch[1:]:
+                waiting.go.release()
+
+    def _next_like(self, own: Waiting) -> Waiting | None:
+        with self._lock_of_turns:
+            for waiting in self._waiting:
+                if waiting.records is not None and waiting.deployed is own.deployed:
+                    self._waiting.remove(waiting)
+                    return waiting
+        return None
+
+    def _read(self, waiting: Waiting) -> int:
+        """The number of observations that were read; 0 where an error is in the way."""
+        try:
+            records = waiting.records()
+            if len(records) > self.settings.max_rows:
+                raise TooMuch(f"{len(records):,} observations; a request may hold {self.settings.max_rows:,}")
+            observations = waiting.deployed.pipeline.reproducer.read(records)
+            if observations.n_visits > self.settings.max_visits:
+                raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
+        except Exception as error:
+            if isinstance(error, BadObservations):
+                count_set_aside(error.set_aside)
+                waiting.deployed.prediction_log.record_error("unusable")
+            waiting.error = error
+            return 0
+        waiting.observations = observations
+        return len(observations.time)
+
+    def _score(self, batch: Sequence[Waiting]) -> None:
+        if not batch:
+            return
+        start, deployed = time.perf_counter(), batch[0].deployed
+        pipeline, parts = deployed.pipeline, [waiting.observations for waiting in batch]
+        observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
+        visit, moments, _ = resolve_snapshots(observations)
+        probability, features = pipeline.evaluate(observations, visit, moments)
+        levels = pipeline.risk_level(probability).tolist()
+        seconds = time.perf_counter() - start
+        deployed.prediction_log.record(observations, visit, moments, probability, features, seconds)
+        for level in levels:
+            metrics.PREDICTIONS.labels(level).inc()
+        for p in probability.tolist():
+            if p == p:
+                metrics.SCORE.observe(p)
+        first = 0
+        for waiting, own in zip(batch, parts, strict=True):
+            count_set_aside(own.set_aside)
+            rows = slice(first, first + own.n_visits)
+            waiting.scored = Scored(
+                pipeline, own, moments[rows], probability[rows], levels[rows], self.settings.max_visits
+            )
+            first += own.n_visits
+
+
+def count_set_aside(set_aside: dict[str, int]) -> None:
+    for reason, n in set_aside.items():
+        metrics.SET_ASIDE.labels(reason).inc(n)
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A request that is to be scored: what it brings, and what came of it."""
+
+    deployed: Deployed
+    records: Callable[[], Sequence[Any]] | None
+    observations: Observations | None = None
+    scored: Scored | None = None
+    error: Exception | None = None
+    go: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        self.go.acquire()
+
+    @property
+    def settled(self) -> bool:
+        """Has another thread scored it already? Then its own has no turn."""
+        return self.scored is not None or self.error is not None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A request's visits, in order of first appearance, and their scores."""
+
+    pipeline: ProductionPipeline
+    observations: Observations
+    moments: np.ndarray  # (n_visits,) microseconds since 1970 UTC, of the last observation
+    probability: np.ndarray  # (n_visits,)
+    levels: list[str]
+    most_snapshots: int
+
+    @property
+    def horizon_hours(self) -> float | None:
+        """How far the probability looks ahead; None for a model of whole stays."""
+        snapshots = self.pipeline.config["snapshots"]
+        return None if snapshots.get("retrospective") else snapshots.get("horizon_hours")
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """``visit_id, client, sepsis_probability`` (None where nothing was usable), ``risk_level``, ``as_of``."""
+        o = self.observations
+        return [
+            {
+                "visit_id": visit_id,
+                "client": client,
+                "sepsis_probability": p if p == p else None,
+                "risk_level": level,
+                "as_of": moment,
+            }
+            for visit_id, client, p, level, moment in zip(
+                o.visit_id.tolist(),
+                o.client.tolist(),
+                self.probability.tolist(),
+                self.levels,
+                iso_times(self.moments),
+                strict=True,
+            )
+        ]
+
+    def reasons(self, top: int) -> tuple[list[list[dict[str, Any]]], str | None]:
+        """Each visit's strongest features (``feature, value, contribution``), and a remark where there are none. Raises
+        `TooMuch`."""
+        self._limit(top, "reasons")
+        of_visit: list[list[dict[str, Any]]] = [[] for _ in self.levels]
+        try:
+            table = self.pipeline.explain(self.observations, min(top, MOST_REASONS))
+        except NotExplainable as error:
+            return of_visit, str(error)
+        usable = np.flatnonzero(~np.isnan(self.probability))
+        each = len(table) // max(len(usable), 1)
+        rows = zip(table["feature"], table["value"].tolist(), table["contribution"].tolist(), strict=True)
+        for i, (feature, value, contribution) in enumerate(rows):
+            value = value if value == value else None
+            of_visit[usable[i // each]].append({"feature": feature, "value": value, "contribution": contribution})
+        return of_visit, None
+
+    def trajectories(self, points: int) -> list[list[dict[str, Any]]]:
+        """Each visit's score at up to `points` of its own times, the last among them. Raises `TooMuch`."""
+        o, points = self.observations, min(points, MOST_POINTS)
+        self._limit(points, "moments")
+        visits, moments = [], []
+        for visit in np.flatnonzero(~np.isnan(self.probability)):
+            first, last = o.group_start[o.visit_group_start[visit]], o.group_start[o.visit_group_start[visit + 1]]
+            times = np.unique(o.time[first:last])
+            kept = times[np.unique(np.linspace(len(times) - 1, 0, points).round().astype(int))]
+            visits.append(np.full(len(kept), visit))
+            moments.append(kept)
+        out: list[list[dict[str, Any]]] = [[] for _ in self.levels]
+        if visits:
+            visit, moment = np.concatenate(visits), np.concatenate(moments)
+            scores = self.pipeline.score(o, visit, moment).tolist()
+            for v, time_, p in zip(visit.tolist(), iso_times(moment), scores, strict=True):
+                out[v].append({"as_of": time_, "sepsis_probability": p})
+        return out
+
+    def _limit(self, n: int, what: str) -> None:
+        if self.observations.n_visits * n > self.most_snapshots:
+            visits = f"{self.observations.n_visits:,} visits"
+            raise TooMuch(f"{visits} with {n} {what} each; a request may ask for {self.most_snapshots:,} in all")
+
+    def set_aside(self) -> dict[str, Any]:
+        return described_set_aside(self.observations.set_aside, self.observations.set_aside_rows)
+
+    def warnings(self) -> list[str]:
+        """What a person should know about these scores."""
+        remark = self.pipeline.missing_codes_remark(self.observations)
+        return [remark] if remark else []
+
+
+def described_set_aside(counts: dict[str, int], rows: dict[str, list[int]]) -> dict[str, Any]:
+    """The rows that were not used, by reason, with the first few of each, counted from 0."""
+    return {
+        "rows": sum(counts.values()),
+        "reasons": [
+            {"reason": reason, "meaning": SET_ASIDE_REASONS[reason], "count": n, "first_rows": rows.get(reason, [])}
+            for reason, n in counts.items()
+        ],
+    }

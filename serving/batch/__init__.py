@@ -1,0 +1,1 @@
+"""Files, scored by an hourly job."""

@@ -1,0 +1,490 @@
+"""A directory of files: what is new, what was done, where results go."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.artifacts import atomic_file, locked, write_atomic
+from common.command_line import (
+    log,
+    progress,
+)
+from feature_pipeline import (
+    DEFAULT_CONFIG,
+    DEFAULT_MODEL,
+    BadObservations,
+    FeaturePipelineError,
+    ProductionPipeline,
+    listed,
+)
+from monitoring.log import OFF
+from serving.batch.backends import MODEL_PREFIX, Dask, Here, Processes, in_order
+from serving.batch.reading import UNPACKED, Chunks, kind_of
+from serving.batch.scoring import (
+    Deployment,
+    Scores,
+    described,
+    install,
+    logs,
+    pipelines,
+    score_blocks,
+    score_chunks,
+    score_file,
+    score_table,
+)
+
+INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
+
+
+OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version")
+
+
+MANIFEST = "manifest.jsonl"
+
+
+LOCK = ".lock"
+
+
+CHUNK_ROWS = 1_000_000  # held at once by a process: about 0.6 GB
+
+
+LARGE_BYTES = 64_000_000  # of text; such a file is spread over the processes by itself
+
+
+WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the work
+
+
+SETTLE_SECONDS = 10.0
+
+
+class Manifest:
+    """What is finished: a JSON line a file, the last one counts. A torn last line is an unfinished file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                self.entries[entry["file"]] = {"state": None, "config": None} | entry
+        self._n_lines = len(lines)
+
+    def other_input(self, input_dir: Path) -> str | None:
+        """A directory other than `input_dir` that has a file of which the predictions lie here."""
+        for entry in self.entries.values():
+            place = entry.get("input_dir", "")
+            if place not in ("", str(input_dir.resolve())) and Path(place, entry["file"]).exists():
+                return place
+        return None
+
+    def keep(self, names: set[str]) -> None:
+        """Forgets files that are gone, and writes the rest anew where much of it is old."""
+        self.entries = {name: entry for name, entry in self.entries.items() if name in names}
+        if self._n_lines > 2 * len(self.entries) + 100:
+            text = "".join(json.dumps(entry) + "\n" for entry in self.entries.values())
+            write_atomic(self.path, text)
+            self._n_lines = len(self.entries)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.entries[entry["file"]] = entry
+        with open(self.path, "ab+") as file:
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._n_lines += 1
+
+
+class BadDirectories(FeaturePipelineError):
+    """Input, output and failed directory do not go together."""
+
+    code = "bad_directories"
+
+
+@dataclass
+class FileResult:
+    """A file that was scored."""
+
+    file: str
+    output: str
+    observations: int
+    visits: int
+    risk_levels: dict[str, int]
+    set_aside: dict[str, int]
+
+
+@dataclass
+class BatchResult:
+    """What a run did. `failed` files were moved away with their reason, `kept` ones could not be worked on now
+    (disk full, no permission) and stay for the next run, as do those `still_written`."""
+
+    scored: list[FileResult] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    unchanged: list[str] = field(default_factory=list)
+    still_written: list[str] = field(default_factory=list)
+    locked: bool = False
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not (self.failed or self.kept)
+
+    def __str__(self) -> str:
+        if self.locked:
+            return "another run is at work on this output directory; nothing to do"
+        visits, rows = sum(f.visits for f in self.scored), sum(f.observations for f in self.scored)
+        counts = [
+            f"{len(self.scored)} files scored ({visits:,} visits, {rows:,} observations, {self.seconds:.1f} s)",
+            f"{len(self.unchanged)} unchanged",
+        ]
+        counts += [f"{len(self.still_written)} still being written"] if self.still_written else []
+        counts += [f"{len(self.failed)} failed"] if self.failed else []
+        counts += [f"{len(self.kept)} kept for the next run"] if self.kept else []
+        return ", ".join(counts)
+
+
+class BatchProcessor:
+    """Scores the files of a directory with one config and model.
+
+    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. `clock`
+    gives the time in seconds since 1970; `monitor` is the URL of the prediction log. Raises `BadConfig`, `BadModel`.
+    """
+
+    def __init__(
+        self,
+        config_path: str | Path = DEFAULT_CONFIG,
+        model_path: str | Path = DEFAULT_MODEL,
+        *,
+        jobs: int = 1,
+        scheduler: str | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+        settle_seconds: float = SETTLE_SECONDS,
+        quiet: bool = True,
+        clock: Callable[[], float] = time.time,
+        monitor: str = OFF,
+    ):
+        self.jobs, self.scheduler, self.chunk_rows, self.monitor = jobs, scheduler, chunk_rows, monitor
+        self.settle_seconds, self.quiet, self.clock = settle_seconds, quiet, clock
+        self._use(ProductionPipeline(config_path, model_path))
+
+    def _use(self, pipeline: ProductionPipeline) -> None:
+        config = json.dumps(pipeline.config).encode()
+        self.pipeline, self.deployment = pipeline, Deployment(config, pipeline.model_file, self.monitor)
+        pipelines.clear()
+        logs.clear()
+        install(self.deployment, pipeline)
+
+    def load_if_changed(self) -> None:
+        """Takes up what was deployed since; after an error what was there goes on. Raises `BadConfig`, `BadModel`."""
+        if successor := self.pipeline.successor():
+            self._use(successor)
+            log.info("model %s is loaded", successor.model_version)
+
+    def process_directory(
+        self,
+        input_dir: str | Path = INPUT_DIR,
+        output_dir: str | Path = OUTPUT_DIR,
+        failed_dir: str | Path | None = None,
+    ) -> BatchResult:
+        """Scores what is new in `input_dir`; `failed_dir` is ``failed`` beside it unless given.
+
+        Raises `BadDirectories`, and OSError when a directory cannot be read or written.
+        """
+        started = time.monotonic()
+        input_dir, output_dir = Path(input_dir), Path(output_dir)
+        failed_dir = Path(failed_dir) if failed_dir else input_dir.parent / Path(FAILED_DIR).name
+        if not input_dir.is_dir():
+            raise NotADirectoryError(f"input directory {str(input_dir)!r} does not exist; make it, or give --input-dir")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, directory in (("output", output_dir), ("failed", failed_dir)):
+            if directory.resolve() == input_dir.resolve():
+                raise BadDirectories(
+                    f"input and {name} directory are both {str(input_dir)!r}: what is written there would be scored"
+                )
+        result = BatchResult()
+        with locked(output_dir / LOCK, wait=False) as alone:
+            if alone:
+                self._process(input_dir, output_dir, failed_dir, result)
+            result.locked = not alone
+        result.seconds = time.monotonic() - started
+        return result
+
+    def _process(self, input_dir: Path, output_dir: Path, failed_dir: Path, result: BatchResult) -> None:
+        for directory, pattern in (
+            (output_dir, ".predictions_*"),
+            (output_dir, f".{MANIFEST}.*"),
+            (failed_dir, ".*.reason.txt.*"),
+        ):
+            for leftover in directory.glob(pattern):  # of a run that was killed while writing
+                leftover.unlink()
+        for leftover in output_dir.glob(f"{MODEL_PREFIX}*"):
+            shutil.rmtree(leftover)
+        manifest = Manifest(output_dir / MANIFEST)
+        other = manifest.other_input(input_dir)
+        if other:
+            raise BadDirectories(
+                f"output directory {str(output_dir)!r} holds the predictions of {other!r}; files of one name would "
+                "overwrite each other: give each input directory an --output-dir of its own"
+            )
+        todo = self._new_files(input_dir, manifest, result)
+        if not todo:
+            return
+        run_ = _Run(self, output_dir, failed_dir, manifest, result)
+        large = [path for path, stat in todo if self._is_large(path, stat)]
+        backend = self._backend(todo, large, output_dir)
+        try:
+            with progress([], sum(s.st_size for _, s in todo), self.quiet, unit="B", unit_scale=True) as bar:
+                run_.work(todo, large, backend, bar)
+        finally:
+            backend.close()
+
+    def _new_files(self, input_dir: Path, manifest: Manifest, result: BatchResult) -> list[tuple[Path, os.stat_result]]:
+        """The files to score with their state, oldest first."""
+        found = []
+        for path in sorted(input_dir.iterdir()):
+            if kind_of(path.name) and not path.name.startswith(".") and path.is_file():
+                with contextlib.suppress(FileNotFoundError):  # gone since
+                    found.append((path, path.stat()))
+        manifest.keep({path.name for path, _ in found})
+        todo = []
+        for path, stat in found:
+            known = manifest.entries.get(path.name)
+            # its predictions may be gone: somebody has fetched them
+            if known and (known["state"], known["config"]) == (_state(stat), self.deployment.key):
+                result.unchanged.append(path.name)
+                continue
+            if abs(self.clock() - stat.st_mtime) < self.settle_seconds:
+                result.still_written.append(path.name)
+                continue
+            todo.append((path, stat))
+        return sorted(todo, key=lambda item: (item[1].st_mtime_ns, item[0].name))
+
+    def _is_large(self, path: Path, stat: os.stat_result) -> bool:
+        return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"] > LARGE_BYTES
+
+    def _backend(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path) -> Here:
+        if self.scheduler:
+            return Dask(self.deployment, self.scheduler)
+        work = sum(stat.st_size for _, stat in todo)
+        if self.jobs > 1 and (large or (len(todo) > 1 and work > WORTH_A_POOL)):
+            return Processes(self.deployment, self.jobs, output_dir)
+        return Here(self.deployment)
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+@dataclass
+class _Run:
+    """One run over the files of a directory, by the process that holds the lock: only it writes."""
+
+    processor: BatchProcessor
+    output_dir: Path
+    failed_dir: Path
+    manifest: Manifest
+    result: BatchResult
+
+    def work(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], backend: Here, bar: Any) -> None:
+        def advance_from(start: int) -> Callable[[int], Any]:
+            return lambda position: bar.update(start + position - bar.n)
+
+        if backend.slots == 1 and not backend.sends_content:
+            for path, stat in todo:
+                done = bar.n
+                get = partial(score_file, *self._call(path, str(path)), advance_from(done))
+                self._finish(path, stat, get, backend.lost)
+                bar.update(done + stat.st_size - bar.n)
+            return
+
+        for path, stat in [item for item in todo if item[0] in large]:
+            done = bar.n
+            self._finish(path, stat, partial(self._score_large, path, backend, advance_from(done)), backend.lost)
+            bar.update(done + stat.st_size - bar.n)
+
+        taken: deque[tuple[Path, os.stat_result]] = deque()
+
+        def calls() -> Iterator[tuple[Any, ...]]:
+            for path, stat in todo:
+                if path in large:
+                    continue
+                try:
+                    source = path.read_bytes() if backend.sends_content else str(path)
+                except OSError as error:
+                    self._keep(path, error)
+                    continue
+                taken.append((path, stat))
+                yield score_file, *self._call(path, source)
+
+        again = []
+        for future in in_order(backend, calls()):
+            path, stat = taken.popleft()
+            if isinstance(future.exception(), BrokenProcessPool):
+                again.append((path, stat))  # it or a neighbour broke the pool: one by one shows which
+                continue
+            self._finish(path, stat, future.result, backend.lost)
+            bar.update(stat.st_size)
+        for path, stat in again:
+            future = backend.submit(score_file, *self._call(path, str(path)))
+            self._finish(path, stat, future.result, backend.lost)
+            bar.update(stat.st_size)
+
+    def _call(self, path: Path, source: str | bytes) -> tuple[str, str | bytes, str, int, str | None]:
+        """The arguments of `score_file`."""
+        spill = None if isinstance(source, bytes) else str(self.output_dir)
+        return self.processor.deployment.key, source, path.name, self.processor.chunk_rows, spill
+
+    def _score_large(self, path: Path, backend: Here, advance: Callable[[int], Any]) -> Scores:
+        """The file is read and cut here, its parts are scored where `backend` says."""
+        key = self.processor.deployment.key
+
+        def score_parts(parts: Iterable[list[bytes]]) -> Iterator[Scores]:
+            return (future.result() for future in in_order(backend, ((score_blocks, key, part) for part in parts)))
+
+        with open(path, "rb") as file:
+            chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, self.processor.chunk_rows)
+            return score_chunks(chunks, partial(score_table, key), score_parts, self.output_dir, advance)
+
+    def _finish(
+        self, path: Path, stat: os.stat_result, get: Callable[[], Scores], lost: tuple[type[Exception], ...]
+    ) -> None:
+        """Writes one file's predictions and notes it; or says why not, and where the file is now."""
+        try:
+            scores = get()
+            if _state(path.stat()) != _state(stat):
+                self.result.still_written.append(path.name)
+                return
+            result = self._write(path, scores)
+            deployed = {"config": self.processor.deployment.key, "model_version": self.processor.pipeline.model_version}
+            origin = {"input_dir": str(path.parent.resolve()), "state": _state(stat)}
+            self.manifest.add(asdict(result) | origin | deployed)
+        except BadObservations as error:
+            self._fail(path, stat, error)
+            return
+        except OSError as error:
+            self._keep(path, error)
+            return
+        except lost as error:
+            self._keep(path, f"a worker process died ({type(error).__name__}); out of memory? See --chunk-rows")
+            return
+        except Exception as error:  # whatever it is, it stops no other file; its text may quote the file
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self._keep(path, f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}")
+            return
+        self.result.scored.append(result)
+        log.info("%s: %s", path.name, self._told(result))
+        absent = self.processor.pipeline.absent_codes(scores.codes, scores.usable_visits)
+        if absent:
+            log.warning(
+                "%s: nearly every visit had these codes in training, none has them here: %s", path.name, listed(absent)
+            )
+
+    def _write(self, path: Path, scores: Scores) -> FileResult:
+        pipeline = self.processor.pipeline
+        moment = datetime.fromtimestamp(self.processor.clock(), UTC).isoformat(timespec="seconds")
+        output = self.output_dir / f"predictions_{path.name}"
+        levels: Counter[str] = Counter()
+        with atomic_file(output) as raw, _table_writer(raw, kind_of(path.name)) as write:
+            for start in range(0, scores.visits.num_rows, 100_000):
+                frame = scores.visits.slice(start, 100_000).drop_columns("row").to_pandas()
+                frame["risk_level"] = pipeline.risk_level(frame["sepsis_probability"].to_numpy())
+                frame["processed_at"] = moment
+                frame["model_version"] = pipeline.model_version
+                levels.update(frame["risk_level"])
+                write(frame[list(OUTPUT_COLUMNS)])
+        return FileResult(
+            path.name,
+            output.name,
+            scores.rows + scores.set_aside.get("malformed", 0),
+            scores.visits.num_rows,
+            dict(sorted(levels.items())),
+            dict(sorted(scores.set_aside.items())),
+        )
+
+    def _told(self, result: FileResult) -> str:
+        levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in ("high", "medium", "low", "unknown"))
+        aside = described(Counter(result.set_aside))
+        return f"{result.visits:,} visits ({levels}), {result.observations:,} observations" + (
+            f"; set aside: {aside}" if aside else ""
+        )
+
+    def _fail(self, path: Path, stat: os.stat_result, error: BadObservations) -> None:
+        """Moves a bad file away, its reason first: killed in between, the next run does both again."""
+        try:
+            if _state(path.stat()) != _state(stat):
+                self.result.still_written.append(path.name)
+                return
+            place = _free_name(self.failed_dir / path.name)
+            moment = datetime.fromtimestamp(self.processor.clock(), UTC).isoformat(timespec="seconds")
+            write_atomic(place.with_name(place.name + ".reason.txt"), f"{moment}\n{error}\n")
+            _move(path, place)
+        except OSError as problem:
+            self._keep(
+                path, f"{error}; and it cannot be moved to {str(self.failed_dir)!r}: {problem.strerror or problem}"
+            )
+            return
+        self.result.failed[path.name] = str(error)
+        log.error("failed: %s; it is in %s now", error, self.failed_dir)
+
+    def _keep(self, path: Path, problem: OSError | str) -> None:
+        text = problem if isinstance(problem, str) else problem.strerror or type(problem).__name__
+        self.result.kept[path.name] = text
+        log.error("%s: not scored, kept for the next run: %s", path.name, text)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the same with a number where a file of that name is there already."""
+    suffix = kind_of(path.name) or ""
+    stem, number = path.name[: len(path.name) - len(suffix)], 2
+    candidate = path
+    while candidate.exists():
+        candidate = path.with_name(f"{stem}.{number}{path.name[len(stem) :]}")
+        number += 1
+    return candidate
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames; onto another disk, copies whole and only then removes."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != 18:  # EXDEV
+            raise
+        write_atomic(target, source.read_bytes())
+        source.unlink()
+
+
+@contextlib.contextmanager
+def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.DataFrame], Any]]:
+    """A function that appends frames to `raw` in the format of `kind`; equal frames give equal bytes."""
+    if kind == ".parquet":
+        types = {name: pa.float64() if name == "sepsis_probability" else pa.string() for name in OUTPUT_COLUMNS}
+        schema = pa.schema(list(types.items()))
+        with pq.ParquetWriter(raw, schema) as writer:
+            yield lambda frame: writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+        return
+    with contextlib.ExitStack() as stack:
+        if kind == ".csv.gz":
+            raw = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0))  # type: ignore[assignment]
+        raw.write((",".join(OUTPUT_COLUMNS) + "\n").encode())
+        yield lambda frame: raw.write(frame.to_csv(index=False, header=False, lineterminator="\n").encode())

@@ -1,0 +1,1 @@
+"""Pending visits of a database."""

@@ -1,0 +1,1 @@
+"""Where observations and labels come from."""

@@ -1,0 +1,1 @@
+"""The search, training, versions: everything that needs labels."""

@@ -1,0 +1,163 @@
+"""Two versions on the same patients."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common.artifacts import write_atomic
+from common.command_line import DONE, SOME_FAILED, log
+from common.labels import read_labels
+from common.metrics import compared
+from common.pages import facts_table, frame_table, listing, page, paragraph
+from feature_pipeline import (
+    BadConfig,
+    BadObservations,
+    ProductionPipeline,
+    load_config,
+)
+from training.raw_data import training_clients
+from training.snapshots import make_training_data, settings_of
+from training.versions import CONFIG, archive_of, switch
+
+
+def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
+    """The deployed version and an archived one on labelled patients that neither has learned from.
+
+    Those are the patients of --observations and --labels. Clients whom one of the two was trained on would flatter it
+    and are left out. --promote deploys the archived version where it is not worse, or with --force.
+    """
+    version = arguments.compare if arguments.promote is None else arguments.promote
+    folder = archive_of(directory, version)
+    if not (arguments.observations and arguments.labels):
+        raise BadConfig("--compare and --promote need --observations and --labels of patients that neither has seen")
+    config, labels = load_config(directory / CONFIG), read_labels(arguments.labels)
+    for trained in (config, load_config(folder / CONFIG)):
+        labels = labels[~labels["client"].isin(learned_clients(trained))]
+        if labels.empty:
+            raise BadConfig(f"model {trained['model_version']} was trained on these patients; compare on others")
+    comparison = compare(directory, folder, arguments.observations, labels, "patients of --observations")
+    for line in comparison.lines():
+        print(line)
+    refused = bool(comparison.objections) and not arguments.force
+    decision = "compared" if arguments.promote is None else comparison.decision(arguments.force)
+    write_atomic(directory / "comparison.html", comparison.html(decision))
+    if arguments.promote is None:
+        return DONE
+    if refused:
+        print("not promoted: the new model is worse; --force promotes it all the same")
+        return SOME_FAILED
+    switch(directory, version)
+    print(f"{decision}: model {version}")
+    return DONE
+
+
+def learned_clients(config: dict[str, Any]) -> set[str]:
+    """The clients that a deployed model was trained on, where the labels of its training are still there."""
+    try:
+        return training_clients(config)
+    except BadObservations as error:
+        log.warning("warning: which patients model %s has seen cannot be told: %s", config["model_version"], error)
+        return set()
+
+
+TOLERANCE = 0.005  # of ROC AUC and average precision: a smaller loss is none
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two versions on the same held-out patients."""
+
+    old_version: str
+    new_version: str
+    figures: dict[str, dict[str, float]]  # see metrics.compared
+    n_snapshots: int
+    n_positive: int
+    basis: str
+    alert_rate: float
+
+    @property
+    def objections(self) -> list[str]:
+        """Why the new version is worse; empty where it is not.
+
+        Worse means: a loss of ROC AUC or average precision beyond `TOLERANCE`, or in any figure one beyond chance.
+        """
+        worse = {name: f["high"] < 0 for name, f in self.figures.items()}
+        worse["brier"] = self.figures["brier"]["low"] > 0  # the lower the better
+        for name in ("roc_auc", "average_precision"):
+            worse[name] |= self.figures[name]["difference"] < -TOLERANCE
+        return [
+            f"{name.replace('_', ' ')} {f['new']:.4f} against {f['old']:.4f} "
+            f"(difference {f['difference']:+.4f}, 95% {f['low']:+.4f} to {f['high']:+.4f})"
+            for name, f in self.figures.items()
+            if worse[name]
+        ]
+
+    def decision(self, force: bool) -> str:
+        """Whether the new version is to be deployed."""
+        return "promoted" if not self.objections else "promoted by --force" if force else "not promoted"
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.new_version} against {self.old_version}, {self.basis}: {self.n_snapshots:,} snapshots, "
+            f"{self.n_positive:,} positive",
+            *(
+                f"  {name.replace('_', ' '):<18s} {f['old']:.4f} -> {f['new']:.4f}  difference {f['difference']:+.4f} "
+                f"(95% {f['low']:+.4f} to {f['high']:+.4f})"
+                for name, f in self.figures.items()
+            ),
+            *(f"  worse: {text}" for text in self.objections),
+        ]
+
+    def html(self, decision: str) -> str:
+        table = pd.DataFrame([{"figure": name.replace("_", " "), **f} for name, f in self.figures.items()])
+        facts = {
+            "old": self.old_version,
+            "new": self.new_version,
+            "patients": self.basis,
+            "snapshots": f"{self.n_snapshots:,}, {self.n_positive:,} positive",
+            "sensitivity is taken where": f"each model calls {self.alert_rate:.1%} of the snapshots",
+            "decision": decision,
+        }
+        explained = "Differences are new minus old; intervals are paired, 95%, resampled by client."
+        worse = [paragraph("The new model is worse:"), listing(self.objections)] if self.objections else []
+        return page("Champion and challenger", [], facts_table(facts), *worse, frame_table(table), paragraph(explained))
+
+
+def compare(
+    old: Path,
+    new: Path,
+    observations: Any,
+    labels: pd.DataFrame,
+    basis: str,
+    alert_rate: float = 0.05,
+    seed: int = 0,
+) -> Comparison:
+    """Scores the same snapshots with two deployments (folders of config and model), each of which reads the
+    observations in its own way, as it would in service.
+
+    `observations` are what `read_observations` takes, `labels` what `read_labels` gives; the moments are those of the
+    old one's reading and settings. The figures are honest only where neither has learned from these patients: that is
+    for the caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
+    """
+    champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
+    data = make_training_data(champion.reproducer.read(observations), labels, settings_of(champion.config))
+    read = challenger.reproducer.read(observations)
+    keys, place = data.observations.keys(), {key: i for i, key in enumerate(read.keys())}
+    visit = np.array([place[key] for key in keys], dtype=np.int64)[data.visit]
+    probability = [
+        champion.score(data.observations, data.visit, data.as_of),
+        challenger.score(read, visit, data.as_of),
+    ]
+    usable = ~np.isnan(probability[0]) & ~np.isnan(probability[1])
+    label, group = data.label[usable], data.group[usable]
+    if not 0 < label.sum() < len(label):
+        raise BadConfig("the held-out patients are all septic or all not: nothing can be compared; give more data")
+    figures = compared(label, *(p[usable] for p in probability), group, alert_rate, seed=seed)
+    versions = champion.model_version, challenger.model_version
+    return Comparison(*versions, figures, len(label), int(label.sum()), basis, alert_rate)

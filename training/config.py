@@ -1,0 +1,154 @@
+"""``best_model_config.json``: what the search writes, what training reads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from common.artifacts import library_versions
+from common.command_line import log
+from feature_pipeline import (
+    DEFAULT_WINDOWS,
+    SCHEMA_VERSION,
+    BadConfig,
+    FeaturePlan,
+    concept_of,
+    listed,
+    read_observations,
+    resolve_snapshots,
+)
+from training.candidates import FEATURE_SETS, ModelConfiguration
+from training.fitting import filled
+from training.snapshots import (
+    TrainingData,
+    load_training_data,
+    settings_of,
+)
+from training.trials import Evaluation, Search, code_prevalence
+
+
+def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
+    """The model configuration that a config names, with its own parameters."""
+    try:
+        return ModelConfiguration(**config["model"])
+    except TypeError as error:
+        raise BadConfig(f"config: 'model' is not a model configuration ({error}); search again") from error
+
+
+def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
+    """The data that the config was made with, or those named instead."""
+    if lacking := [key for key in ("seed", "metrics", "decision_sensitivity") if config.get(key) is None]:
+        raise BadConfig(f"config: {listed(lacking)} missing; search again")
+    source = config.get("data")
+    if not (isinstance(source, dict) and {"observations", "labels", "synthetic", "fingerprint"} <= set(source)):
+        raise BadConfig("config: 'data' does not name the data of the search; search again")
+    if observations is None and labels is None:
+        observations, labels = source["observations"], source["labels"]
+    of_training = config.get("trained_on", {})
+    synthetic = any(s.get("synthetic") and s.get("observations") == observations for s in (source, of_training))
+    data = load_training_data(observations, labels, settings_of(config), config["synonyms"], synthetic)
+    if data.fingerprint != source["fingerprint"] and of_training.get("observations") != observations:
+        log.warning("warning: these are not the data of the search; the config's test figure is of other data")
+    return data
+
+
+# Hours before the golden example's end: in each window something, and of each code another mix of it.
+GOLDEN_HOURS = (29.0, 17.0, 9.0, 4.0, 1.0)
+
+
+def golden_example(
+    names: list[str], synonyms: dict[str, str], fill_value: float | None, codes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Synthetic observations of one visit and their features; the probability is added when a model is trained.
+
+    Every code of the features, and of `codes` besides (clinical scores may take from them), is measured several times
+    with values of its own: hardly a feature is empty, and none can stand in for another. Of many codes the last one is
+    measured once, long before, so that something is empty.
+    """
+    records: list[dict[str, Any]] = []
+    end = np.datetime64("2024-01-03T12:00:00", "m")
+    codes = sorted({*FeaturePlan(names).codes, *codes}) or ["HR"]  # HR: a model may have no code of its own
+    for i, code in enumerate(codes):
+        concept = concept_of(code, synonyms)
+        low, high = (concept.low, concept.high) if concept and np.isfinite(concept.high) else (0.0, 4.0)
+        once = len(codes) > 10 and i == len(codes) - 1
+        for k, hours in enumerate(GOLDEN_HOURS[:1] if once else GOLDEN_HOURS[i % 2 :: 1 + i % 3 // 2]):
+            share = ((len(records) + 1) * 0.6180339887) % 1.0  # spreads evenly, and repeats nothing
+            records.append(
+                {
+                    "visit_id": "golden",
+                    "client": "golden",
+                    "observation_date": str(end - np.timedelta64(int(60 * hours) + (7 * i + 11 * k) % 50, "m")),
+                    "observation_type_code": code,
+                    "observation_value": round(low + (high - low) * (0.2 + 0.6 * share), 2),
+                    "reference_range_min": round(low + (high - low) * 0.3, 2),
+                    "reference_range_max": round(low + (high - low) * 0.5, 2),
+                }
+            )
+    observations = read_observations(records, synonyms)
+    visit, moments, _ = resolve_snapshots(observations)
+    features = filled(FeaturePlan(names).evaluate(observations, visit, moments), fill_value)
+    return {
+        "observations": records,
+        "features": [[None if np.isnan(v) else float(v) for v in row] for row in features],
+        "probability": None,
+    }
+
+
+def make_config(
+    search: Search,
+    feature_set: str,
+    configuration: ModelConfiguration,
+    evaluation: Evaluation,
+    loss: dict[str, float],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """All that ``best_model_config.json`` holds, before a model is trained on everything."""
+    data, names = search.data, [search.names[i] for i in search.columns(feature_set)]
+    prevalence = code_prevalence(data.observations, np.unique(data.visit))
+    used = set(FeaturePlan(names).codes)
+    medium, high = arguments.risk_thresholds
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model_version": None,
+        "model_sha256": None,
+        "feature_set": feature_set,
+        "blocks": list(FEATURE_SETS[feature_set]),
+        "windows": list(DEFAULT_WINDOWS),
+        "codes": search.codes,
+        "synonyms": search.synonyms,
+        "fill_value": configuration.fill_value,
+        "model": asdict(configuration),
+        "snapshots": {**asdict(data.settings), "retrospective": data.retrospective},
+        "metrics": evaluation.metrics,
+        "risk_thresholds": {"medium": medium, "high": high},
+        "decision_threshold": evaluation.decision_threshold,
+        "decision_sensitivity": arguments.sensitivity,
+        "rank_by": arguments.rank_by,
+        "code_prevalence": {code: round(share, 4) for code, share in prevalence.items() if code in used},
+        "loss_without_code": loss,
+        "data": {
+            "observations": arguments.observations,
+            "labels": arguments.labels,
+            "synthetic": data.synthetic,
+            "fingerprint": data.fingerprint,
+            "description": data.describe(),
+            "grouped_by": data.grouped_by,
+        },
+        "library_versions": library_versions(),
+        "seed": search.seed,
+        "golden": golden_example(names, search.synonyms, configuration.fill_value, search.codes),
+        "feature_names": names,
+    }
+
+
+def recipe(config: dict[str, Any], paths: tuple[str, str], synthetic: bool) -> dict[str, Any]:
+    """The config as the search left it, to be trained on other data: no version, no model yet."""
+    keep = {k: v for k, v in config.items() if k not in ("trained_at", "reference_profile")}
+    metrics = {k: v for k, v in config["metrics"].items() if k != "out_of_fold"}
+    trained_on = {"observations": paths[0], "labels": paths[1], "synthetic": synthetic}
+    return {**keep, "metrics": metrics, "trained_on": trained_on, "model_version": None, "model_sha256": None}
