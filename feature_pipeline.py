@@ -17,7 +17,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -1649,62 +1649,136 @@ def _is_golden(value: Any) -> bool:
     )
 
 
-# What a config must hold: key -> (does a value do?, what it has to be).
-_CONFIG_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "feature_set": (lambda v: isinstance(v, str), "a text"),
-    "blocks": (_are_texts, "a list of texts"),
-    "windows": (
-        lambda v: isinstance(v, list) and all(type(w) is int and 0 < w < 100_000 for w in v),
-        "a list of whole hours",
-    ),
-    "codes": (_are_texts, "a list of texts"),
-    "feature_names": (lambda v: _are_texts(v) and len(v) > 0, "a list of texts, not empty"),
-    "model": (lambda v: isinstance(v, dict) and isinstance(v.get("name"), str), "a model configuration with its name"),
-    "risk_thresholds": (_are_thresholds, "0 < medium < high < 1"),
-    "decision_threshold": (_is_share, "a number from 0 to 1"),
-    "golden": (_is_golden, "one visit's observations, features and probability, as search and training wrote them"),
-}
-# What it may lack or have as null; `model_version` names a folder of the archive.
-_OPTIONAL_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "fill_value": (_is_number, "a number or null"),
-    "model_version": (lambda v: isinstance(v, str) and Path(v).name == v, "the name of a version or null"),
-    "model_sha256": (lambda v: isinstance(v, str), "a text or null"),
-    "code_prevalence": (lambda v: isinstance(v, dict) and all(map(_is_share, v.values())), "a share for each code"),
-    "seed": (lambda v: type(v) is int and v >= 0, "a whole number from 0"),
-    "metrics": (lambda v: isinstance(v, dict), "figures by name"),
-    "decision_sensitivity": (_is_share, "a number from 0 to 1"),
-    "loss_without_code": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "a number for each code"),
-}
+MOST_HOURS = 1_000_000  # between snapshots, or before onset: more than a life
+
+
+@dataclass(frozen=True)
+class SnapshotSettings:
+    """When a visit is scored in training, and which snapshots are positive. Hours.
+
+    Raises `ValueError` beyond `MOST_HOURS`.
+    """
+
+    every_hours: float = 6.0
+    horizon_hours: float = 6.0
+    after_onset: bool = False  # also take snapshots after onset, as positives
+    retrospective: bool = False  # no onsets: one snapshot at the end of each visit
+
+    def __post_init__(self):
+        if not (0 < self.every_hours <= MOST_HOURS and 0 <= self.horizon_hours <= MOST_HOURS):
+            raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
+
+
+def _key(does: Callable[[Any], bool], expected: str, **default: Any) -> Any:
+    """A field of `Config`: does a value do, and what it has to be. A field with a default may be absent or null."""
+    return field(metadata={"does": does, "expected": expected}, **default)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What ``best_model_config.json`` holds: everything that features and scores depend on, and what is told of the
+    model. Search, training, serving, monitoring and the model card read it from here."""
+
+    schema_version: int = _key(lambda v: v == SCHEMA_VERSION, f"schema version {SCHEMA_VERSION}")
+    feature_set: str = _key(_is_text, "a text")
+    blocks: list[str] = _key(_are_texts, "a list of texts")
+    windows: list[int] = _key(
+        lambda v: isinstance(v, list) and all(type(w) is int and 0 < w < 100_000 for w in v), "a list of whole hours"
+    )
+    codes: list[str] = _key(_are_texts, "a list of texts")
+    feature_names: list[str] = _key(lambda v: _are_texts(v) and len(v) > 0, "a list of texts, not empty")
+    model: dict[str, Any] = _key(
+        lambda v: _is_table(v) and _is_text(v.get("name")), "a model configuration with its name"
+    )
+    snapshots: SnapshotSettings = _key(_is_table, "the settings of the snapshots")
+    risk_thresholds: dict[str, float] = _key(_are_thresholds, "0 < medium < high < 1")
+    decision_threshold: float = _key(_is_share, "a number from 0 to 1")
+    golden: dict[str, Any] = _key(
+        _is_golden, "one visit's observations, features and probability, as search and training wrote them"
+    )
+    seed: int = _key(lambda v: type(v) is int and v >= 0, "a whole number from 0")
+    data: dict[str, Any] = _key(
+        lambda v: _is_table(v) and {"observations", "labels", "synthetic", "fingerprint"} <= set(v),
+        "the observations and labels of the search, with their fingerprint",
+    )
+    metrics: dict[str, Any] = _key(_is_table, "figures by name")
+    decision_sensitivity: float = _key(_is_share, "a number from 0 to 1")
+    synonyms: dict[str, str] = _key(_is_table, "a concept for each code", default_factory=dict)
+    fill_value: float | None = _key(_is_number, "a number or null", default=None)
+    model_version: str | None = _key(
+        lambda v: _is_text(v) and Path(v).name == v, "the name of a version or null", default=None
+    )  # names a folder of the archive
+    model_sha256: str | None = _key(_is_text, "a text or null", default=None)
+    code_prevalence: dict[str, float] = _key(
+        lambda v: _is_table(v) and all(map(_is_share, v.values())), "a share for each code", default_factory=dict
+    )
+    loss_without_code: dict[str, float] = _key(
+        lambda v: _is_table(v) and all(map(_is_number, v.values())), "a number for each code", default_factory=dict
+    )
+    rank_by: str = _key(_is_text, "a text", default="score")
+    library_versions: dict[str, str] = _key(_is_table, "a version for each library", default_factory=dict)
+    trained_at: str | None = _key(_is_text, "a time, ISO 8601", default=None)
+    trained_on: dict[str, Any] = _key(_is_table, "the data of the training", default_factory=dict)
+    retrained_with: list[str] = _key(_are_texts, "fingerprints of data", default_factory=list)
+    reference_profile: dict[str, Any] = _key(_is_table, "the distributions in training", default_factory=dict)
+
+    @property
+    def training_source(self) -> dict[str, Any]:
+        """What the model was trained on: ``observations``, ``labels`` (paths, None for the demo cohort), ``synthetic``,
+        ``fingerprint``, ``description``; before training, what the search used."""
+        return {**self.data, **self.trained_on}
+
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
+def load_config(path: str | Path) -> Config:
     """Reads and checks ``best_model_config.json``. Raises `BadConfig` with what is wrong and what to do."""
     where = f"config {str(path)!r}"
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise BadConfig(f"{where} does not exist; run generate_features.py first") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadConfig(f"{where} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(config, dict) or "schema_version" not in config:
+    if not isinstance(found, dict) or "schema_version" not in found:
         raise BadConfig(f"{where} has no schema_version; it was not written by generate_features.py")
-    if config["schema_version"] != SCHEMA_VERSION:
+    if found["schema_version"] != SCHEMA_VERSION:
         raise BadConfig(
-            f"{where} has schema version {config['schema_version']!r}, this code reads version {SCHEMA_VERSION}; "
+            f"{where} has schema version {found['schema_version']!r}, this code reads version {SCHEMA_VERSION}; "
             "search and train again, or use the code the config was made with"
         )
-    for key, (does, expected) in (_CONFIG_KEYS | _OPTIONAL_KEYS).items():
-        absent = config.get(key) is None
-        if (absent and key in _CONFIG_KEYS) or (not absent and not does(config[key])):
-            found = "is missing" if absent else "is not as it must be"
-            raise BadConfig(f"{where}: {key!r} {found}; expected {expected}; search and train again")
-    if config["model"].get("fill_value") != config.get("fill_value"):
+    known = {key.name: key for key in fields(Config)}
+    if unknown := sorted(found.keys() - known.keys()):
+        raise BadConfig(f"{where} has unknown keys: {listed(unknown)}; search and train again")
+    for name, key in known.items():
+        absent = found.get(name) is None
+        required = key.default is MISSING and key.default_factory is MISSING
+        if required if absent else not key.metadata["does"](found[name]):
+            wrong = "is missing" if absent else "is not as it must be"
+            raise BadConfig(f"{where}: {name!r} {wrong}; expected {key.metadata['expected']}; search and train again")
+    given = {name: value for name, value in found.items() if value is not None}
+    try:
+        given["snapshots"] = SnapshotSettings(**given["snapshots"])
+    except (TypeError, ValueError) as error:
+        raise BadConfig(f"{where}: 'snapshots' is not as it must be ({error}); search and train again") from None
+    config = Config(**given)
+    if config.model.get("fill_value") != config.fill_value:
         raise BadConfig(f"{where}: 'fill_value' is not the model's own; search and train again")
-    check_synonyms(config.get("synonyms"), where)
+    check_synonyms(config.synonyms, where)
     return config
 
 
@@ -1717,12 +1791,6 @@ def check_synonyms(synonyms: Any, where: str) -> None:
             raise BadConfig(
                 f"{where}: synonym {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}"
             )
-
-
-def training_source(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model was trained on: ``observations``, ``labels`` (paths, None for the demo cohort), ``synthetic``,
-    ``fingerprint``, ``description``; before training, what the search used."""
-    return {**config["data"], **config.get("trained_on", {})}
 
 
 def _stamp(path: str | Path) -> tuple[int, ...]:
@@ -1794,7 +1862,7 @@ class FeatureReproducer:
 
     def __init__(self, config_path: str | Path = DEFAULT_CONFIG):
         self.config = load_config(config_path)
-        self.feature_names: list[str] = self.config["feature_names"]
+        self.feature_names: list[str] = self.config.feature_names
         self.plan = FeaturePlan(self.feature_names)
 
     @cached_property
@@ -1802,15 +1870,13 @@ class FeatureReproducer:
         """Every feature that the blocks make of the config's codes."""
         config = self.config
         names = [
-            name
-            for block in BLOCKS
-            for name in block_features(block, config["codes"], config["windows"], config["synonyms"])
+            name for block in BLOCKS for name in block_features(block, config.codes, config.windows, config.synonyms)
         ]
         return FeaturePlan(names)
 
     def read(self, source: Any) -> Observations:
         """`read_observations` with the config's synonyms."""
-        return read_observations(source, self.config["synonyms"])
+        return read_observations(source, self.config.synonyms)
 
     def read_and_warn(self, source: Any) -> Observations:
         """`read`, and a `SetAsideWarning` for rows that are not used."""
@@ -1829,7 +1895,7 @@ class FeatureReproducer:
         """(n_snapshots, n_features) float64, filled by the config's `fill_value`; a row without any observation
         stays NaN."""
         features = (plan or self.plan).evaluate(observations, visit, as_of)
-        fill = self.config.get("fill_value")
+        fill = self.config.fill_value
         if fill is not None:
             usable = _usable(observations, visit, as_of)
             features[np.isnan(features) & usable[:, None]] = fill
@@ -1978,14 +2044,14 @@ class ProductionPipeline:
         self.reproducer = FeatureReproducer(config_path)
         self.config = self.reproducer.config
         self.feature_names = self.reproducer.feature_names
-        self.model_version: str = self.config.get("model_version") or "unversioned"
+        self.model_version: str = self.config.model_version or "unversioned"
         self.model = self._load_model(Path(model_path))
-        self._expected_codes = self.config.get("code_prevalence") or {}
+        self._expected_codes = self.config.code_prevalence
         self._check_golden_example()
 
     def _load_model(self, path: Path) -> ScoreModel:
         where = f"model file {str(path)!r}"
-        expected = self.config.get("model_sha256")
+        expected = self.config.model_sha256
         if not expected:
             raise BadModel("the config belongs to no trained model yet; run train_best_model.py --full")
         try:
@@ -2019,7 +2085,7 @@ class ProductionPipeline:
             raise BadModel(
                 f"{where} was trained on other features, or in another order, than the config's feature_names"
             )
-        if model.metadata["fill_value"] != self.config.get("fill_value"):
+        if model.metadata["fill_value"] != self.config.fill_value:
             raise BadModel(f"{where} was trained with another fill_value than the config's")
         return model
 
@@ -2028,7 +2094,7 @@ class ProductionPipeline:
         """The archived version whose model file has this SHA-256."""
         for path in archive.glob("*/best_model_config.json"):
             with contextlib.suppress(BadConfig):
-                if load_config(path).get("model_sha256") == digest:
+                if load_config(path).model_sha256 == digest:
                     return path.parent.name
         return None
 
@@ -2041,7 +2107,7 @@ class ProductionPipeline:
         return ProductionPipeline(*self._files) if self.outdated() else None
 
     def _check_golden_example(self) -> None:
-        golden = self.config["golden"]
+        golden = self.config.golden
         if golden["probability"] is None:
             raise BadConfig("config: 'golden' has no probability; run train_best_model.py --full")
         try:
@@ -2080,7 +2146,7 @@ class ProductionPipeline:
         if return_probabilities:
             columns["sepsis_probability"] = probability
         else:
-            decision = pd.array(probability >= self.config["decision_threshold"], dtype="Int64")
+            decision = pd.array(probability >= self.config.decision_threshold, dtype="Int64")
             decision[np.isnan(probability)] = pd.NA
             columns["sepsis_prediction"] = decision
         return pd.DataFrame(columns)
@@ -2123,7 +2189,7 @@ class ProductionPipeline:
         return {name: code for code in rarest_first if (name := self._concept_name(code))}
 
     def _concept_name(self, code: str) -> str | None:
-        concept = concept_of(code, self.config["synonyms"])
+        concept = concept_of(code, self.config.synonyms)
         return concept.name if concept else None
 
     def risk_level(self, probabilities: Any) -> Any:
@@ -2131,7 +2197,7 @@ class ProductionPipeline:
 
         A number gives a text, anything longer an array of texts.
         """
-        levels = self.config["risk_thresholds"]
+        levels = self.config.risk_thresholds
         p = np.asarray(probabilities, dtype=np.float64)
         names = np.where(p >= levels["high"], "high", np.where(p >= levels["medium"], "medium", "low"))
         names = np.where(np.isnan(p), "unknown", names)
@@ -2178,7 +2244,7 @@ class ProductionPipeline:
         absent = self.absent_codes(present, int((observations.first_time != NO_TIME).sum()))
         if not absent:
             return None
-        loss = self.config.get("loss_without_code") or {}
+        loss = self.config.loss_without_code
         told = [f"{code} (ROC AUC {-loss[code]:+.3f} without it)" if code in loss else code for code in absent]
         return f"nearly every visit had these codes in training, none has them here: {listed(told)}"
 

@@ -12,11 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from common.command_line import make_parser, number, run
+from feature_pipeline import MOST_HOURS
 from training.candidates import CONFIGURATION, FEATURE_SETS
 from training.search import QUICK_MODELS, QUICK_SETS, search_features
-from training.snapshots import (
-    MOST_HOURS,
-)
 
 
 def thresholds(text: str) -> tuple[float, float]:

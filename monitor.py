@@ -126,7 +126,7 @@ def check(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     for line in findings.remarks:
         log.info("%s", line)
     if findings.alerts and arguments.webhook:
-        told = {"model_version": config.get("model_version"), "until": until.isoformat(), "alerts": findings.alerts}
+        told = {"model_version": config.model_version, "until": until.isoformat(), "alerts": findings.alerts}
         try:
             post_json(arguments.webhook, told)
         except OSError as error:

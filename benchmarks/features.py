@@ -133,7 +133,7 @@ def single_visit(pipeline: ProductionPipeline, repeats: int) -> None:
             median_ms(f, n)
             for f, n in ((lambda: pipeline.predict(one), repeats), (lambda: plain_features(one), max(repeats // 50, 5)))
         )
-    print(f"one visit of 40 observations, {len(pipeline.feature_names)} features, {pipeline.config['model']['name']}")
+    print(f"one visit of 40 observations, {len(pipeline.feature_names)} features, {pipeline.config.model['name']}")
     print(f"ProductionPipeline.predict        {ours:7.2f} ms median")
     print(f"pandas groupby-and-apply          {plain:7.2f} ms median, features alone, without a model")
     print(f"ratio: {plain / ours:,.0f} times as fast")

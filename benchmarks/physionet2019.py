@@ -29,11 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import DONE, log, make_parser, run
 from common.labels import read_labels
 from common.metrics import bootstrap_intervals, ranking_scores
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadObservations, listed, read_observations, to_micros
+from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
+    BadObservations,
+    SnapshotSettings,
+    listed,
+    read_observations,
+    to_micros,
+)
 from sources.physionet2019 import ADMISSION
 from training.candidates import CONFIGURATION, FEATURE_SETS, part_names
 from training.fitting import FeatureTable, judge_candidate
-from training.snapshots import SnapshotSettings, TrainingData, grouped_folds, in_order_of_names
+from training.snapshots import TrainingData, grouped_folds, in_order_of_names
 
 EARLIEST, OPTIMAL, LATEST = -12, -6, 3  # hours from onset
 FALSE_ALARM, MISS = -0.05, -2.0

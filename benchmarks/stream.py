@@ -140,7 +140,7 @@ def replay(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{len(frame):,} observations of {len(last):,} visits replayed in {seconds:.0f} s "
           f"({len(frame) / seconds:,.0f}/s), {n_scores:,} scores")  # fmt: skip
-    observations = read_observations(frame, processor.pipeline.config["synonyms"])
+    observations = read_observations(frame, processor.pipeline.config.synonyms)
     visit, moments, _ = resolve_snapshots(observations)
     batch = dict(zip(observations.keys(), processor.pipeline.score(observations, visit, moments).tolist(), strict=True))
     batch = {key: p for key, p in batch.items() if p == p}

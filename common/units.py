@@ -93,7 +93,7 @@ def own_terms(
     high: float | None,
 ) -> dict[str, Any] | str:
     """An observation's code, value and range in the model's own terms, or why there is none, as a text."""
-    concept = concept_of(code, pipeline.config["synonyms"])
+    concept = concept_of(code, pipeline.config.synonyms)
     if concept is not None:
         converted = to_kept_unit(concept, value, unit)
         if converted is None:

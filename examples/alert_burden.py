@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from common.command_line import DONE, make_parser, number, run
 from common.labels import read_labels
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, ProductionPipeline
-from training.snapshots import SnapshotSettings, TrainingData, make_training_data
+from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, ProductionPipeline, SnapshotSettings
+from training.snapshots import TrainingData, make_training_data
 
 
 def burden(data: TrainingData, probability: np.ndarray, onset: np.ndarray, threshold: float) -> dict[str, object]:
@@ -59,11 +59,11 @@ def work(arguments: argparse.Namespace) -> int:
     labels = read_labels(arguments.labels)
     settings = SnapshotSettings(every_hours=arguments.score_every)
     data = make_training_data(pipeline.reproducer.read(arguments.observations), labels, settings)
-    if data.retrospective:
+    if data.settings.retrospective:
         raise BadConfig("the labels have no sepsis_onset: how long before it an alert comes cannot be told")
     onset = onsets(data, labels)
     probability = pipeline.score(data.observations, data.visit, data.as_of)
-    levels = {**pipeline.config["risk_thresholds"], "decision": pipeline.config["decision_threshold"]}
+    levels = {**pipeline.config.risk_thresholds, "decision": pipeline.config.decision_threshold}
     rows = [{"": name, **burden(data, probability, onset, value)} for name, value in levels.items()]
     print(pd.DataFrame(rows).to_string(index=False))
     return DONE

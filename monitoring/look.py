@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
 
 import pandas as pd
 import sqlalchemy as sa
 
+from feature_pipeline import Config
 from monitoring.drift import look_for_drift
 from monitoring.findings import Findings, Rows, look_at_service, read_counts, read_rows
 from monitoring.log import predictions
@@ -17,7 +17,7 @@ from monitoring.quality import expected_quality, look_at_quality
 
 def look(
     engine: sa.Engine,
-    config: dict[str, Any],
+    config: Config,
     until: datetime,
     days: int = 7,
     baseline_days: int = 0,
@@ -26,12 +26,12 @@ def look(
 ) -> Findings:
     """Everything there is to say about the `days` before `until` (UTC, naive): the service as a whole, and drift and
     quality of the config's model version."""
-    findings, version = Findings(), config.get("model_version") or "unversioned"
+    findings, version = Findings(), config.model_version or "unversioned"
     since = until - timedelta(days=days)
     everything = read_rows(engine, since, until)
     look_at_service(findings, everything, *read_counts(engine, since, until, days), days, most_seconds)
     rows = everything[everything["model_version"] == version]
-    reference = config.get("reference_profile")
+    reference = config.reference_profile
     if not reference:
         findings.remarks.append("the config has no reference profile; train again to watch drift")
     elif not Rows(rows, profile := Profile(config)).usable.any():

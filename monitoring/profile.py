@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from feature_pipeline import Observations
+from feature_pipeline import Config, Observations
 
 
 class Profile:
@@ -16,11 +16,11 @@ class Profile:
     From the config's ``reference_profile``, which training writes; a config without one gives rows without bins.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
-        features = (config.get("reference_profile") or {}).get("features", {})
-        place = {name: i for i, name in enumerate(config["feature_names"])}
+    def __init__(self, config: Config):
+        features = config.reference_profile.get("features", {})
+        place = {name: i for i, name in enumerate(config.feature_names)}
         self.features = [name for name in features if name in place]
-        self.codes: list[str] = list(config["codes"])
+        self.codes: list[str] = list(config.codes)
         self._columns = np.array([place[name] for name in self.features], dtype=np.int64)
         most = max((len(features[name]["edges"]) for name in self.features), default=0)
         self._edges = np.full((len(self.features), most), np.inf)
@@ -76,7 +76,7 @@ def bin_shares(letters: np.ndarray, n_bins: int, weights: np.ndarray) -> list[fl
 
 
 def make_profile(
-    config: Mapping[str, Any],
+    config: Config,
     features: np.ndarray,
     probability: np.ndarray,
     observations: Observations,
@@ -91,7 +91,7 @@ def make_profile(
     """
     some = np.unique(np.linspace(0, len(visit) - 1, min(len(visit), _SAMPLE)).astype(int))
     features = features[:, some]
-    if (fill := config.get("fill_value")) is not None:
+    if (fill := config.fill_value) is not None:
         features[np.isnan(features)] = fill
     score = np.log(np.clip(probability[some], 1e-9, 1 - 1e-9) / (1 - np.clip(probability[some], 1e-9, 1 - 1e-9)))
     strength = []
@@ -101,7 +101,7 @@ def make_profile(
         varies = len(x) > 10 and x.std() > 1e-12 and y.std() > 1e-12
         strength.append(abs(np.corrcoef(x, y)[0, 1]) * known.mean() if varies else 0.0)
     strongest = [int(i) for i in np.argsort(-np.array(strength), kind="stable")[:WATCHED] if strength[i] > 0]
-    names = config["feature_names"]
+    names = config.feature_names
     latest = [i for i, name in enumerate(names) if name.endswith("__last") and strength[i] > 0]
     chosen = sorted({*strongest, *latest})
     tenths = np.arange(0.1, 0.95, 0.1)
@@ -112,7 +112,7 @@ def make_profile(
         return [float(edge) for edge in np.unique(np.quantile(values, tenths)) if edge > values.min()]
 
     watched = {names[i]: {"edges": edges(features[i])} for i in chosen}
-    own = Profile({**config, "reference_profile": {"features": watched}})
+    own = Profile(replace(config, reference_profile={"features": watched}))
     weights = visit_weights(visit[some])
     letters = letters_of(own.bins(features.T), len(watched))
     for name, column in zip(own.features, letters.T, strict=True):

@@ -11,7 +11,7 @@ import pandas as pd
 
 from common.metrics import calibration_table, figures
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
-from feature_pipeline import BadConfig, BadObservations
+from feature_pipeline import BadConfig, BadObservations, Config
 from monitoring.findings import Findings
 
 FEWEST_SEPTIC = 10  # septic visits; below, nothing is said about quality
@@ -60,7 +60,7 @@ def look_at_quality(
     findings: Findings,
     rows: pd.DataFrame,
     labels: pd.DataFrame,
-    config: dict[str, Any],
+    config: Config,
     since: datetime | None = None,
 ) -> None:
     """Quality by week, where outcomes are known: rows of the log joined to `labels` (``visit, sepsis, onset``).
@@ -70,8 +70,8 @@ def look_at_quality(
     alerts are only about those that reach beyond `since`, and about all predictions since then together, which judges
     also a ward with few septic visits a week. Raises nothing: what cannot be judged is remarked.
     """
-    snapshots = config["snapshots"]
-    retrospective = snapshots.get("retrospective")
+    snapshots = config.snapshots
+    retrospective = snapshots.retrospective
     undated = (labels["sepsis"] == 1) & labels["onset"].isna()
     if undated.any() and not retrospective:
         findings.remarks.append(f"{undated.sum():,} septic visits of the labels have no onset and are left out")
@@ -84,8 +84,8 @@ def look_at_quality(
         joined["label"] = joined["sepsis"]
     else:
         ahead = (joined["onset"] - joined["as_of"]) / pd.Timedelta(hours=1)
-        joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots["horizon_hours"])).astype(int)
-        if not snapshots.get("after_onset"):
+        joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots.horizon_hours)).astype(int)
+        if not snapshots.after_onset:
             joined = joined[~((joined["sepsis"] == 1) & (ahead < 0))]
     since = since or datetime.min
     monday = joined["time"].dt.to_period("W-SUN").dt.start_time
@@ -95,10 +95,10 @@ def look_at_quality(
     ]
     if sum(looked_at for _, _, looked_at, _ in parts) > 1:
         parts.append(("whole period", "in the whole period", True, joined[joined["time"] > since]))
-    told = config.get("metrics", {}).get("out_of_fold") or config.get("metrics", {}).get("test")
+    told = config.metrics.get("out_of_fold") or config.metrics.get("test")
     table = []
     for week, when, looked_at, part in parts:
-        row = {"week": week, **quality_of(part, config["decision_threshold"])}
+        row = {"week": week, **quality_of(part, config.decision_threshold)}
         table.append(row)
         if not looked_at:
             continue

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from common.pages import frame_table, heading, image, listing, page, paragraph
-from feature_pipeline import training_source
+from feature_pipeline import Config
 from monitoring.findings import Findings
 
 
-def report_html(findings: Findings, config: dict[str, Any], until: datetime, days: int) -> str:
+def report_html(findings: Findings, config: Config, until: datetime, days: int) -> str:
     """The page."""
     from matplotlib.figure import Figure
 
@@ -48,8 +48,8 @@ def report_html(findings: Findings, config: dict[str, Any], until: datetime, day
     if len(findings.drift):
         parts += [heading("Drift"), frame_table(findings.drift)]
         parts += [heading("Codes, share of visits"), frame_table(findings.codes)]
-    title = f"Monitoring of model {config.get('model_version')}"
-    notices = ["The model was trained on synthetic patients."] if training_source(config)["synthetic"] else []
+    title = f"Monitoring of model {config.model_version}"
+    notices = ["The model was trained on synthetic patients."] if config.training_source["synthetic"] else []
     return page(title, notices, *parts, alerts=findings.alerts)
 
 

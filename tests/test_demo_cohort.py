@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sources.demo_cohort import CODES, DEMO_NOTICE, main, make_demo_cohort
+import prepare_data
+from sources.demo_cohort import CODES, DEMO_NOTICE, make_demo_cohort
 
 OBSERVATION_COLUMNS = [
     "visit_id",
@@ -71,12 +72,17 @@ def test_same_arguments_same_frames_other_seed_other_frames():
 def test_the_script_writes_the_same_frames_of_another_site_or_nothing(tmp_path):
     observations, labels = make_demo_cohort(30, 4)
     one, two = tmp_path / "observations.parquet", tmp_path / "labels.csv"
-    assert main([*f"--patients 30 --seed 4 --client-prefix B- --observations {one} --labels {two}".split()]) == 0
+    assert (
+        prepare_data.main(
+            ["demo", *f"--patients 30 --seed 4 --client-prefix B- --observations {one} --labels {two}".split()]
+        )
+        == 0
+    )
     observations["client"] = "B-" + observations["client"]
     pd.testing.assert_frame_equal(pd.read_parquet(one), observations)
     assert list(pd.read_csv(two)["sepsis"]) == list(labels["sepsis"])
     with pytest.raises(SystemExit):
-        main(["--observations", str(tmp_path / "a.xlsx"), "--labels", str(tmp_path / "b.csv")])
+        prepare_data.main(["demo", "--observations", str(tmp_path / "a.xlsx"), "--labels", str(tmp_path / "b.csv")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv", "observations.parquet"]
 
 

@@ -17,10 +17,10 @@ from confluent_kafka import Producer
 from common.labels import read_labels
 from common.pseudonyms import Pseudonyms
 from examples import alert_burden, production_system
-from feature_pipeline import BadConfig, read_observations
+from feature_pipeline import BadConfig, SnapshotSettings, read_observations
 from serving.db.connection import connect
 from serving.db.tables import make_tables
-from training.snapshots import SnapshotSettings, make_training_data
+from training.snapshots import make_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 

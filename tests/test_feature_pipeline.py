@@ -80,7 +80,7 @@ def test_predict_gives_exactly_the_promised_columns(pipeline, new_patients):
     assert scores["sepsis_probability"].between(0, 1).all()
     decisions = pipeline.predict(new_patients, return_probabilities=False)
     assert list(decisions.columns) == ["visit_id", "client", "sepsis_prediction"]
-    expected = scores["sepsis_probability"] >= pipeline.config["decision_threshold"]
+    expected = scores["sepsis_probability"] >= pipeline.config.decision_threshold
     assert decisions["sepsis_prediction"].tolist() == expected.astype(int).tolist()
 
 
@@ -160,7 +160,7 @@ def test_bad_as_of_is_an_error(pipeline, new_patients, as_of, message):
 
 
 def test_risk_level_by_the_configs_thresholds(pipeline):
-    levels = pipeline.config["risk_thresholds"]
+    levels = pipeline.config.risk_thresholds
     probabilities = [0.0, levels["medium"], np.nextafter(levels["high"], 0), levels["high"], np.nan]
     assert pipeline.risk_level(probabilities).tolist() == ["low", "medium", "medium", "high", "unknown"]
     assert pipeline.risk_level(1.0) == "high"
@@ -213,7 +213,7 @@ def test_dropping_any_code_gives_a_warning_a_prediction_and_a_stated_loss(pipeli
 def test_a_code_that_few_had_is_not_missed(pipeline, new_patients):
     """One visit without a laboratory value is no news."""
     one = new_patients[new_patients["visit_id"] == new_patients["visit_id"].iloc[0]]
-    rare = min(pipeline.config["code_prevalence"], key=pipeline.config["code_prevalence"].get)
+    rare = min(pipeline.config.code_prevalence, key=pipeline.config.code_prevalence.get)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MissingCodesWarning)
         pipeline.predict(one[one["observation_type_code"] != rare])
@@ -397,7 +397,7 @@ def test_other_pickles_are_refused(deployment):
 
 
 def test_golden_example_guards_features_and_probability(deployment, model_path, config_path):
-    golden = load_config(config_path)["golden"]
+    golden = load_config(config_path).golden
     moved = json.loads(json.dumps(golden))
     column = next(i for i, v in enumerate(moved["features"][0]) if v is not None)
     moved["features"][0][column] += 1e-3
@@ -416,20 +416,20 @@ def test_names_of_features_cannot_be_exchanged(deployment, pipeline):
     path = change_config(deployment, feature_names=names)
     with pytest.raises(BadModel, match="on other features, or in another order"):
         ProductionPipeline(path, deployment / "best_model.pkl")
-    golden = pipeline.config["golden"]
+    golden = pipeline.config.golden
     features = FeatureReproducer(path).transform(golden["observations"]).iloc[:, 2:].to_numpy(float)
     assert not np.allclose(features, np.array(golden["features"], dtype=float), equal_nan=True)
 
 
 def test_the_golden_example_leaves_hardly_a_feature_empty(pipeline):
-    features = np.array(pipeline.config["golden"]["features"], dtype=float)
+    features = np.array(pipeline.config.golden["features"], dtype=float)
     assert np.isnan(features).mean() < 0.05
-    known = {r["observation_type_code"] for r in pipeline.config["golden"]["observations"]}
+    known = {r["observation_type_code"] for r in pipeline.config.golden["observations"]}
     assert set(pipeline.reproducer.plan.codes) <= known
 
 
 def test_another_fill_value_than_the_models_is_refused(deployment, pipeline):
-    model = {**pipeline.config["model"], "fill_value": 7}
+    model = {**pipeline.config.model, "fill_value": 7}
     path = change_config(deployment, fill_value=7, model=model)
     with pytest.raises(BadModel, match="another fill_value"):
         ProductionPipeline(path, deployment / "best_model.pkl")

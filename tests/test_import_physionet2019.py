@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import prepare_data
 from sources import physionet2019 as importer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,15 +42,16 @@ def folder(tmp_path):
 def run(folder, *options, observations="o.csv", labels="l.csv"):
     out = folder.parent
     outputs = ["--observations", str(out / observations), "--labels", str(out / labels)]
-    return importer.main([str(folder), *options, *outputs])
+    return prepare_data.main(["physionet2019", str(folder), *options, *outputs])
 
 
 def test_real_sample_equals_the_reference_conversion(tmp_path):
     if not (REFERENCE / "psv_sample").is_dir():
         pytest.skip("the shared PhysioNet 2019 data are not on this machine (SEPSIS_SHARED_DATA names their folder)")
     paths = {name: tmp_path / f"{name}.parquet" for name in ("observations", "labels")}
-    status = importer.main(
+    status = prepare_data.main(
         [
+            "physionet2019",
             *(str(REFERENCE / "psv_sample"), "--client-prefix", "A", "--quiet"),
             *("--observations", str(paths["observations"]), "--labels", str(paths["labels"])),
         ]
@@ -184,7 +186,7 @@ def test_wrong_arguments_are_told_before_reading(folder, capsys):
 
 
 def test_runs_from_the_shell_with_messages_on_stderr_only(folder):
-    command = [sys.executable, str(ROOT / "import_physionet2019.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "physionet2019", str(folder)]
     command += [
         "--observations",
         str(folder.parent / "o.parquet"),

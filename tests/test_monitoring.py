@@ -23,7 +23,7 @@ import sqlalchemy as sa
 import monitor as monitoring
 from common import metrics
 from common.labels import read_labels
-from feature_pipeline import ProductionPipeline
+from feature_pipeline import ProductionPipeline, read_observations
 from monitor import main
 from monitoring import log as prediction_log
 from monitoring.drift import jensen_shannon, psi, psi_limit
@@ -32,7 +32,7 @@ from monitoring.log import PredictionLog, open_engine, predictions
 from monitoring.look import look
 from monitoring.profile import Profile
 from sources.demo_cohort import make_demo_cohort
-from training.snapshots import make_training_data, read_observations, settings_of
+from training.snapshots import make_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = datetime(2026, 3, 2, 12)
@@ -47,8 +47,8 @@ def ward(pipeline):
 
 
 def snapshots_of(observations, labels, pipeline):
-    settings = settings_of(pipeline.config)
-    read = read_observations(observations, pipeline.config["synonyms"])
+    settings = pipeline.config.snapshots
+    read = read_observations(observations, pipeline.config.synonyms)
     return make_training_data(read, read_labels(labels), settings)
 
 
@@ -90,7 +90,7 @@ def test_a_row_holds_no_name_and_no_value(pipeline, ward, tmp_path, key):
 def test_bins_are_those_of_the_reference(pipeline, cohort):
     """The training snapshots themselves give the profile's own shares back."""
     data = snapshots_of(*cohort, pipeline)
-    reference = pipeline.config["reference_profile"]
+    reference = pipeline.config.reference_profile
     profile = Profile(pipeline.config)
     probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
     codes, unknown = profile.present(data.observations, data.visit, data.as_of)
@@ -557,7 +557,7 @@ def test_options_of_every_script_stand_before_and_after_the_command(once, tmp_pa
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out
-        assert f"python monitoring.py {command} --" in text
+        assert f"python monitor.py {command} --" in text
         assert "(default: " in text and ("(default: 7)" in text) == (command != "prune")
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 
+import prepare_data
 from benchmarks import physionet2019
 from benchmarks.physionet2019 import (
     best_threshold,
@@ -20,9 +21,9 @@ from benchmarks.physionet2019 import (
     utilities,
 )
 from common.labels import read_labels
-from sources import physionet2019 as import_physionet2019
+from feature_pipeline import SnapshotSettings, read_observations
 from sources.physionet2019 import ADMISSION, PSV_COLUMNS
-from training.snapshots import SnapshotSettings, make_training_data, read_observations
+from training.snapshots import make_training_data
 
 NAN = math.nan  # hours from onset of a patient without sepsis
 
@@ -146,7 +147,7 @@ def imported(folder, files: dict[str, str], kind="parquet") -> tuple[str, str]:
         (psv / f"{name}.psv").write_text(text)
     out = [folder / f"{what}.{kind}" for what in ("observations", "labels")]
     arguments = [str(psv), "--observations", str(out[0]), "--labels", str(out[1]), "--quiet"]
-    assert import_physionet2019.main(arguments) == 0
+    assert prepare_data.main(["physionet2019", *arguments]) == 0
     return str(out[0]), str(out[1])
 
 

@@ -10,13 +10,12 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+import prepare_data
 from common.pseudonyms import Pseudonyms, pseudonymized
-from feature_pipeline import BadConfig, BadObservations, read_observations, resolve_snapshots
-from sources import physionet2019 as import_physionet2019
-from sources import pseudonymize
+from feature_pipeline import BadConfig, BadObservations, SnapshotSettings, read_observations, resolve_snapshots
 from tests.strategies import observations
 from tests.test_import_physionet2019 import psv
-from training.snapshots import SnapshotSettings, load_training_data
+from training.snapshots import load_training_data
 
 KEY = "a key of more than sixteen letters"
 
@@ -27,7 +26,9 @@ def key(monkeypatch):
 
 
 def test_features_labels_and_scores_stay_the_same(cohort, cohort_files, pipeline, tmp_path, key):
-    assert pseudonymize.main([*map(str, cohort_files), "--out-dir", str(tmp_path / "out"), "--quiet"]) == 0
+    assert (
+        prepare_data.main(["pseudonymize", *map(str, cohort_files), "--out-dir", str(tmp_path / "out"), "--quiet"]) == 0
+    )
     settings = SnapshotSettings()
     before = load_training_data(*map(str, cohort_files), settings)
     after = load_training_data(*(str(tmp_path / "out" / path.name) for path in cohort_files), settings)
@@ -74,7 +75,9 @@ def test_what_the_reader_makes_of_it_stays_the_same(rows, as_file, pipeline):
         hidden = pseudonymized(original, names)
         if as_file:
             original.to_csv(f"{folder}/rows.csv", index=False)
-            assert pseudonymize.main([f"{folder}/rows.csv", "--out-dir", f"{folder}/out", "--quiet"]) == 0
+            assert (
+                prepare_data.main(["pseudonymize", f"{folder}/rows.csv", "--out-dir", f"{folder}/out", "--quiet"]) == 0
+            )
             original, hidden = f"{folder}/rows.csv", f"{folder}/out/rows.csv"
         try:
             before = read_observations(original)
@@ -95,7 +98,7 @@ def test_lines_with_too_many_fields_are_left_out_and_counted(tmp_path, key, caps
     line = "2026-03-01 10:00,HR,80"
     text = f"visit_id,client,observation_date,observation_type_code,observation_value\n1,a,{line},surname\n1,a,{line}\n"
     (tmp_path / "rows.csv").write_text(text)
-    assert pseudonymize.main([str(tmp_path / "rows.csv"), "--out-dir", str(tmp_path / "out")]) == 0
+    assert prepare_data.main(["pseudonymize", str(tmp_path / "rows.csv"), "--out-dir", str(tmp_path / "out")]) == 0
     assert "1 lines with too many fields" in capsys.readouterr().err
     assert "surname" not in (tmp_path / "out/rows.csv").read_text()
     assert read_observations(tmp_path / "out/rows.csv").value.tolist() == [80]
@@ -111,7 +114,7 @@ def test_a_damaged_file_is_told_in_one_line(damage, cohort, tmp_path, key, capsy
         gzip.decompress(content[damage])
     path = tmp_path / "rows.csv.gz"
     path.write_bytes(content[damage])
-    assert pseudonymize.main([str(path), "--out-dir", str(tmp_path / "out")]) == 2
+    assert prepare_data.main(["pseudonymize", str(path), "--out-dir", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and f"{str(path)!r} cannot be read" in told[0] and not (tmp_path / "out").exists()
 
@@ -151,13 +154,13 @@ def test_without_a_good_key_nothing_is_written(value, said, cohort_files, tmp_pa
     monkeypatch.delenv("SEPSIS_PSEUDONYM_KEY", raising=False)
     if value:
         monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", value)
-    assert pseudonymize.main([str(cohort_files[1]), "--out-dir", str(tmp_path / "out")]) == 2
+    assert prepare_data.main(["pseudonymize", str(cohort_files[1]), "--out-dir", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_no_original_is_overwritten(cohort_files, key, capsys):
     before = cohort_files[1].read_bytes()
-    assert pseudonymize.main([str(cohort_files[1]), "--out-dir", str(cohort_files[1].parent)]) == 2
+    assert prepare_data.main(["pseudonymize", str(cohort_files[1]), "--out-dir", str(cohort_files[1].parent)]) == 2
     assert "overwritten" in capsys.readouterr().err and cohort_files[1].read_bytes() == before
 
 
@@ -169,7 +172,7 @@ def test_the_importer_pseudonymizes(tmp_path, key):
         outputs = [tmp_path / f"{kind}{option}.parquet" for kind in ("observations", "labels")]
         names = ["--observations", str(outputs[0]), "--labels", str(outputs[1])]
         arguments = [str(tmp_path / "training_setA"), *names, "--quiet", *([option] if option else [])]
-        assert import_physionet2019.main(arguments) == 0
+        assert prepare_data.main(["physionet2019", *arguments]) == 0
         frames[option] = [pd.read_parquet(path) for path in outputs]
     plain, hidden = frames.values()
     for before, after in zip(plain, hidden, strict=True):

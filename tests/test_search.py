@@ -17,13 +17,13 @@ import pytest
 
 import generate_features
 from common import command_line
-from feature_pipeline import FeaturePlan, load_config, parse_feature
+from feature_pipeline import FeaturePlan, SnapshotSettings, load_config, parse_feature
 from sources.demo_cohort import make_demo_cohort
 from training import candidates
 from training import snapshots as training_data
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, feature_set_names
 from training.fitting import FeatureTable, filled
-from training.snapshots import TEST, TRAIN, SnapshotSettings, load_training_data, split_parts
+from training.snapshots import TEST, TRAIN, load_training_data, split_parts
 
 SETS, MODELS = ("latest", "clinical"), ("lightgbm_shallow", "logistic_regression")
 WRITTEN = ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")
@@ -171,31 +171,31 @@ def test_the_summary_ranks_by_score_and_names_the_winner(search):
     assert [line.split()[-2:] for line in table] == [[e["feature_set"], e["model"]] for e in ranked]
     assert [line.split()[:2] for line in table] == [[str(i), f"{e['score']:.4f}"] for i, e in enumerate(ranked, 1)]
     config = load_config(search / "best_model_config.json")
-    assert (config["feature_set"], config["model"]["name"]) == (ranked[0]["feature_set"], ranked[0]["model"])
-    assert f"Winner: {config['feature_set']} with {config['model']['name']}" in text
-    assert f"{config['metrics']['test']['roc_auc']:.4f} (" in text
+    assert (config.feature_set, config.model["name"]) == (ranked[0]["feature_set"], ranked[0]["model"])
+    assert f"Winner: {config.feature_set} with {config.model['name']}" in text
+    assert f"{config.metrics['test']['roc_auc']:.4f} (" in text
     for heading in ("threshold  sensitivity  specificity    PPV", "used once, with 95% intervals resampled by client"):
         assert heading in text
 
 
 def test_the_config_holds_what_a_pipeline_and_a_reader_need(search, cohort_files):
     config = load_config(search / "best_model_config.json")
-    assert config["model_sha256"] is None  # nothing is deployed yet
-    assert config["model"] == json.loads(json.dumps(asdict(CONFIGURATION[config["model"]["name"]])))
-    assert config["snapshots"] == {**asdict(SnapshotSettings()), "retrospective": False}
-    assert config["risk_thresholds"] == {"medium": 0.4, "high": 0.7} and 0 < config["decision_threshold"] < 1
-    assert config["data"]["fingerprint"] == load_training_data(*cohort_files).fingerprint
-    assert config["data"]["grouped_by"] == "client" and config["data"]["synthetic"] is False
-    assert config["library_versions"].keys() >= {"python", "numpy", "lightgbm"} and config["seed"] == 0
-    low, high = config["metrics"]["test"]["roc_auc_95"]
-    assert low <= config["metrics"]["test"]["roc_auc"] <= high
+    assert config.model_sha256 is None  # nothing is deployed yet
+    assert config.model == json.loads(json.dumps(asdict(CONFIGURATION[config.model["name"]])))
+    assert config.snapshots == SnapshotSettings()
+    assert config.risk_thresholds == {"medium": 0.4, "high": 0.7} and 0 < config.decision_threshold < 1
+    assert config.data["fingerprint"] == load_training_data(*cohort_files).fingerprint
+    assert config.data["grouped_by"] == "client" and config.data["synthetic"] is False
+    assert config.library_versions.keys() >= {"python", "numpy", "lightgbm"} and config.seed == 0
+    low, high = config.metrics["test"]["roc_auc_95"]
+    assert low <= config.metrics["test"]["roc_auc"] <= high
     text = (search / "best_model_config.json").read_text()
     assert "NaN" not in text and "Infinity" not in text  # JSON that any reader takes
 
 
 def test_the_config_passes_after_training(config_path):
     config = load_config(config_path)
-    assert config["feature_names"] and config["golden"]["probability"]
+    assert config.feature_names and config.golden["probability"]
 
 
 def test_quick_runs_nine_candidates(cohort_files, tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_synthetic_data_are_named_in_the_first_line(tmp_path, monkeypatch, capsy
     shown = capsys.readouterr()
     for text in (summary_of(tmp_path), shown.out, shown.err):
         assert "synthetic demo cohort (no real patients)" in text.splitlines()[0]
-    assert load_config(tmp_path / "best_model_config.json")["data"]["synthetic"] is True
+    assert load_config(tmp_path / "best_model_config.json").data["synthetic"] is True
 
 
 def test_retrospective_figures_are_called_so_in_the_first_line(cohort, cohort_files, tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_a_candidate_that_fails_is_logged_and_the_search_goes_on(cohort_files, t
     assert all(e["error"] == "ValueError: no luck" and "score" not in e and e["seconds"] >= 0 for e in failed)
     assert "logistic_regression with clinical failed: ValueError: no luck" in capsys.readouterr().err
     assert "failed  latest with logistic_regression: ValueError: no luck" in summary_of(tmp_path)
-    assert load_config(tmp_path / "best_model_config.json")["model"]["name"] == "lightgbm_shallow"
+    assert load_config(tmp_path / "best_model_config.json").model["name"] == "lightgbm_shallow"
 
 
 def test_a_model_whose_scores_are_not_finite_has_failed(cohort_files, tmp_path, monkeypatch):
@@ -337,8 +337,8 @@ def test_the_test_part_has_no_say_in_any_choice(cohort_files, tmp_path, change):
 
     assert results(first) == results(second)
     one, two = (load_config(tmp_path / name / "best_model_config.json") for name in ("first", "second"))
-    assert one["data"]["fingerprint"] != two["data"]["fingerprint"]
-    assert one["metrics"].pop("test")["roc_auc"] != two["metrics"].pop("test")["roc_auc"]
+    assert one.data["fingerprint"] != two.data["fingerprint"]
+    assert one.metrics.pop("test")["roc_auc"] != two.metrics.pop("test")["roc_auc"]
     chosen = ("feature_set", "model", "feature_names", "codes", "fill_value", "metrics", "decision_threshold", "golden")
     assert {key: one[key] for key in chosen} == {key: two[key] for key in chosen}
 
@@ -375,7 +375,7 @@ def test_resume_keeps_what_was_finished_and_fits_the_rest(cohort_files, tmp_path
     counted.clear()
     after = searched(cohort_files, tmp_path, "--resume", sets=SETS)
     assert counted[0] == "logistic_regression"
-    assert counted[1:] == [winner["model"]["name"]] * 3  # two folds and the winner itself
+    assert counted[1:] == [winner.model["name"]] * 3  # two folds and the winner itself
     assert after[:3] == entries  # not even their seconds
     assert without_times(after) == without_times(before)
     assert "resumed: 3 of 4 candidates were finished before" in capsys.readouterr().err
@@ -693,7 +693,7 @@ def test_a_finalist_that_fails_is_dropped_and_the_others_go_on(cohort_files, tmp
     failing = {"lightgbm_shallow"}
     assert len(searched(cohort_files, tmp_path, "--finalists", "2", "--quiet", status=1)) == 2
     assert "lightgbm_shallow failed in cross-validation: ValueError: too little" in capsys.readouterr().err
-    assert load_config(tmp_path / "best_model_config.json")["model"]["name"] == "logistic_regression"
+    assert load_config(tmp_path / "best_model_config.json").model["name"] == "logistic_regression"
     failing |= {"logistic_regression"}
     assert generate_features.main(options(cohort_files, tmp_path, "--finalists", "2", "--quiet")) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -757,7 +757,7 @@ def test_synonyms_of_codes_that_look_missing(cohort_files, tmp_path):
     """NA is a code, and so is null."""
     (tmp_path / "synonyms.csv").write_text("code,concept\nNA,sodium\nnull,heart_rate\n")
     searched(cohort_files, tmp_path, "--quiet", "--synonyms", str(tmp_path / "synonyms.csv"), models=MODELS[:1])
-    assert load_config(tmp_path / "best_model_config.json")["synonyms"] == {"NA": "sodium", "null": "heart_rate"}
+    assert load_config(tmp_path / "best_model_config.json").synonyms == {"NA": "sodium", "null": "heart_rate"}
 
 
 def test_no_observed_value_and_no_client_in_the_log_or_the_files(search, cohort):

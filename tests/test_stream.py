@@ -221,7 +221,7 @@ def test_another_model_is_taken_up_between_scores(deployed, monkeypatch):
 def test_a_model_with_other_meanings_of_codes_waits_for_a_restart(deployed, tmp_path):
     processor, deploy = deployed
     old = processor.pipeline.model_version
-    deploy(model_version="another", synonyms={**processor.pipeline.config["synonyms"], "XHR": "heart_rate"})
+    deploy(model_version="another", synonyms={**processor.pipeline.config.synonyms, "XHR": "heart_rate"})
     processor.add_observations(EXAMPLE)
     for _ in range(2):
         processor.renew()

@@ -117,7 +117,7 @@ def test_full_writes_every_file_and_an_archived_copy(models_dir):
     assert not (models_dir / "holdout_metrics.json").exists()
     (version,) = (models_dir / "archive").iterdir()
     config = load_config(models_dir / "best_model_config.json")
-    assert version.name == config["model_version"]
+    assert version.name == config.model_version
     assert files_of(version) == {name: (models_dir / name).read_bytes() for name in DEPLOYED}
 
 
@@ -136,8 +136,8 @@ def test_full_leaves_the_search_as_it_was(searched, directory, capsys):
         "seed",
     )
     assert {key: before[key] for key in same} == {key: after[key] for key in same}
-    assert after["metrics"].pop("out_of_fold")["n_visits"] == 279
-    assert after["metrics"] == before["metrics"]
+    assert after.metrics.pop("out_of_fold")["n_visits"] == 279
+    assert after.metrics == before.metrics
     for name in ("optimization_log.json", "optimization_summary.txt"):
         assert (directory / name).read_bytes() == (searched / name).read_bytes()
     assert capsys.readouterr().out.strip() == (directory / "production_model_info.txt").read_text().strip()
@@ -146,11 +146,11 @@ def test_full_leaves_the_search_as_it_was(searched, directory, capsys):
 @pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")  # one visit, with twelve codes at most
 def test_config_names_the_models_digest_and_its_golden_probability(models_dir):
     config = load_config(models_dir / "best_model_config.json")
-    assert config["model_sha256"] == hashlib.sha256((models_dir / "best_model.pkl").read_bytes()).hexdigest()
-    assert json.loads((models_dir / "feature_names.json").read_text()) == config["feature_names"]
-    scores = pipeline_of(models_dir).predict(config["golden"]["observations"])
-    assert scores["sepsis_probability"].tolist() == pytest.approx(config["golden"]["probability"], rel=1e-12)
-    assert 0 < config["golden"]["probability"][0] < 1
+    assert config.model_sha256 == hashlib.sha256((models_dir / "best_model.pkl").read_bytes()).hexdigest()
+    assert json.loads((models_dir / "feature_names.json").read_text()) == config.feature_names
+    scores = pipeline_of(models_dir).predict(config.golden["observations"])
+    assert scores["sepsis_probability"].tolist() == pytest.approx(config.golden["probability"], rel=1e-12)
+    assert 0 < config.golden["probability"][0] < 1
 
 
 def test_the_archived_version_is_a_deployment(models_dir, some):
@@ -182,7 +182,7 @@ def test_the_same_seed_and_data_give_the_same_model(directory, some, tmp_path):
 def test_the_model_file_names_no_class_of_the_training_scripts(models_dir):
     model = joblib.load(models_dir / "best_model.pkl")
     assert {type(part).__module__ for part in (model, *model.members)} == {"feature_pipeline"}
-    assert model.metadata["model_version"] == load_config(models_dir / "best_model_config.json")["model_version"]
+    assert model.metadata["model_version"] == load_config(models_dir / "best_model_config.json").model_version
 
 
 def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monkeypatch):
@@ -199,7 +199,7 @@ def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monke
     assert len(seen["probability"]) == len(load_training_data(*cohort_files).label)  # every snapshot was held out once
     assert seen["probability"].mean() == pytest.approx(seen["label"].mean(), rel=0.1)
     assert np.array_equal(seen["probability"], seen["model"].calibrate(seen["out_of_fold"]))
-    brier = load_config(directory / "best_model_config.json")["metrics"]["out_of_fold"]["brier"]
+    brier = load_config(directory / "best_model_config.json").metrics["out_of_fold"]["brier"]
     assert brier == pytest.approx(np.mean((seen["probability"] - seen["label"]) ** 2))
     # the better of a constant forecast and the model
     assert brier <= 1.02 * seen["label"].mean() * (1 - seen["label"].mean())
@@ -207,7 +207,7 @@ def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monke
 
 def test_the_decision_threshold_reaches_its_sensitivity_out_of_fold(models_dir):
     config = load_config(models_dir / "best_model_config.json")
-    assert config["decision_sensitivity"] == 0.8 and 0 < config["decision_threshold"] < 0.5
+    assert config.decision_sensitivity == 0.8 and 0 < config.decision_threshold < 0.5
 
 
 def test_reports_are_self_contained(models_dir):
@@ -261,7 +261,7 @@ def test_no_search_yet(tmp_path, capsys):
 
 def test_data_that_are_gone(directory, cohort_files, tmp_path, capsys):
     config = json.loads((directory / "best_model_config.json").read_text())
-    change_config(directory, data={**config["data"], "observations": str(tmp_path / "gone.parquet")})
+    change_config(directory, data={**config.data, "observations": str(tmp_path / "gone.parquet")})
     assert "gone.parquet" in refused(capsys, "--models-dir", directory)
     assert "go together" in refused(capsys, "--models-dir", directory, "--observations", cohort_files[0])
 
@@ -351,7 +351,7 @@ def test_what_would_not_load_is_neither_deployed_nor_archived(deployment, second
     """The golden example of the new version is checked before a file of the deployed one is touched."""
     expected, before = scores_of(deployment, some), files_of(deployment)
     config, *rest = copy.deepcopy(second_version)
-    config["golden"]["features"][0][0] = 12345.0
+    config.golden["features"][0][0] = 12345.0
     with pytest.raises(BadModel, match="golden example gives other features"):
         train_best_model.deploy(deployment, config, *rest)
     assert files_of(deployment) == before

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from common.labels import read_labels
-from feature_pipeline import BLOCKS, NO_TIME, BadObservations, block_features, read_observations
+from feature_pipeline import BLOCKS, NO_TIME, BadObservations, SnapshotSettings, block_features, read_observations
 from sources.demo_cohort import make_demo_cohort
 from training import snapshots as training_data
 from training.snapshots import (
     PARTS,
     TEST,
-    SnapshotSettings,
     grouped_folds,
     in_order_of_names,
     load_training_data,
@@ -141,7 +140,7 @@ def test_without_onsets_one_snapshot_at_the_end_and_a_notice():
     labels = pd.DataFrame([labelled("x", 1), labelled("y", 0)])
     for table in (labels, labels.drop(columns="sepsis_onset")):
         data = make_training_data(read_observations(rows), read_labels(table), SnapshotSettings())
-        assert data.retrospective
+        assert data.settings.retrospective
         assert snapshots(data, "x") == {20: 1} and snapshots(data, "y") == {4: 0}
         assert data.notices()[0].startswith("RETROSPECTIVE: the labels have no onset times")
 
@@ -263,7 +262,7 @@ def test_onsets_that_are_no_dates_are_told_from_onsets_that_are_absent():
     more["sepsis_onset"] = [pd.NaT, at(0), None, "13/01/2024"]
     data = made(rows, more)
     assert data.remarks == {"septic visits without an onset": 1, "septic visits whose onset is not a date": 1}
-    assert not data.retrospective
+    assert not data.settings.retrospective
 
 
 def test_an_onset_that_is_no_date_makes_nothing_retrospective():
@@ -343,7 +342,7 @@ def test_clients_and_visits_are_texts():
 def test_the_demo_cohort_where_nothing_is_named(monkeypatch):
     monkeypatch.setattr(training_data, "make_demo_cohort", lambda: make_demo_cohort(n_patients=40, seed=3))
     data = load_training_data()
-    assert data.synthetic and not data.retrospective and 0 < data.label.sum() < len(data.label)
+    assert data.synthetic and not data.settings.retrospective and 0 < data.label.sum() < len(data.label)
     assert data.n_visits == len(make_demo_cohort(n_patients=40, seed=3)[1])
 
 

@@ -32,10 +32,10 @@ def two_versions(models_dir, cohort_files, tmp_path_factory):
     """A models directory with two archived versions, and their names; the second is deployed."""
     directory = tmp_path_factory.mktemp("versions") / "models"
     shutil.copytree(models_dir, directory)
-    first = load_config(directory / CONFIG)["model_version"]
+    first = load_config(directory / CONFIG).model_version
     arguments = ["--models-dir", str(directory), "--full", "--seed", "5", "--jobs", "1", "--quiet"]
     assert train_best_model.main(arguments) == 0
-    second = load_config(directory / CONFIG)["model_version"]
+    second = load_config(directory / CONFIG).model_version
     assert first != second
     return directory, first, second
 
@@ -118,7 +118,7 @@ def test_models_that_are_deployed_at_once_get_versions_of_their_own(models):
         pipeline = ProductionPipeline(
             directory / "archive" / version / CONFIG, directory / "archive" / version / "best_model.pkl"
         )
-        assert pipeline.model_version == version and pipeline.config["seed"] == config["seed"]
+        assert pipeline.model_version == version and pipeline.config.seed == config["seed"]
     assert ProductionPipeline(directory / CONFIG, directory / "best_model.pkl").model_version in versions
 
 
@@ -132,7 +132,7 @@ def test_a_spoilt_version_is_not_deployed(models, capsys):
     directory, first, second = models
     (directory / "archive" / first / "best_model.pkl").write_bytes(b"spoilt")
     assert run(directory, "--rollback", first) == 2 and "SHA-256" in capsys.readouterr().err
-    assert load_config(directory / CONFIG)["model_version"] == second
+    assert load_config(directory / CONFIG).model_version == second
 
 
 LOADER = """
@@ -292,7 +292,7 @@ def test_ruined_probabilities_are_not_promoted(models, tmp_path, capsys):
 
     add_version(directory, first, "20010101_000000", shout)
     assert run(directory, "--promote", "20010101_000000", *files(tmp_path, new_patients(77))) == 1
-    assert "worse: brier" in capsys.readouterr().out and load_config(directory / CONFIG)["model_version"] == second
+    assert "worse: brier" in capsys.readouterr().out and load_config(directory / CONFIG).model_version == second
     page = (directory / "comparison.html").read_text()
     assert "not promoted" in page and "The new model is worse" in page and "brier" in page
 
@@ -326,10 +326,10 @@ def test_promotion_needs_a_model_that_is_not_worse(models, tmp_path, capsys):
 
     add_version(directory, first, "20010101_000000", turn)
     assert run(directory, "--promote", "20010101_000000", *new) == 1
-    assert "not promoted" in capsys.readouterr().out and load_config(directory / CONFIG)["model_version"] == second
+    assert "not promoted" in capsys.readouterr().out and load_config(directory / CONFIG).model_version == second
     assert "not promoted" in (directory / "comparison.html").read_text()
     assert run(directory, "--promote", "20010101_000000", "--force", *new) == 0
-    assert load_config(directory / CONFIG)["model_version"] == "20010101_000000"
+    assert load_config(directory / CONFIG).model_version == "20010101_000000"
     assert "promoted by --force" in (directory / "comparison.html").read_text()
 
 
@@ -370,7 +370,7 @@ def test_retraining_promotes_once_and_keeps_the_deployed_model_where_it_must(mod
     ProductionPipeline(directory / CONFIG, directory / "best_model.pkl")
     # the same data once more: nothing to do
     assert run(directory, *options) == 0 and "already" in capsys.readouterr().out
-    assert load_config(directory / CONFIG)["model_version"] == config["model_version"]
+    assert load_config(directory / CONFIG).model_version == config["model_version"]
     assert not (directory / ".retrain").exists() and not list((tmp_path / "training").glob(".*"))
 
 
@@ -407,7 +407,7 @@ def test_retraining_with_too_little_or_nothing_says_so(models, tmp_path, capsys)
     new = files(tmp_path, (observations, labels))
     assert run(directory, "--retrain", "--keep-config", *new) == 2
     assert "are needed to compare" in capsys.readouterr().err
-    assert load_config(directory / CONFIG)["model_version"] == before
+    assert load_config(directory / CONFIG).model_version == before
 
 
 def test_two_retrainings_do_not_meet(models, tmp_path, capsys):

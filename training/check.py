@@ -83,7 +83,7 @@ def check_latency(pipeline: ProductionPipeline, observations: pd.DataFrame, repe
 
 def check_pipeline(arguments: argparse.Namespace) -> int:
     pipeline = ProductionPipeline(arguments.config, arguments.model)
-    if hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest() != pipeline.config["model_sha256"]:
+    if hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest() != pipeline.config.model_sha256:
         # loading fell back to the archive, as it may while versions are switched; here nothing is being switched
         raise BadModel(f"model file {arguments.model!r} is not the config's: its SHA-256 differs; deploy both together")
     print(f"loaded: model {pipeline.model_version}, golden example reproduced")

@@ -18,11 +18,12 @@ from common.pages import facts_table, frame_table, listing, page, paragraph
 from feature_pipeline import (
     BadConfig,
     BadObservations,
+    Config,
     ProductionPipeline,
     load_config,
 )
 from training.raw_data import training_clients
-from training.snapshots import make_training_data, settings_of
+from training.snapshots import make_training_data
 from training.versions import CONFIG, archive_of, switch
 
 
@@ -57,12 +58,12 @@ def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
     return DONE
 
 
-def learned_clients(config: dict[str, Any]) -> set[str]:
+def learned_clients(config: Config) -> set[str]:
     """The clients that a deployed model was trained on, where the labels of its training are still there."""
     try:
         return training_clients(config)
     except BadObservations as error:
-        log.warning("warning: which patients model %s has seen cannot be told: %s", config["model_version"], error)
+        log.warning("warning: which patients model %s has seen cannot be told: %s", config.model_version, error)
         return set()
 
 
@@ -146,7 +147,7 @@ def compare(
     for the caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
     """
     champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
-    data = make_training_data(champion.reproducer.read(observations), labels, settings_of(champion.config))
+    data = make_training_data(champion.reproducer.read(observations), labels, champion.config.snapshots)
     read = challenger.reproducer.read(observations)
     keys, place = data.observations.keys(), {key: i for i, key in enumerate(read.keys())}
     visit = np.array([place[key] for key in keys], dtype=np.int64)[data.visit]

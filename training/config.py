@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,42 +15,34 @@ from feature_pipeline import (
     DEFAULT_WINDOWS,
     SCHEMA_VERSION,
     BadConfig,
+    Config,
     FeaturePlan,
     concept_of,
-    listed,
     read_observations,
     resolve_snapshots,
 )
 from training.candidates import FEATURE_SETS, ModelConfiguration
 from training.fitting import filled
-from training.snapshots import (
-    TrainingData,
-    load_training_data,
-    settings_of,
-)
+from training.snapshots import TrainingData, load_training_data
 from training.trials import Evaluation, Search, code_prevalence
 
 
-def configuration_of(config: dict[str, Any]) -> ModelConfiguration:
+def configuration_of(config: Config) -> ModelConfiguration:
     """The model configuration that a config names, with its own parameters."""
     try:
-        return ModelConfiguration(**config["model"])
+        return ModelConfiguration(**config.model)
     except TypeError as error:
         raise BadConfig(f"config: 'model' is not a model configuration ({error}); search again") from error
 
 
-def load_data(config: dict[str, Any], observations: str | None, labels: str | None) -> TrainingData:
+def load_data(config: Config, observations: str | None, labels: str | None) -> TrainingData:
     """The data that the config was made with, or those named instead."""
-    if lacking := [key for key in ("seed", "metrics", "decision_sensitivity") if config.get(key) is None]:
-        raise BadConfig(f"config: {listed(lacking)} missing; search again")
-    source = config.get("data")
-    if not (isinstance(source, dict) and {"observations", "labels", "synthetic", "fingerprint"} <= set(source)):
-        raise BadConfig("config: 'data' does not name the data of the search; search again")
+    source = config.data
     if observations is None and labels is None:
         observations, labels = source["observations"], source["labels"]
-    of_training = config.get("trained_on", {})
+    of_training = config.trained_on
     synthetic = any(s.get("synthetic") and s.get("observations") == observations for s in (source, of_training))
-    data = load_training_data(observations, labels, settings_of(config), config["synonyms"], synthetic)
+    data = load_training_data(observations, labels, config.snapshots, config.synonyms, synthetic)
     if data.fingerprint != source["fingerprint"] and of_training.get("observations") != observations:
         log.warning("warning: these are not the data of the search; the config's test figure is of other data")
     return data
@@ -106,32 +98,31 @@ def make_config(
     evaluation: Evaluation,
     loss: dict[str, float],
     arguments: argparse.Namespace,
-) -> dict[str, Any]:
+) -> Config:
     """All that ``best_model_config.json`` holds, before a model is trained on everything."""
     data, names = search.data, [search.names[i] for i in search.columns(feature_set)]
     prevalence = code_prevalence(data.observations, np.unique(data.visit))
     used = set(FeaturePlan(names).codes)
     medium, high = arguments.risk_thresholds
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model_version": None,
-        "model_sha256": None,
-        "feature_set": feature_set,
-        "blocks": list(FEATURE_SETS[feature_set]),
-        "windows": list(DEFAULT_WINDOWS),
-        "codes": search.codes,
-        "synonyms": search.synonyms,
-        "fill_value": configuration.fill_value,
-        "model": asdict(configuration),
-        "snapshots": {**asdict(data.settings), "retrospective": data.retrospective},
-        "metrics": evaluation.metrics,
-        "risk_thresholds": {"medium": medium, "high": high},
-        "decision_threshold": evaluation.decision_threshold,
-        "decision_sensitivity": arguments.sensitivity,
-        "rank_by": arguments.rank_by,
-        "code_prevalence": {code: round(share, 4) for code, share in prevalence.items() if code in used},
-        "loss_without_code": loss,
-        "data": {
+    return Config(
+        schema_version=SCHEMA_VERSION,
+        feature_set=feature_set,
+        blocks=list(FEATURE_SETS[feature_set]),
+        windows=list(DEFAULT_WINDOWS),
+        codes=search.codes,
+        feature_names=names,
+        synonyms=search.synonyms,
+        fill_value=configuration.fill_value,
+        model=asdict(configuration),
+        snapshots=data.settings,
+        metrics=evaluation.metrics,
+        risk_thresholds={"medium": medium, "high": high},
+        decision_threshold=evaluation.decision_threshold,
+        decision_sensitivity=arguments.sensitivity,
+        rank_by=arguments.rank_by,
+        code_prevalence={code: round(share, 4) for code, share in prevalence.items() if code in used},
+        loss_without_code=loss,
+        data={
             "observations": arguments.observations,
             "labels": arguments.labels,
             "synthetic": data.synthetic,
@@ -139,16 +130,20 @@ def make_config(
             "description": data.describe(),
             "grouped_by": data.grouped_by,
         },
-        "library_versions": library_versions(),
-        "seed": search.seed,
-        "golden": golden_example(names, search.synonyms, configuration.fill_value, search.codes),
-        "feature_names": names,
-    }
+        library_versions=library_versions(),
+        seed=search.seed,
+        golden=golden_example(names, search.synonyms, configuration.fill_value, search.codes),
+    )
 
 
-def recipe(config: dict[str, Any], paths: tuple[str, str], synthetic: bool) -> dict[str, Any]:
+def recipe(config: Config, paths: tuple[str, str], synthetic: bool) -> Config:
     """The config as the search left it, to be trained on other data: no version, no model yet."""
-    keep = {k: v for k, v in config.items() if k not in ("trained_at", "reference_profile")}
-    metrics = {k: v for k, v in config["metrics"].items() if k != "out_of_fold"}
-    trained_on = {"observations": paths[0], "labels": paths[1], "synthetic": synthetic}
-    return {**keep, "metrics": metrics, "trained_on": trained_on, "model_version": None, "model_sha256": None}
+    return replace(
+        config,
+        metrics={name: figures for name, figures in config.metrics.items() if name != "out_of_fold"},
+        trained_on={"observations": paths[0], "labels": paths[1], "synthetic": synthetic},
+        trained_at=None,
+        reference_profile={},
+        model_version=None,
+        model_sha256=None,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.metrics import OperatingPoint, calibration_table, figures
-from feature_pipeline import FeaturePlan
+from feature_pipeline import Config, FeaturePlan
 from training.snapshots import TrainingData
 
 AGE_BANDS = (0, 45, 65, 80, 131)
@@ -63,7 +63,7 @@ def subgroup_rows(data: TrainingData, rows: np.ndarray, probability: np.ndarray,
 
 
 def model_card(
-    config: dict[str, Any],
+    config: Config,
     version: str,
     facts: dict[str, Any],
     notices: Sequence[str],
@@ -75,16 +75,16 @@ def model_card(
 ) -> str:
     """The card, as Markdown. `probability` are predictions for the snapshots `rows` that the model did not learn from;
     `basis` says which."""
-    snapshots = config["snapshots"]
+    snapshots = config.snapshots
     ahead = (
         "whether the stay is septic, looking back at the whole of it"
-        if snapshots["retrospective"]
-        else f"onset of sepsis within {snapshots['horizon_hours']:g} h"
+        if snapshots.retrospective
+        else f"onset of sepsis within {snapshots.horizon_hours:g} h"
     )
-    if snapshots["after_onset"]:
+    if snapshots.after_onset:
         ahead += " or past"
     calibration = calibration_table(data.label[rows], probability)
-    worst = sorted((config.get("loss_without_code") or {}).items(), key=lambda item: -item[1])[:8]
+    worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:8]
     lines = [
         f"# Model card: sepsis risk {version}",
         "",
@@ -98,16 +98,16 @@ def model_card(
         "",
         "## Model and data",
         "",
-        f"- {config['feature_set']} with {config['model']['name']}, {len(config['feature_names'])} features of "
-        f"{len(config['codes'])} codes",
+        f"- {config.feature_set} with {config.model['name']}, {len(config.feature_names)} features of "
+        f"{len(config.codes)} codes",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        f"- split by {data.grouped_by}; snapshots every {snapshots['every_hours']:g} h",
-        f"- risk levels: medium from {config['risk_thresholds']['medium']:g}, high from "
-        f"{config['risk_thresholds']['high']:g}; decision threshold {config['decision_threshold']:.4g}",
+        f"- split by {data.grouped_by}; snapshots every {snapshots.every_hours:g} h",
+        f"- risk levels: medium from {config.risk_thresholds['medium']:g}, high from "
+        f"{config.risk_thresholds['high']:g}; decision threshold {config.decision_threshold:.4g}",
         "",
         f"## By group ({basis}; 95% intervals resampled by {data.grouped_by})",
         "",
-        *subgroup_rows(data, rows, probability, config["seed"]),
+        *subgroup_rows(data, rows, probability, config.seed),
         "",
         "## Calibration",
         "",

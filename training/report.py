@@ -16,6 +16,7 @@ from common.metrics import (
 )
 from common.pages import facts_table, frame_table, heading, image, page, paragraph
 from feature_pipeline import (
+    Config,
     describe_set_aside,
 )
 from training.snapshots import PARTS
@@ -69,18 +70,17 @@ def report_page(
     )
 
 
-def info_text(config: dict[str, Any], facts: dict[str, Any], notices: list[str], version: str) -> str:
+def info_text(config: Config, facts: dict[str, Any], notices: list[str], version: str) -> str:
     """``production_model_info.txt``, for a person."""
-    thresholds = config["risk_thresholds"]
+    thresholds = config.risk_thresholds
     lines = [
         *notices,
-        f"Model {version}: {config['feature_set']} with {config['model']['name']}, "
-        f"{len(config['feature_names'])} features",
+        f"Model {version}: {config.feature_set} with {config.model['name']}, {len(config.feature_names)} features",
         "",
         *(f"{name}: {value}" for name, value in facts.items()),
         f"Risk levels: medium from {thresholds['medium']:g}, high from {thresholds['high']:g}; "
-        f"decision threshold {config['decision_threshold']:.4g}",
-        "Libraries: " + ", ".join(f"{name} {v}" for name, v in config["library_versions"].items()),
+        f"decision threshold {config.decision_threshold:.4g}",
+        "Libraries: " + ", ".join(f"{name} {v}" for name, v in config.library_versions.items()),
         "",
         "Use: from feature_pipeline import ProductionPipeline",
         "     ProductionPipeline('models/best_model_config.json', 'models/best_model.pkl').predict(observations)",
@@ -97,7 +97,7 @@ def summary_text(
     entries: list[dict[str, Any]],
     finalists: list[tuple[str, str, float]],
     evaluation: Evaluation,
-    config: dict[str, Any],
+    config: Config,
     seconds: float,
 ) -> str:
     """``optimization_summary.txt``, for a person."""
@@ -108,11 +108,11 @@ def summary_text(
         lines.append(f"Set aside: {describe_set_aside(data.observations)}.")
     horizon = f"onset within {data.settings.horizon_hours:g} h" + (" or past" if data.settings.after_onset else "")
     lines += [
-        f"Positive means: {'septic at all' if data.retrospective else horizon}. Split by {data.grouped_by}: "
+        f"Positive means: {'septic at all' if data.settings.retrospective else horizon}. Split by {data.grouped_by}: "
         + ", ".join(f"{name} {int((search.part == k).sum()):,} snapshots" for k, name in enumerate(PARTS))
         + ".",
         "",
-        f"Winner: {config['feature_set']} with {config['model']['name']}, {len(config['feature_names'])} features",
+        f"Winner: {config.feature_set} with {config.model['name']}, {len(config.feature_names)} features",
         "Test part, used once, with 95% intervals resampled by " + data.grouped_by + ":",
         *(f"  {name:<18s} {value}" for name, value in describe_figures(test).items()),
         "",
@@ -130,8 +130,8 @@ def summary_text(
         f"  decision_threshold in the config: {evaluation.decision_threshold:.4f}",
         *_risk_level_remark(config, evaluation),
     ]
-    if config["loss_without_code"]:
-        worst = sorted(config["loss_without_code"].items(), key=lambda item: -item[1])[:10]
+    if config.loss_without_code:
+        worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:10]
         lines += [
             "",
             "ROC AUC lost where a code is never measured: " + ", ".join(f"{code} {loss:.3f}" for code, loss in worst),
@@ -153,8 +153,8 @@ def summary_text(
     return "\n".join(lines) + "\n"
 
 
-def _risk_level_remark(config: dict[str, Any], evaluation: Evaluation) -> list[str]:
-    levels, highest = config["risk_thresholds"], float(evaluation.test_probability.max())
+def _risk_level_remark(config: Config, evaluation: Evaluation) -> list[str]:
+    levels, highest = config.risk_thresholds, float(evaluation.test_probability.max())
     if (share := float((evaluation.test_probability >= levels["medium"]).mean())) >= 0.001:
         return []
     return [

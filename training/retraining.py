@@ -7,16 +7,17 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import generate_features
-from common.artifacts import locked, write_atomic, write_json, write_tables
+from common.artifacts import locked, write_atomic, write_tables
 from common.command_line import DONE, SOME_FAILED, log
 from common.labels import read_labels
-from feature_pipeline import BadConfig, as_text, load_config, training_source
+from feature_pipeline import BadConfig, Config, as_text, load_config
 from training.comparison import compare
 from training.config import recipe
 from training.raw_data import held_out_clients, raw_data, read_raw, write_raw
@@ -42,7 +43,7 @@ def retrain(arguments: argparse.Namespace, train: Any) -> int:
             log.warning("another retraining is at work; nothing done")
             return DONE
         fingerprint = fingerprint_of_files(arguments.observations, arguments.labels)
-        if fingerprint in champion.get("retrained_with", []):
+        if fingerprint in champion.retrained_with:
             print("the deployed model has learned from these data already; nothing to do")
             return DONE
         own = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
@@ -65,7 +66,7 @@ def working_folder(path: Path) -> Iterator[Path]:
 
 
 def _retrain(arguments, train, directory, champion, fingerprint, folder, rows) -> int:
-    source = training_source(champion)
+    source = champion.training_source
     old, new = raw_data(source), read_raw(arguments.observations, arguments.labels)
     held_out = held_out_clients(old, new)
     learned = tuple(frame[~frame["client"].map(as_text).isin(held_out)] for frame in new)
@@ -76,9 +77,9 @@ def _retrain(arguments, train, directory, champion, fingerprint, folder, rows) -
     searched = write_raw(rows, f"searched_{fingerprint[:12]}", rest)
     named = ["--observations", searched[0], "--labels", searched[1]]
     if arguments.keep_config:
-        write_json(challenger / CONFIG, recipe(champion, searched, source["synthetic"]))
+        write_atomic(challenger / CONFIG, recipe(champion, searched, source["synthetic"]).text())
     else:
-        search = [*named, "--models-dir", str(challenger), "--seed", str(champion["seed"])]
+        search = [*named, "--models-dir", str(challenger), "--seed", str(champion.seed)]
         search += ["--jobs", str(arguments.jobs), "--quiet", *search_options(champion, rows)]
         if source["synthetic"]:
             search.append("--synthetic")
@@ -108,10 +109,10 @@ def _retrain(arguments, train, directory, champion, fingerprint, folder, rows) -
     config = recipe(load_config(challenger / CONFIG), paths, source["synthetic"])
     if not arguments.keep_config:  # the figures of the search are of these files: they stay beside it
         searched = tuple(str(Path(path).replace(kept / Path(path).name)) for path in searched)
-        config["data"] |= {"observations": searched[0], "labels": searched[1]}
-    config["retrained_with"] = [*champion.get("retrained_with", []), fingerprint]
-    config["risk_thresholds"] = champion["risk_thresholds"]
-    write_json(final / CONFIG, config)
+        config = replace(config, data={**config.data, "observations": searched[0], "labels": searched[1]})
+    learned_from = [*champion.retrained_with, fingerprint]
+    config = replace(config, retrained_with=learned_from, risk_thresholds=champion.risk_thresholds)
+    write_atomic(final / CONFIG, config.text())
     if train(["--models-dir", str(final), "--observations", paths[0], "--labels", paths[1], *common]) != DONE:
         raise BadConfig("the final model could not be trained; the deployed one stays")
     version = check_and_adopt(final, directory)
@@ -131,21 +132,21 @@ def check_and_adopt(final: Path, directory: Path) -> str:
     check = ["pipeline", "--config", str(final / CONFIG), "--model", str(final / "best_model.pkl"), "--quiet"]
     if run_tests.main([*check, "--sample", str(final / "sample.csv")]) != DONE:
         raise BadConfig("the new model does not pass run_tests.py pipeline; the deployed one stays")
-    version = load_config(final / CONFIG)["model_version"]
+    version = load_config(final / CONFIG).model_version
     (directory / "archive").mkdir(exist_ok=True)
     (final / "archive" / version).rename(directory / "archive" / version)
     switch(directory, version)
     return version
 
 
-def search_options(config: dict[str, Any], folder: Path) -> list[str]:
+def search_options(config: Config, folder: Path) -> list[str]:
     """The options that the champion's search had; a file that they need is written to `folder`."""
-    snapshots, levels = config["snapshots"], config["risk_thresholds"]
-    options = ["--snapshot-every", str(snapshots["every_hours"]), "--horizon", str(snapshots["horizon_hours"])]
+    snapshots, levels = config.snapshots, config.risk_thresholds
+    options = ["--snapshot-every", str(snapshots.every_hours), "--horizon", str(snapshots.horizon_hours)]
     options += ["--risk-thresholds", f"{levels['medium']},{levels['high']}"]
-    options += ["--sensitivity", str(config["decision_sensitivity"]), "--rank-by", config.get("rank_by", "score")]
-    if config["synonyms"]:
-        table = pd.DataFrame(config["synonyms"].items(), columns=["code", "concept"])
+    options += ["--sensitivity", str(config.decision_sensitivity), "--rank-by", config.rank_by]
+    if config.synonyms:
+        table = pd.DataFrame(config.synonyms.items(), columns=["code", "concept"])
         write_tables({folder / "synonyms.csv": table})
         options += ["--synonyms", str(folder / "synonyms.csv")]
-    return [*options, "--after-onset"] if snapshots.get("after_onset") else options
+    return [*options, "--after-onset"] if snapshots.after_onset else options

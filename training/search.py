@@ -12,22 +12,19 @@ from pathlib import Path
 import joblib
 import numpy as np
 
-from common.artifacts import write_atomic, write_json
+from common.artifacts import write_atomic
 from common.command_line import DONE, SOME_FAILED, log, read_synonyms
 from common.metrics import ranking_scores
 from feature_pipeline import (
     BadConfig,
     FeaturePipelineError,
+    SnapshotSettings,
 )
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
 from training.fitting import cross_validate
 from training.report import summary_text
-from training.snapshots import (
-    TEST,
-    SnapshotSettings,
-    load_training_data,
-)
+from training.snapshots import TEST, load_training_data
 from training.trials import Search, evaluate_winner, loss_without_codes, prepare_search, run_candidates
 
 QUICK_SETS = ("latest", "summary_trend", "clinical")
@@ -105,7 +102,7 @@ def search_features(arguments: argparse.Namespace) -> int:
     ranking = [(fs, name, score) for score, fs, name, _ in finalists]
     text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)
     write_atomic(directory / "optimization_summary.txt", text)
-    write_json(directory / "best_model_config.json", config)
+    write_atomic(directory / "best_model_config.json", config.text())
     print(text.split("\nAll ")[0].rstrip())
     log.info(
         "written: %s",

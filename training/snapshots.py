@@ -7,11 +7,10 @@ Without them a visit gives one snapshot at its end, and the figures are retrospe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +19,10 @@ from common.labels import read_labels
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
-    BadConfig,
     BadObservations,
     FeaturePlan,
     Observations,
+    SnapshotSettings,
     read_observations,
 )
 from sources.demo_cohort import DEMO_NOTICE, make_demo_cohort
@@ -32,33 +31,6 @@ FEWEST_CLIENTS = 30  # fewer clients than this cannot be split into three parts 
 FEWEST_POSITIVE_CLIENTS = 6
 TRAIN, VALIDATION, TEST = 0, 1, 2
 PARTS = ("training", "validation", "test")
-
-
-MOST_HOURS = 1_000_000  # between snapshots, or before onset: more than a life
-
-
-@dataclass(frozen=True)
-class SnapshotSettings:
-    """When a visit is scored in training, and which snapshots are positive. Hours.
-
-    Raises `ValueError` where these are beyond `MOST_HOURS`.
-    """
-
-    every_hours: float = 6.0
-    horizon_hours: float = 6.0
-    after_onset: bool = False  # also take snapshots after onset, as positives
-
-    def __post_init__(self):
-        if not (0 < self.every_hours <= MOST_HOURS and 0 <= self.horizon_hours <= MOST_HOURS):
-            raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
-
-
-def settings_of(config: Mapping[str, Any]) -> SnapshotSettings:
-    """The snapshot settings that a config names. Raises `BadConfig`."""
-    try:
-        return SnapshotSettings(**{k: v for k, v in config["snapshots"].items() if k != "retrospective"})
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise BadConfig(f"config: 'snapshots' is missing or unknown ({error}); search again") from error
 
 
 @dataclass(frozen=True)
@@ -72,7 +44,6 @@ class TrainingData:
     label: np.ndarray  # (n_snapshots,) 0 or 1
     group: np.ndarray  # (n_snapshots,) 0, 1, 2, ...
     grouped_by: str  # "client" or "visit"
-    retrospective: bool
     synthetic: bool
     remarks: dict[str, int] = field(default_factory=dict)  # what was left out, counted
 
@@ -97,7 +68,7 @@ class TrainingData:
         lines = []
         if self.synthetic:
             lines.append(f"Data: {DEMO_NOTICE}.")
-        if self.retrospective:
+        if self.settings.retrospective:
             lines.append(
                 "RETROSPECTIVE: the labels have no onset times, so each visit was scored once, at its end. "
                 "The figures do not tell how early sepsis is seen."
@@ -227,13 +198,12 @@ def make_training_data(
     group, grouped_by = _groups(observations, visit, label)
     return TrainingData(
         observations=observations,
-        settings=settings,
+        settings=replace(settings, retrospective=retrospective),
         visit=visit,
         as_of=as_of,
         label=label.astype(np.int8),
         group=group,
         grouped_by=grouped_by,
-        retrospective=retrospective,
         synthetic=synthetic,
         remarks=remarks,
     )

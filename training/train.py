@@ -9,7 +9,7 @@ import io
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from common.artifacts import library_versions, write_atomic, write_json
 from common.command_line import DONE, log
 from common.metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
 from feature_pipeline import (
+    Config,
     FeatureReproducer,
     ProductionPipeline,
     ScoreModel,
@@ -73,7 +74,7 @@ def new_version(archive: Path) -> str:
 
 
 def deploy(
-    directory: Path, config: dict[str, Any], model: ScoreModel, info: str, report: str, version: str, card: str = ""
+    directory: Path, config: Config, model: ScoreModel, info: str, report: str, version: str, card: str = ""
 ) -> None:
     """Writes the files of a version to its archive folder, all of them or none, and deploys it from there.
 
@@ -82,16 +83,19 @@ def deploy(
     buffer = io.BytesIO()
     joblib.dump(model, buffer, compress=3)
     content = buffer.getvalue()
-    config["model_version"] = version
-    config["model_sha256"] = hashlib.sha256(content).hexdigest()
-    config["golden"]["probability"] = golden_probability(config, model)
+    config = replace(
+        config,
+        model_version=version,
+        model_sha256=hashlib.sha256(content).hexdigest(),
+        golden={**config.golden, "probability": golden_probability(config, model)},
+    )
     files: dict[str, bytes | str] = {
         "best_model.pkl": content,
-        "feature_names.json": json.dumps(config["feature_names"], indent=1) + "\n",
+        "feature_names.json": json.dumps(config.feature_names, indent=1) + "\n",
         "production_model_info.txt": info,
         "training_report.html": report,
         "MODEL_CARD.md": card,
-        "best_model_config.json": json.dumps(config, indent=1, allow_nan=False) + "\n",
+        "best_model_config.json": config.text(),
     }
     archive = directory / "archive"
     archive.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -114,9 +118,9 @@ def _archive(archive: Path, version: str, files: dict[str, bytes | str]) -> None
         raise
 
 
-def golden_probability(config: dict[str, Any], model: ScoreModel) -> list[float]:
+def golden_probability(config: Config, model: ScoreModel) -> list[float]:
     """The new model's probability of the config's golden example."""
-    features = np.array(config["golden"]["features"], dtype=np.float64)
+    features = np.array(config.golden["features"], dtype=np.float64)
     return model.probability(features).tolist()
 
 
@@ -126,10 +130,10 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
     config = reproducer.config
     configuration = configuration_of(config)
     data = load_data(config, arguments.observations, arguments.labels)
-    seed = config["seed"] if arguments.seed is None else arguments.seed
+    seed = config.seed if arguments.seed is None else arguments.seed
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
-    table = FeatureTable.of(data, config["feature_names"], seed)
+    table = FeatureTable.of(data, config.feature_names, seed)
     facts: dict[str, Any] = {
         "Trained at": datetime.now(UTC).isoformat(timespec="seconds"),
         "Data": data.describe(),
@@ -142,17 +146,17 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
         trained = train(data, table, rows, configuration, seed, arguments.jobs)
         shown, probability, basis = rows, trained.out_of_fold, "out-of-fold predictions on all data"
     else:
-        part = split_parts(data, seed=config["seed"])  # the search's own parts, whatever the model's seed
+        part = split_parts(data, seed=config.seed)  # the search's own parts, whatever the model's seed
         rows, shown = np.flatnonzero(part != TEST), np.flatnonzero(part == TEST)
         trained = train(data, table, rows, configuration, seed, arguments.jobs)
         probability = trained.model.probability(
-            filled(table.rows(shown, np.arange(len(table.plain))), config["fill_value"])
+            filled(table.rows(shown, np.arange(len(table.plain))), config.fill_value)
         )
         basis = "predictions on the test part"
     scores = figures(data.label[shown], probability, data.group[shown], data.visit[shown], seed)
     named = {"Cross-validated" if arguments.full else "Test part": scores}
-    if arguments.full and config["data"]["fingerprint"] == data.fingerprint and "test" in config["metrics"]:
-        named["Test part of the search"] = config["metrics"]["test"]
+    if arguments.full and config.data["fingerprint"] == data.fingerprint and "test" in config.metrics:
+        named["Test part of the search"] = config.metrics["test"]
     facts |= {f"{name}: {key}": text for name, s in named.items() for key, text in describe_figures(s).items()}
     facts["Calibration"] = f"log-odds x {trained.model.slope:.3f} {trained.model.intercept:+.3f} (Platt, out-of-fold)"
     points = operating_points(data.label[shown], probability, data.visit[shown])
@@ -164,28 +168,27 @@ def train_best_model(arguments: argparse.Namespace, directory: Path) -> int:
         version, title = "", "Sepsis risk model, trained without the test part"
     report = report_page(title, data.notices(), facts, basis, data.label[shown], probability, points)
     if arguments.full:
-        config["metrics"]["out_of_fold"] = scores
-        config["decision_threshold"] = threshold_for_sensitivity(
-            data.label, probability, config["decision_sensitivity"]
-        )
-        config["library_versions"] = library_versions()
-        config["trained_at"] = facts["Trained at"]
-        config["trained_on"] = {
-            "observations": arguments.observations or config["data"]["observations"],
-            "labels": arguments.labels or config["data"]["labels"],
-            "synthetic": data.synthetic,
-            "fingerprint": data.fingerprint,
-            "description": data.describe(),
-        }
-        config["reference_profile"] = make_profile(
-            config, table.plain, probability, data.observations, data.visit, data.as_of
+        config = replace(
+            config,
+            metrics={**config.metrics, "out_of_fold": scores},
+            decision_threshold=threshold_for_sensitivity(data.label, probability, config.decision_sensitivity),
+            library_versions=library_versions(),
+            trained_at=facts["Trained at"],
+            trained_on={
+                "observations": arguments.observations or config.data["observations"],
+                "labels": arguments.labels or config.data["labels"],
+                "synthetic": data.synthetic,
+                "fingerprint": data.fingerprint,
+                "description": data.describe(),
+            },
+            reference_profile=make_profile(config, table.plain, probability, data.observations, data.visit, data.as_of),
         )
         info = info_text(config, facts, data.notices(), version)
         trained.model.metadata |= {
             "model_version": version,
             "trained_at": facts["Trained at"],
-            "feature_names_sha256": names_sha256(config["feature_names"]),
-            "fill_value": config["fill_value"],
+            "feature_names_sha256": names_sha256(config.feature_names),
+            "fill_value": config.fill_value,
         }
         card = model_card(config, version, facts, data.notices(), data, rows, probability, points, basis)
         deploy(directory, config, trained.model, info, report, version, card)

@@ -25,14 +25,7 @@ from feature_pipeline import (
 )
 from training.candidates import FEATURE_SETS, ModelConfiguration, feature_set_names
 from training.fitting import FeatureTable, filled, fit_calibrated, judge_candidate
-from training.snapshots import (
-    PARTS,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    TrainingData,
-    split_parts,
-)
+from training.snapshots import PARTS, TEST, TRAIN, VALIDATION, TrainingData, split_parts
 
 RAREST_CODE = 0.01  # codes that fewer training visits have give no features
 

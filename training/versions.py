@@ -26,7 +26,7 @@ def archive_of(directory: Path, version: str) -> Path:
 def list_versions(directory: Path) -> list[dict[str, Any]]:
     """The archived versions, the latest first; ``deployed`` marks the one that is served."""
     try:
-        current = load_config(directory / CONFIG).get("model_version")
+        current = load_config(directory / CONFIG).model_version
     except BadConfig:
         current = None
     found = []
@@ -36,14 +36,14 @@ def list_versions(directory: Path) -> list[dict[str, Any]]:
         except BadConfig as error:
             log.warning("warning: %s", error)
             continue
-        scores = config.get("metrics", {}).get("out_of_fold", {})
+        scores = config.metrics.get("out_of_fold", {})
         found.append(
             {
                 "version": path.parent.name,
                 "deployed": path.parent.name == current,
-                "trained_at": config.get("trained_at"),
-                "feature_set": config["feature_set"],
-                "model": config["model"]["name"],
+                "trained_at": config.trained_at,
+                "feature_set": config.feature_set,
+                "model": config.model["name"],
                 "roc_auc": scores.get("roc_auc"),
                 "average_precision": scores.get("average_precision"),
             }

@@ -17,7 +17,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
-from feature_pipeline import COLUMNS, BadObservations, training_source
+from feature_pipeline import COLUMNS, BadObservations
 from serving.api import cds_hooks, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
@@ -303,26 +303,26 @@ def model() -> Response:
     """What the model is, what it was trained on, and how good it was on patients that no choice was made on."""
     pipeline, settings = current_app.service.pipeline(), current_app.settings
     config = pipeline.config
-    source = training_source(config)
+    source = config.training_source
     return jsonify(
         {
             "model_version": pipeline.model_version,
-            "feature_set": config["feature_set"],
-            "n_features": len(config["feature_names"]),
-            "model": config["model"]["name"],
-            "trained_at": config.get("trained_at"),
+            "feature_set": config.feature_set,
+            "n_features": len(config.feature_names),
+            "model": config.model["name"],
+            "trained_at": config.trained_at,
             "trained_on": source["description"],
             "synthetic": source["synthetic"],
-            "horizon_hours": config["snapshots"].get("horizon_hours"),
-            "retrospective": config["snapshots"].get("retrospective", False),
-            "risk_thresholds": config["risk_thresholds"],
-            "decision_threshold": config["decision_threshold"],
-            "metrics": config.get("metrics", {}),
-            "codes": config["codes"],
-            "code_prevalence": config.get("code_prevalence", {}),
-            "loss_without_code": config.get("loss_without_code", {}),
+            "horizon_hours": config.snapshots.horizon_hours,
+            "retrospective": config.snapshots.retrospective,
+            "risk_thresholds": config.risk_thresholds,
+            "decision_threshold": config.decision_threshold,
+            "metrics": config.metrics,
+            "codes": config.codes,
+            "code_prevalence": config.code_prevalence,
+            "loss_without_code": config.loss_without_code,
             "limits": {name: getattr(settings, f"max_{name}") for name in ("bytes", "rows", "visits")},
-            "library_versions": config.get("library_versions", {}),
+            "library_versions": config.library_versions,
         }
     )
 

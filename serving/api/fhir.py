@@ -251,7 +251,7 @@ def _record(
         return found.set_aside(where, "bad_value")
     codings = [c for c in (part.code.coding or []) if c.code]
     codings.sort(key=lambda coding: coding.system != LOINC)
-    known = [c.code for c in codings if pipeline.own_code(c.code) in pipeline.config["codes"]]
+    known = [c.code for c in codings if pipeline.own_code(c.code) in pipeline.config.codes]
     code = known[0] if known else codings[0].code if codings else (part.code.text or "")
     if not code.strip():
         return found.set_aside(where, "no_code")

@@ -268,8 +268,8 @@ class Scored:
     @property
     def horizon_hours(self) -> float | None:
         """How far the probability looks ahead; None for a model of whole stays."""
-        snapshots = self.pipeline.config["snapshots"]
-        return None if snapshots.get("retrospective") else snapshots.get("horizon_hours")
+        snapshots = self.pipeline.config.snapshots
+        return None if snapshots.retrospective else snapshots.horizon_hours
 
     def predictions(self) -> list[dict[str, Any]]:
         """``visit_id, client, sepsis_probability`` (None where nothing was usable), ``risk_level``, ``as_of``."""

@@ -49,7 +49,7 @@ class Feed:
 
     def _restore(self, journal: Journal) -> None:
         entries = journal.load()
-        if any(synonyms != self.processor.pipeline.config["synonyms"] for synonyms in entries["synonyms"]):
+        if any(synonyms != self.processor.pipeline.config.synonyms for synonyms in entries["synonyms"]):
             raise BadConfig(
                 f"state file {str(journal.path)!r} was written with a model that gives codes other meanings; "
                 "deploy that model again until its visits have ended, or move the file away and lose them"

@@ -109,7 +109,7 @@ class Journal:
         alerts = list(alerts)
         marks = [mark.hex() for mark in processor.dropped_marks()]
         kinds = {
-            "synonyms": [processor.pipeline.config["synonyms"]],
+            "synonyms": [processor.pipeline.config.synonyms],
             "observation": open_observations(processor),
             "visit": (
                 visit_entry(visit) for visit in processor.visits.values() if visit.level or visit.full or visit.folded

@@ -122,7 +122,7 @@ def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeli
     if _part(segment, 2) not in NUMERIC:
         return "its type (OBX-2) is no number"
     code, other = _part(segment, 3, 1), _part(segment, 3, 4)
-    known = pipeline.config["codes"]
+    known = pipeline.config.codes
     if other and pipeline.own_code(code) not in known and pipeline.own_code(other) in known:
         code = other
     if not code:

@@ -128,7 +128,7 @@ class StreamProcessor:
             return
         if successor is None:
             return
-        if successor.config["synonyms"] != self.pipeline.config["synonyms"]:
+        if successor.config.synonyms != self.pipeline.config.synonyms:
             # units were converted by what the codes meant when they came
             if self._problem != successor.model_version:
                 self._problem = successor.model_version
@@ -208,7 +208,7 @@ class StreamProcessor:
             if code not in self._place:
                 self._place[code] = len(self.codes)
                 self.codes.append(code)
-                self._concepts.append(concept_of(code, self.pipeline.config["synonyms"]))
+                self._concepts.append(concept_of(code, self.pipeline.config.synonyms))
         own = np.array([self._place[code] for code in read.codes], dtype=np.int32)
         rows = np.empty(len(read.time), dtype=ROW)
         rows["code"] = np.repeat(own[read.group_code], np.diff(read.group_start))
