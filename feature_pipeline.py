@@ -2193,14 +2193,14 @@ class ProductionPipeline:
         return concept.name if concept else None
 
     def risk_level(self, probabilities: Any) -> Any:
-        """'low', 'medium' or 'high' by the config's thresholds, 'unknown' for an empty probability.
+        """'LOW', 'MEDIUM' or 'HIGH' by the config's thresholds, 'UNKNOWN' for an empty probability.
 
         A number gives a text, anything longer an array of texts.
         """
         levels = self.config.risk_thresholds
         p = np.asarray(probabilities, dtype=np.float64)
-        names = np.where(p >= levels["high"], "high", np.where(p >= levels["medium"], "medium", "low"))
-        names = np.where(np.isnan(p), "unknown", names)
+        names = np.where(p >= levels["high"], "HIGH", np.where(p >= levels["medium"], "MEDIUM", "LOW"))
+        names = np.where(np.isnan(p), "UNKNOWN", names)
         return names if names.ndim else str(names)
 
     def explain(self, df: Any, top: int = 5, as_of: Any = None) -> pd.DataFrame:
