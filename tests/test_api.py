@@ -247,7 +247,7 @@ def test_a_visit_that_cannot_be_scored_does_not_take_others_with_it(client, pipe
 
 
 def test_another_model_is_taken_up_while_the_service_runs(make_client, models_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("api.service.LOOK_SECONDS", -1)
+    monkeypatch.setattr("serving.deployed.LOOK_SECONDS", -1)
     folder = shutil.copytree(models_dir, tmp_path / "models")
     path = folder / "best_model_config.json"
     config, closed, close = json.loads(path.read_text()), [], PredictionLog.close

@@ -263,7 +263,7 @@ def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
     service, body = current_app.service, _read_body(FHIR_TYPES)
     turn = _take_turn()
-    found = fhir.observations_of(parse_json(body), turn.deployed.pipeline)
+    found = fhir.observations_of(parse_json(body), turn.model.pipeline)
     turn.records = lambda: found.records
     scored = service.scored(turn)
     _audit("scored", scored)
@@ -279,7 +279,7 @@ def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
     service, body = current_app.service, _read_body()
     turn = _take_turn()
-    found = cds_hooks.observations_of(parse_json(body), turn.deployed.pipeline)
+    found = cds_hooks.observations_of(parse_json(body), turn.model.pipeline)
     if not found.rows:
         _audit("no observations")
         return jsonify({"cards": []})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +21,14 @@ from feature_pipeline import (
     Observations,
     ProductionPipeline,
     iso_times,
-    resolve_snapshots,
 )
-from monitoring.log import PredictionLog
 from serving.api import metrics
 from serving.api.settings import Settings
+from serving.deployed import LOOK_SECONDS, Deployed, ServedModel
 
 MOST_REASONS = 20
 MOST_POINTS = 100
 TOGETHER = 4000  # observations that are scored together; more would keep the first of them waiting
-LOOK_SECONDS = 5.0  # between looks whether another model is deployed
 
 
 class NoModel(Exception):
@@ -40,14 +37,6 @@ class NoModel(Exception):
 
 class TooMuch(Exception):
     """The request asks for more than the service's limits; the text says which."""
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A model and the log of its predictions: what answers one request from its beginning to its end."""
-
-    pipeline: ProductionPipeline
-    prediction_log: PredictionLog
 
 
 class Service:
@@ -62,59 +51,40 @@ class Service:
         self._waiting: deque[Waiting] = deque()
         self._deployed: Deployed | None = None
         self._problem = ""
-        self._looked = -math.inf  # by the monotonic clock
+        self._tried = -math.inf  # by the monotonic clock
 
-    def deployed(self) -> Deployed:
+    def model(self) -> ServedModel:
         """The model as it is now. Raises `NoModel`."""
         if self._deployed is None:
             with self._lock:
                 if self._deployed is None:
                     self._load_first()
-        elif time.monotonic() - self._looked > LOOK_SECONDS and self._lock.acquire(blocking=False):
-            try:
-                self._looked = time.monotonic()
-                if self._deployed.pipeline.outdated():  # requests go on with the old one meanwhile
-                    threading.Thread(target=self._renew, daemon=True).start()
-            finally:
-                self._lock.release()
-        return self._deployed
+        self._deployed.look(background=True)
+        return self._deployed.current
 
     def pipeline(self) -> ProductionPipeline:
         """The pipeline as it is now. Raises `NoModel`."""
-        return self.deployed().pipeline
+        return self.model().pipeline
 
     def _load_first(self) -> None:
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._tried < LOOK_SECONDS:
             raise NoModel(self._problem)
-        self._looked = time.monotonic()
+        self._tried = time.monotonic()
         try:
-            self._use(ProductionPipeline(self.settings.config, self.settings.model))
+            pipeline = ProductionPipeline(self.settings.config, self.settings.model)
         except FeaturePipelineError as error:
-            self._tell(error)
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.error("error: %s", error)
             raise NoModel(self._problem) from None
-
-    def _renew(self) -> None:
-        with self._lock:  # until it is done nobody looks again
-            old = self._deployed.pipeline
-            try:
-                if successor := old.successor():
-                    metrics.MODEL.labels(old.model_version).set(0)
-                    self._use(successor)
-            except FeaturePipelineError as error:
-                self._tell(error)
-
-    def _use(self, pipeline: ProductionPipeline) -> None:
-        log_ = PredictionLog.open(self.settings.monitor_url or None, pipeline, "api")
-        self._deployed, self._problem = Deployed(pipeline, log_), ""
-        # when the last request that uses it has gone; not at the end of the process
-        weakref.finalize(self._deployed, log_.close).atexit = False
-        metrics.MODEL.labels(pipeline.model_version).set(1)
+        self._deployed = Deployed(pipeline, "api", self.settings.monitor_url or None, self._count_models)
         log.info("model %s is loaded", pipeline.model_version)
 
-    def _tell(self, error: FeaturePipelineError) -> None:
-        if str(error) != self._problem:
-            self._problem = str(error)
-            log.error("error: %s%s", error, "; the service goes on as it was" if self._deployed else "")
+    @staticmethod
+    def _count_models(old: ProductionPipeline | None, new: ProductionPipeline) -> None:
+        if old is not None:
+            metrics.MODEL.labels(old.model_version).set(0)
+        metrics.MODEL.labels(new.model_version).set(1)
 
     def take_turn(self, records: Callable[[], Sequence[Any]] | None = None) -> Waiting:
         """Waits until no other thread works on a request; `leave` ends the turn.
@@ -122,7 +92,7 @@ class Service:
         Where `records`, which gives the request's observations, is known before, another thread may score the request
         meanwhile: then it is `settled` and there is no turn to leave. Raises `NoModel`.
         """
-        own = Waiting(self.deployed(), records)
+        own = Waiting(self.model(), records)
         with self._lock_of_turns:
             if not self._busy:
                 self._busy = True
@@ -180,7 +150,7 @@ class Service:
     def _next_like(self, own: Waiting) -> Waiting | None:
         with self._lock_of_turns:
             for waiting in self._waiting:
-                if waiting.records is not None and waiting.deployed is own.deployed:
+                if waiting.records is not None and waiting.model is own.model:
                     self._waiting.remove(waiting)
                     return waiting
         return None
@@ -191,13 +161,12 @@ class Service:
             records = waiting.records()
             if len(records) > self.settings.max_rows:
                 raise TooMuch(f"{len(records):,} observations; a request may hold {self.settings.max_rows:,}")
-            observations = waiting.deployed.pipeline.reproducer.read(records)
+            observations = waiting.model.read(records)
             if observations.n_visits > self.settings.max_visits:
                 raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
         except Exception as error:
             if isinstance(error, BadObservations):
                 count_set_aside(error.set_aside)
-                waiting.deployed.prediction_log.record_error("unusable")
             waiting.error = error
             return 0
         waiting.observations = observations
@@ -206,14 +175,11 @@ class Service:
     def _score(self, batch: Sequence[Waiting]) -> None:
         if not batch:
             return
-        start, deployed = time.perf_counter(), batch[0].deployed
-        pipeline, parts = deployed.pipeline, [waiting.observations for waiting in batch]
+        model, parts = batch[0].model, [waiting.observations for waiting in batch]
         observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
-        visit, moments, _ = resolve_snapshots(observations)
-        probability, features = pipeline.evaluate(observations, visit, moments)
-        levels = pipeline.risk_level(probability).tolist()
-        seconds = time.perf_counter() - start
-        deployed.prediction_log.record(observations, visit, moments, probability, features, seconds)
+        visit, moments = np.arange(observations.n_visits), observations.last_time
+        probability, level, _ = model.score(observations, visit, moments)
+        levels = level.tolist()
         for level in levels:
             metrics.PREDICTIONS.labels(level).inc()
         for p in probability.tolist():
@@ -224,7 +190,7 @@ class Service:
             count_set_aside(own.set_aside)
             rows = slice(first, first + own.n_visits)
             waiting.scored = Scored(
-                pipeline, own, moments[rows], probability[rows], levels[rows], self.settings.max_visits
+                model.pipeline, own, moments[rows], probability[rows], levels[rows], self.settings.max_visits
             )
             first += own.n_visits
 
@@ -238,7 +204,7 @@ def count_set_aside(set_aside: dict[str, int]) -> None:
 class Waiting:
     """A request that is to be scored: what it brings, and what came of it."""
 
-    deployed: Deployed
+    model: ServedModel
     records: Callable[[], Sequence[Any]] | None
     observations: Observations | None = None
     scored: Scored | None = None

@@ -1,0 +1,123 @@
+"""The model that is deployed now: its next version, its scores and the log of its predictions, for every pattern."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.command_line import log
+from feature_pipeline import BadObservations, FeaturePipelineError, Observations, ProductionPipeline, to_micros
+from monitoring.log import PredictionLog
+
+LOOK_SECONDS = 5.0  # between looks for a new version
+NOW, LAST = "now", "last"
+
+
+class Scores(NamedTuple):
+    """Scores of snapshots: `probability` (n,), NaN where nothing is usable, and what gave it, `features`
+    (n, n_features)."""
+
+    probability: np.ndarray
+    level: np.ndarray
+    features: np.ndarray
+
+
+class ServedModel:
+    """One version of the model and the log of its predictions. Work that begins with a version ends with it.
+
+    `source` is the pattern that scores (api, batch, database, stream), `monitor` the URL of the prediction log (None:
+    the environment's). The log is closed when the last user of this version has gone.
+    """
+
+    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None):
+        self.pipeline = pipeline
+        self.log = PredictionLog.open(monitor, pipeline, source)
+        weakref.finalize(self, self.log.close).atexit = False
+
+    def read(self, source: Any) -> Observations:
+        """Observations as the model reads them. Raises `BadObservations`, which the log counts."""
+        try:
+            return self.pipeline.reproducer.read(source)
+        except BadObservations:
+            self.log.record_error("unusable")
+            raise
+
+    def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, record: bool = True) -> Scores:
+        """Scores of `visit` at the moments `as_of`; they are logged before they are returned, unless `record` is
+        False."""
+        began = time.perf_counter()
+        probability, features = self.pipeline.evaluate(observations, visit, as_of)
+        if record:
+            seconds = time.perf_counter() - began
+            self.log.record(observations, visit, as_of, probability, features, seconds)
+        return Scores(probability, self.pipeline.risk_level(probability), features)
+
+
+class Deployed:
+    """The model of a pattern, version after version: `current` is the one for work that begins now.
+
+    `before_use` is called with the old pipeline (None at first) and the new one; it raises a `FeaturePipelineError`
+    where the pattern must keep the old one.
+    """
+
+    def __init__(
+        self,
+        pipeline: ProductionPipeline,
+        source: str,
+        monitor: str | None,
+        before_use: Callable[[ProductionPipeline | None, ProductionPipeline], Any] = lambda old, new: None,
+    ):
+        self._source, self._monitor, self._before_use = source, monitor, before_use
+        self._renewing = threading.Lock()
+        self._looked, self._problem = time.monotonic(), ""
+        before_use(None, pipeline)
+        self.current = ServedModel(pipeline, source, monitor)
+
+    @property
+    def pipeline(self) -> ProductionPipeline:
+        return self.current.pipeline
+
+    def renew(self) -> bool:
+        """Takes up the version that was deployed since; says whether there was one. If that version cannot be used, the
+        old one stays in use, and the reason is logged once."""
+        with self._renewing:
+            old, self._looked = self.pipeline, time.monotonic()
+            try:
+                successor = old.successor()
+                if successor is None:
+                    return False
+                self._before_use(old, successor)
+            except FeaturePipelineError as error:
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    log.error("error: %s; model %s stays in use", error, old.model_version)
+                return False
+            self.current, self._problem = ServedModel(successor, self._source, self._monitor), ""
+        log.info("model %s is loaded", successor.model_version)
+        return True
+
+    def look(self, background: bool = False) -> bool:
+        """`renew`, if the last look is `LOOK_SECONDS` ago; `background` loads in a thread, and nobody waits."""
+        if time.monotonic() - self._looked < LOOK_SECONDS or self._renewing.locked():
+            return False
+        self._looked = time.monotonic()
+        if not self.pipeline.outdated():
+            return False
+        if not background:
+            return self.renew()
+        threading.Thread(target=self.renew, daemon=True).start()
+        return False
+
+
+def moments_of(observations: Observations, as_of: str = LAST, now: float | None = None) -> np.ndarray:
+    """The moment that each visit is scored for, in microseconds: ``last`` is its own last observation, ``now`` the time
+    `now` (seconds since 1970; the clock's where None), else `as_of` is a time. Raises `BadObservations`."""
+    if as_of == LAST:
+        return observations.last_time
+    micros = int((time.time() if now is None else now) * 1e6) if as_of == NOW else to_micros(as_of)
+    return np.full(observations.n_visits, micros, dtype=np.int64)
