@@ -1,6 +1,7 @@
 """Which file may import what, what the files may not hold, and that every option says what it is for."""
 
 import ast
+import graphlib
 import importlib
 import re
 import subprocess
@@ -10,27 +11,72 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {path.stem: path for path in ROOT.glob("*.py")}
-TRAINING = {"generate_features", "train_best_model", "training_data", "candidates"}
-SERVING = {"api_server", "batch_processor", "db_predictor", "stream_processor"} & MODULES.keys()
-PACKAGES = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
-
-# project modules that a module may import
-MAY_IMPORT = {
-    "feature_pipeline": set(),
-    "demo_cohort": {"artifacts", "command_line"},
-    "training_data": {"feature_pipeline", "demo_cohort"},
-    "pseudonyms": {"feature_pipeline"},
-    "pages": set(),
-    "artifacts": set(),
-    "units": {"feature_pipeline"},
-    "command_line": {"feature_pipeline"},
-    "prediction_log": {"feature_pipeline", "command_line", "pseudonyms"},
-    "monitoring": {
-        *("feature_pipeline", "artifacts", "command_line", "metrics", "pages", "prediction_log", "pseudonyms"),
-        "training_data",  # reads labels
-    },
+CORE = ("feature_pipeline", "common")
+SERVING = ("serving.deployed", "serving.evidence", "monitoring.log", *CORE)
+# every module of the project belongs to the room with the longest fitting name, and may import its own room besides
+ROOMS = {
+    "feature_pipeline": (),
+    "common": ("feature_pipeline",),
+    "sources": CORE,
+    "monitoring": CORE,
+    "monitoring.profile": CORE,
+    "monitoring.log": ("monitoring.profile", *CORE),
+    "monitoring.migrations": ("monitoring.log", *CORE),
+    "training": ("sources", "monitoring.profile", *CORE),
+    "evaluation": ("training.snapshots", *CORE),
+    "serving": (),
+    "serving.deployed": ("monitoring.log", *CORE),
+    "serving.evidence": ("monitoring.log", *CORE),
+    "serving.api": SERVING,
+    "serving.batch": SERVING,
+    "serving.db": SERVING,
+    "serving.stream": SERVING,
+    # doors
+    "prepare_data": ("sources", *CORE),
+    "generate_features": ("training", *CORE),
+    "train_best_model": ("training", *CORE),
+    "run_tests": ("training", *CORE),
+    "evaluate_model": ("evaluation", *CORE),
+    "monitor": ("monitoring", *CORE),
+    "api_server": ("serving.api", *CORE),
+    "gunicorn.conf": ("serving.api", *CORE),
+    "batch_processor": ("serving.batch", "monitoring.log", *CORE),  # the log's URL
+    "db_predictor": ("serving.db", "monitoring.log", *CORE),
+    "stream_processor": ("serving.stream", "monitoring.log", *CORE),
 }
+MOST_LINES = 500
+LONGER = {"feature_pipeline.py", "sources/demo_cohort.py"}
+MOST_DOORS = 12  # *.py files at the top level
+
+
+def tracked_files() -> list[Path]:
+    """The files under version control or about to be; outside of a checkout every file that is not hidden."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        names = [name for name in done.stdout.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        names = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if not any(part[0] == "." for part in p.parts[1:])]
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = tracked_files()
+FREE = ("tests", "benchmarks", "examples")  # may import anything
+MODULES = {
+    module_name(path): path for path in FILES if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in FREE
+}
+
+
+def within(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+def room_of(module: str) -> str | None:
+    return max((room for room in ROOMS if within(module, (room,))), key=len, default=None)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -40,27 +86,54 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "no relative imports at the top level"
+            assert not node.level, "no relative imports"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def own_imports(module: str) -> set[str]:
+    """The project's modules that `module` imports. A package whose module is imported does not count itself."""
+    found = imports_of(MODULES[module]) & MODULES.keys() - {module}
+    return {name for name in found if not any(within(other, (name,)) for other in found - {name})}
 
 
 def top_names(imports: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in imports}
 
 
-def files_of(module: str) -> list[Path]:
-    """The file of a top-level module, and those of the folder that it is the door of (api_server: api/)."""
-    folder = ROOT / module.partition("_")[0]
-    return [MODULES[module], *(sorted(folder.rglob("*.py")) if folder.is_dir() else [])]
+# ---------------------------------------------------------------------------------------------------- rooms
 
 
-# -------------------------------------------------------------------------------------------------- imports
+def test_every_module_is_in_a_room():
+    assert {module for module in MODULES if room_of(module) is None} == set()
 
 
-@pytest.mark.parametrize("module", sorted(MAY_IMPORT.keys() & MODULES.keys()))
-def test_modules_import_no_more_of_the_project_than_they_may(module):
-    assert top_names(imports_of(MODULES[module])) & MODULES.keys() <= MAY_IMPORT[module] | {module}
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_modules_import_only_what_their_room_may(module):
+    room = room_of(module)
+    assert {name for name in own_imports(module) if not within(name, (room, *ROOMS[room]))} == set()
+
+
+def test_no_module_is_imported_in_a_circle():
+    try:
+        graphlib.TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_files_are_short_and_doors_are_few():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in FILES
+        if path.suffix in (".py", ".js") and path.relative_to(ROOT).parts[0] != "tests"
+    }
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES and name not in LONGER} == {}
+    assert len([path for path in MODULES.values() if path.parent == ROOT]) <= MOST_DOORS
+
+
+def test_serving_loads_no_training_library():
+    for module in (name for name in MODULES if within(name, ("serving", "monitoring.log", "monitoring.profile"))):
+        assert not top_names(imports_of(MODULES[module])) & {"sklearn", "lightgbm"}, module
 
 
 def test_feature_pipeline_needs_numpy_pandas_joblib_and_nothing_that_knows_the_world():
@@ -77,21 +150,6 @@ def test_feature_pipeline_asks_neither_clock_nor_chance_nor_environment():
     assert not attributes & {"now", "utcnow", "today", "environ", "getenv", "random", "default_rng", "perf_counter"}
 
 
-@pytest.mark.parametrize("script", sorted(SERVING))
-def test_serving_scripts_import_neither_one_another_nor_training(script):
-    for path in files_of(script):
-        imported = top_names(imports_of(path))
-        assert not imported & (SERVING - {script}), path.name
-        assert not imported & (TRAINING | {"metrics", "training_report", "demo_cohort"}), path.name
-        assert "sklearn" not in imported and "lightgbm" not in imported, path.name
-
-
-def test_shared_modules_import_no_script():
-    scripts = SERVING | {"generate_features", "train_best_model", "run_tests", "monitoring"}
-    for module in MODULES.keys() - scripts - {"retraining"}:  # which is train_best_model.py's, and joins them
-        assert not top_names(imports_of(MODULES[module])) & scripts, module
-
-
 def test_importing_feature_pipeline_loads_no_model_library():
     code = (
         "import sys, feature_pipeline; print({'sklearn', 'lightgbm', 'flask', 'sqlalchemy'} & set(sys.modules) or '')"
@@ -101,16 +159,6 @@ def test_importing_feature_pipeline_loads_no_model_library():
 
 
 # --------------------------------------------------------------------------------------------------- contents
-
-
-def tracked_files() -> list[Path]:
-    """The files under version control; outside of a checkout every file that is not hidden."""
-    try:
-        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-        names = [name for name in done.stdout.split("\0") if name]
-    except (OSError, subprocess.CalledProcessError):
-        names = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if not any(part[0] == "." for part in p.parts[1:])]
-    return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def text_of(path: Path) -> str:
@@ -124,7 +172,7 @@ def test_no_file_names_a_machines_own_folders():
     folders = re.compile(r"(?<![\w.\]:/])/(?:work|home|root|Users)/\w")
     found = {
         f"{path.relative_to(ROOT)}:{number}"
-        for path in tracked_files()
+        for path in FILES
         for number, line in enumerate(text_of(path).splitlines(), 1)
         if folders.search(line)
     }
@@ -133,7 +181,7 @@ def test_no_file_names_a_machines_own_folders():
 
 def test_no_data_files_lie_beside_the_scripts():
     kinds = {".csv", ".gz", ".parquet", ".pkl", ".psv", ".db", ".sqlite"}
-    assert not sorted(path.name for path in tracked_files() if path.parent == ROOT and path.suffix in kinds)
+    assert not sorted(path.name for path in FILES if path.parent == ROOT and path.suffix in kinds)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -149,7 +197,7 @@ def takes_arguments(path: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" and node.args.args for node in tree.body)
 
 
-SCRIPTS = [name for name, path in sorted(MODULES.items()) if takes_arguments(path)]
+SCRIPTS = [name for name, path in sorted(MODULES.items()) if path.parent == ROOT and takes_arguments(path)]
 SCRIPTS += [f"benchmarks.{p.stem}" for p in sorted((ROOT / "benchmarks").glob("*.py")) if takes_arguments(p)]
 
 
@@ -176,7 +224,7 @@ def options_of(text: str) -> dict[str, str]:
 
 
 def test_there_are_scripts():
-    assert {"generate_features", "train_best_model", "run_tests", "import_physionet2019"} <= set(SCRIPTS)
+    assert {"generate_features", "train_best_model", "run_tests", "prepare_data"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
