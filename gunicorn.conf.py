@@ -67,7 +67,7 @@ def prepare(server):
         on_exit(server)
         sys.exit(2)
     # Loaded here, they cost a renewed worker no time. Nothing is used yet: LightGBM's threads do not survive a fork.
-    for name in ("api.app", "sklearn.linear_model", "lightgbm"):
+    for name in ("serving.api.app", "sklearn.linear_model", "lightgbm"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     spare_the_loaded()  # and a worker's first round of garbage collection does not copy it all

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_visit_is_answered_with_the_pipelines_own_number(client, pipeline)
     assert answer["status"] == "success" and answer["model_version"] == pipeline.model_version
     assert [p["sepsis_probability"] for p in answer["predictions"]] == expected["sepsis_probability"].tolist()
     assert [p["visit_id"] for p in answer["predictions"]] == expected["visit_id"].tolist()
-    assert {p["risk_level"] for p in answer["predictions"]} <= {"low", "medium", "high"}
+    assert {p["risk_level"] for p in answer["predictions"]} <= {"LOW", "MEDIUM", "HIGH"}
 
 
 def test_rows_set_aside_and_visits_without_anything_usable_are_told(client):
@@ -88,7 +89,7 @@ def test_rows_set_aside_and_visits_without_anything_usable_are_told(client):
     assert (last["visit_id"], last["sepsis_probability"], last["risk_level"], last["as_of"]) == (
         77,
         None,
-        "unknown",
+        "UNKNOWN",
         None,
     )
     assert {r["reason"]: (r["count"], r["first_rows"]) for r in answer["set_aside"]["reasons"]} == {
@@ -351,7 +352,7 @@ def test_a_key_in_the_wrong_place_is_not_shown(source):
 
 
 def test_kept_keys_outlast_a_damaged_file(make_client, tmp_path, monkeypatch):
-    monkeypatch.setattr("api.security._kept", {})
+    monkeypatch.setattr("serving.api.security._kept", {})
     key, line = new_key("ward")
     keys = tmp_path / "keys"
     keys.write_text(line)
@@ -392,7 +393,7 @@ def test_counts_of_requests_are_exact_among_threads():
 
 def test_counts_of_requests_begin_anew_with_the_window(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("api.limits.time.time", lambda: now[0])
+    monkeypatch.setattr("serving.api.limits.time.time", lambda: now[0])
     monkeypatch.setattr(ThreadSafeMemory, "MOST_KEYS", 3)
     counts = ThreadSafeMemory()
     assert [counts.incr("ward", 60) for _ in range(2)] == [1, 2] and counts.get_expiry("ward") == 1060
@@ -736,7 +737,7 @@ def test_cds_hooks_discovery_and_cards(client, pipeline):
     cards = client.post(f"/cds-services/{service['id']}", json=cds_call(fhir_observation())).get_json()["cards"]
     assert len(cards) == 1 and len(cards[0]["summary"]) < 140
     level = pipeline.risk_level(pipeline.predict([plain("HR", 104.5, 60, 100)])["sepsis_probability"][0])
-    assert cards[0]["indicator"] == {"low": "info", "medium": "warning", "high": "critical"}[level]
+    assert cards[0]["indicator"] == {"LOW": "info", "MEDIUM": "warning", "HIGH": "critical"}[level]
     assert pipeline.model_version in cards[0]["source"]["label"] and "HR" in cards[0]["detail"]
     assert "2024-07-02 08:00 UTC" in cards[0]["summary"] and "Not used" not in cards[0]["detail"]
 
@@ -811,7 +812,7 @@ def test_cds_failures_are_no_advice_that_all_is_well(client, tmp_path):
 
 def test_a_model_without_a_version_is_described(client, monkeypatch):
     pipeline = client.application.service.pipeline()
-    monkeypatch.setattr(pipeline, "config", {k: v for k, v in pipeline.config.items() if k != "model_version"})
+    monkeypatch.setattr(pipeline, "config", replace(pipeline.config, model_version=None))
     assert client.get("/model").get_json()["model_version"] == pipeline.model_version
 
 

@@ -28,7 +28,7 @@ SERVICES = {
         }
     ]
 }
-INDICATORS = {"low": "info", "medium": "warning", "high": "critical", "unknown": "info"}
+INDICATORS = {"LOW": "info", "MEDIUM": "warning", "HIGH": "critical", "UNKNOWN": "info"}
 REASONS = 3
 
 

@@ -31,7 +31,7 @@ MIME = "application/fhir+json"
 LOINC = "http://loinc.org"
 UCUM = "http://unitsofmeasure.org"
 SEPSIS = {"system": "http://snomed.info/sct", "code": "91302008", "display": "Sepsis"}
-RISK_CODES = {"low": "low", "medium": "moderate", "high": "high"}
+RISK_CODES = {"LOW": "low", "MEDIUM": "moderate", "HIGH": "high"}
 NOT_A_RESULT = {"entered-in-error", "cancelled", "registered", "unknown"}
 MOST_ISSUES = 50
 # why something of a bundle is not used; the keys are the metrics' reasons

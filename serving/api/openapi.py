@@ -163,7 +163,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         visit_id=name,
         client=name,
         sepsis_probability=probability,
-        risk_level={"enum": ["low", "medium", "high", "unknown"]},
+        risk_level={"enum": ["LOW", "MEDIUM", "HIGH", "UNKNOWN"]},
         as_of={"type": ["string", "null"], "description": "time of the last observation, UTC"},
     )
     prediction["properties"] |= {

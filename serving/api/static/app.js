@@ -4,8 +4,8 @@ import { make } from "/static/dom.js";
 import { parseObservations, seriesByVisit, visitKey } from "/static/observations.js";
 
 const $ = (id) => document.getElementById(id);
-const ORDER = { high: 0, medium: 1, low: 2, unknown: 3 };
-const SIGNS = { high: "▲▲", medium: "▲", low: "●", unknown: "?" };
+const ORDER = { HIGH: 0, MEDIUM: 1, LOW: 2, UNKNOWN: 3 };
+const SIGNS = { HIGH: "▲▲", MEDIUM: "▲", LOW: "●", UNKNOWN: "?" };
 const VITALS = [["heart rate", /^(hr|heart.?rate|pulse|8867-4)$/i], ["systolic pressure", /^(sbp|systolic.*|8480-6)$/i],
   ["mean pressure", /^(map|mbp|8478-0)$/i], ["respiratory rate", /^(resp|rr|respir.*|9279-1)$/i],
   ["temperature", /^(temp.*|8310-5)$/i], ["oxygen saturation", /^(spo2|o2sat|59408-5|2708-6)$/i],
@@ -90,7 +90,7 @@ function asideRemarks(aside) {
 
 function showVisits() {
   const count = (level) => scored.filter((p) => p.risk_level === level).length;
-  $("count").textContent = `${scored.length} ${scored.length === 1 ? "visit" : "visits"}: ${["high", "medium", "low"].map((l) => `${count(l)} ${l}`).join(", ")}`;
+  $("count").textContent = `${scored.length} ${scored.length === 1 ? "visit" : "visits"}: ${["HIGH", "MEDIUM", "LOW", "UNKNOWN"].map((l) => `${count(l)} ${l}`).join(", ")}`;
   $("visits").replaceChildren(...scored.map((p, i) => make("li", {},
     make("button", { type: "button", class: `visit ${p.risk_level}`, "data-index": i },
       make("span", { class: "badge" }, make("span", { "aria-hidden": "true" }, `${SIGNS[p.risk_level]} `), p.risk_level),
@@ -122,7 +122,7 @@ async function showDetail(index, focus = true) {
   const scores = (p.trajectory || []).filter((q) => q.sepsis_probability !== null).map((q) => [Date.parse(q.as_of), q.sepsis_probability]);
   if (times.length) {
     const span = [Math.min(...times), Math.max(...times)];
-    const levels = model ? [{ value: model.risk_thresholds.medium, label: "medium" }, { value: model.risk_thresholds.high, label: "high" }] : [];
+    const levels = model ? [{ value: model.risk_thresholds.medium, label: "MEDIUM" }, { value: model.risk_thresholds.high, label: "HIGH" }] : [];
     if (scores.length) box.append(make("h4", {}, "Score over time"), lineChart("probability of sepsis", scores, { span, low: 0, high: 1, height: 120, marks: levels, format: percent }));
     const shown = VITALS.map(([name, like]) => [name, [...codes].find(([code]) => like.test(code))]).filter(([, found]) => found);
     if (shown.length) box.append(make("h4", {}, "Vital signs and laboratory"),
@@ -184,7 +184,7 @@ async function showService() {
     return row;
   })));
   $("levels").replaceChildren(bars(of("sepsis_predictions_total").map((s) => ({ label: `${SIGNS[s.labels.risk_level] || ""} ${s.labels.risk_level}`, value: s.value, kind: s.labels.risk_level }))));
-  $("requests").replaceChildren(bars(of("sepsis_requests_total").filter((s) => !s.labels.route.startsWith("/static")).map((s) => ({ label: `${s.labels.route} ${s.labels.status}`, value: s.value, kind: s.labels.status >= "400" ? "high" : "" })).sort((a, b) => b.value - a.value).slice(0, 12)));
+  $("requests").replaceChildren(bars(of("sepsis_requests_total").filter((s) => !s.labels.route.startsWith("/static")).map((s) => ({ label: `${s.labels.route} ${s.labels.status}`, value: s.value, kind: s.labels.status >= "400" ? "HIGH" : "" })).sort((a, b) => b.value - a.value).slice(0, 12)));
   $("aside").replaceChildren(bars(of("sepsis_rows_set_aside_total").map((s) => ({ label: s.labels.reason.replaceAll("_", " "), value: s.value }))));
   if (!model) return;
   const interval = (m) => (m ? `${m.value.toFixed(3)} (${m.interval.map((v) => v.toFixed(3)).join(" to ")})` : "–");
@@ -192,7 +192,7 @@ async function showService() {
   const figure = (name) => (test[name]?.value !== undefined ? interval(test[name]) : typeof test[name] === "number" ? test[name].toFixed(3) : "–");
   const rows = [["version", model.model_version], ["features", `${model.n_features}, set ${model.feature_set}`], ["model", model.model],
     ["looks ahead", model.retrospective ? "no: scores whole stays" : `${model.horizon_hours} h`], ["trained", model.trained_at], ["on", model.trained_on],
-    ["risk levels", `medium from ${model.risk_thresholds.medium}, high from ${model.risk_thresholds.high}`],
+    ["risk levels", `MEDIUM from ${model.risk_thresholds.medium}, HIGH from ${model.risk_thresholds.high}`],
     ["ROC AUC, test part", figure("roc_auc")], ["average precision", figure("average_precision")]];
   $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value ?? "–"))]));
 }
