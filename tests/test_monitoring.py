@@ -11,26 +11,30 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import alembic.command
 import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
-import monitor as monitoring
 from common import metrics
 from common.labels import read_labels
 from feature_pipeline import ProductionPipeline, read_observations
 from monitor import main
 from monitoring import log as prediction_log
 from monitoring.drift import jensen_shannon, psi, psi_limit
-from monitoring.findings import Findings, Rows
+from monitoring.findings import Findings, Rows, read_rows
 from monitoring.log import PredictionLog, open_engine, predictions
 from monitoring.look import look
 from monitoring.profile import Profile
+from monitoring.quality import look_at_quality, read_outcomes
 from sources.demo_cohort import make_demo_cohort
 from training.snapshots import make_training_data
 
@@ -138,7 +142,7 @@ WRITER = """
 import sys, numpy as np
 sys.path.insert(0, {root!r})
 from feature_pipeline import ProductionPipeline, resolve_snapshots
-from prediction_log import PredictionLog
+from monitoring.log import PredictionLog
 pipeline = ProductionPipeline({config!r}, {model!r})
 observations = pipeline.reproducer.read({rows!r})
 visit, moments, _ = resolve_snapshots(observations)
@@ -182,16 +186,74 @@ def test_four_writers_at_once_and_one_killed(config_path, model_path, tmp_path):
     assert count["w1"] == count["w2"] == count["w3"] == 150 and count["w0"] >= answered + 1 and broken == (0,)
 
 
-def test_many_that_make_the_database_at_once_all_have_it(tmp_path):
+def test_many_that_open_a_new_log_at_once_all_can_write_to_it(url):
     together = threading.Barrier(6)
 
-    def make(k):
+    def open_and_write(_):
         together.wait(60)
-        open_engine(f"sqlite:///{tmp_path}/log{k}.db").dispose()
+        engine = open_engine(url)
+        with engine.begin() as connection:
+            connection.execute(prediction_log.errors.insert(), [error_row()])
+        engine.dispose()
 
     with ThreadPoolExecutor(6) as pool:
-        for k in range(5):
-            list(pool.map(make, [k] * 6))
+        list(pool.map(open_and_write, range(6)))
+    assert count(url, prediction_log.errors) == 6
+
+
+def error_row():
+    return {"time": DAY, "source": "batch", "model_version": "20250101_000000", "kind": "file", "n": 6}
+
+
+def count(url, table):
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        n = connection.scalar(sa.select(sa.func.count()).select_from(table))
+    engine.dispose()
+    return n
+
+
+def test_the_migrations_make_the_tables_of_the_code(url):
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": "prediction_log_version"})
+        assert compare_metadata(context, prediction_log.metadata) == []
+    engine.dispose()
+
+
+def test_an_older_log_gets_its_new_columns_and_keeps_its_rows(url, pipeline, ward, key, monkeypatch):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    upgrade = alembic.command.upgrade
+    monkeypatch.setattr(alembic.command, "upgrade", lambda config, revision: upgrade(config, "0001"))
+    engine = open_engine(url)
+    monkeypatch.undo()
+    monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", KEY)
+    columns = {column["name"] for column in sa.inspect(engine).get_columns("predictions")}
+    assert "bins" in columns and "reason" not in columns
+    old = {"time": DAY, "source": "api", "model_version": "x", "visit": "v", "risk_level": "LOW"}
+    with engine.begin() as connection:
+        row = {**old, "bins": "", "codes": "", "unknown": 0, "seconds": 0.1}
+        connection.execute(sa.insert(sa.table("predictions", *map(sa.column, row))), [row])
+    engine.dispose()
+    log = PredictionLog.open(url, pipeline, "api")
+    assert log.record(data.observations, data.visit, data.as_of, probability, features, 0.1)
+    log.close()
+    assert count(url, predictions) == 1 + len(data.visit)
+
+
+def test_a_log_of_a_later_release_can_still_be_written(url):
+    """As after a rollback of the code."""
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE predictions ADD COLUMN later INTEGER"))
+        connection.execute(sa.text("UPDATE prediction_log_version SET version_num = '9999'"))
+    engine.dispose()
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        connection.execute(prediction_log.errors.insert(), [error_row()])
+    engine.dispose()
+    assert count(url, prediction_log.errors) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- drift
@@ -276,7 +338,7 @@ def constant_ward(engine, once, start, days, visits_a_day, versions):
 def once(pipeline, ward, tmp_path, key):
     """The ward's predictions as rows of the log."""
     engine = log_of(tmp_path / "once.db", pipeline, snapshots_of(*ward, pipeline))
-    rows = monitoring.read_rows(engine, None, DAY, None)
+    rows = read_rows(engine, None, DAY, None)
     engine.dispose()
     return rows
 
@@ -303,7 +365,7 @@ def test_a_constant_ward_is_silent_from_first_deployment_through_a_promotion(pip
     change = start + timedelta(days=promoted)
     for until in sorted([*moments, start + timedelta(hours=6), change + timedelta(minutes=1)]):
         version = "20250101_000000" if until <= change else "20260131_000000"
-        findings = look(engine, {**pipeline.config, "model_version": version}, until, days=days)
+        findings = look(engine, replace(pipeline.config, model_version=version), until, days=days)
         assert findings.alerts == [], until
     engine.dispose()
 
@@ -311,10 +373,10 @@ def test_a_constant_ward_is_silent_from_first_deployment_through_a_promotion(pip
 def test_volume_and_errors_are_those_of_all_versions(pipeline, once, tmp_path):
     engine, start = open_engine(f"sqlite:///{tmp_path}/log.db"), datetime(2026, 1, 1)
     constant_ward(engine, once, start, 30, 40, [(0, "20250101_000000")])
-    config = {**pipeline.config, "model_version": "20260130_000000"}
+    config = replace(pipeline.config, model_version="20260130_000000")
     with engine.begin() as connection:
-        row = {"source": "batch", "model_version": "20250101_000000", "kind": "file", "n": 6}
-        connection.execute(prediction_log.errors.insert(), [{"time": start + timedelta(days=29.5), **row}])
+        row = {**error_row(), "time": start + timedelta(days=29.5)}
+        connection.execute(prediction_log.errors.insert(), [row])
     findings = look(engine, config, start + timedelta(days=30), days=1)
     assert findings.alerts == [] and any("20260130_000000 has no usable score" in line for line in findings.remarks)
     # a whole outage and a flood are told, whichever version serves
@@ -339,7 +401,7 @@ def test_volume_is_not_judged_without_history(pipeline, once, tmp_path):
 
 def test_scores_that_are_all_empty_are_told(pipeline, once, tmp_path, config_path, capsys):
     engine = open_engine(f"sqlite:///{tmp_path}/log.db")
-    empty = once.head(40).assign(score=None, risk_level="unknown").drop(columns="id")
+    empty = once.head(40).assign(score=None, risk_level="UNKNOWN").drop(columns="id")
     empty.to_sql("predictions", engine, if_exists="append", index=False)
     engine.dispose()
     common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--until", DAY.isoformat()]
@@ -365,14 +427,12 @@ def test_quality_by_week_with_outcomes_and_its_fall(pipeline, ward, tmp_path, ke
     common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--labels", labels]
     common += ["--until", (DAY + timedelta(days=5)).isoformat()]
     assert main(["check", *common]) == 0
-    findings = look(
-        open_engine(common[1]), pipeline.config, DAY + timedelta(days=5), labels=monitoring.read_outcomes(labels)
-    )
+    findings = look(open_engine(common[1]), pipeline.config, DAY + timedelta(days=5), labels=read_outcomes(labels))
     week = findings.quality.iloc[0]
     truth = data.label
     scores = pipeline.score(data.observations, data.visit, data.as_of)
     assert week["predictions"] == len(truth) and week["positives"] == truth.sum()
-    assert week["roc_auc"] == pytest.approx(monitoring.figures(truth, scores, data.visit, data.visit)["roc_auc"])
+    assert week["roc_auc"] == pytest.approx(metrics.figures(truth, scores, data.visit, data.visit)["roc_auc"])
     # outcomes that have nothing to do with the scores: the model has fallen
     mixed = ward[1].copy()
     generator = np.random.default_rng(1)
@@ -415,9 +475,9 @@ def weekly(n_visits, scores_an_hour=6, septic=0.2, seed=0, week=0):
 
 def quality(pipeline, weeks, since=None, told=0.8):
     findings = Findings()
-    config = {**pipeline.config, "metrics": {"test": {"roc_auc": told, "roc_auc_95": [told - 0.03, told + 0.03]}}}
+    config = replace(pipeline.config, metrics={"test": {"roc_auc": told, "roc_auc_95": [told - 0.03, told + 0.03]}})
     rows, labels = (pd.concat(tables) for tables in zip(*weeks, strict=True))
-    monitoring.look_at_quality(findings, rows, labels, config, since)
+    look_at_quality(findings, rows, labels, config, since)
     return findings
 
 
@@ -426,7 +486,7 @@ def test_quality_of_small_weeks_that_are_scored_often_is_silent(pipeline, n_visi
     """Snapshots of a visit are no independent evidence: by them most of these weeks would seem to be off."""
     few = partial(metrics.bootstrap_intervals, n_resamples=200)
     monkeypatch.setattr(metrics, "bootstrap_intervals", few)
-    told = monitoring.figures(*(np.concatenate([part]) for part in _labelled(weekly(3000))))["roc_auc"]
+    told = metrics.figures(*(np.concatenate([part]) for part in _labelled(weekly(3000))))["roc_auc"]
     alerted = sum(bool(quality(pipeline, [weekly(n_visits, seed=seed)], told=told).alerts) for seed in range(100))
     assert alerted <= 2
 
@@ -484,7 +544,7 @@ def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
             "sepsis_onset": ["", "2026-03-02 13:00", "", "2026-03-02 14:00", ""],
         }
     )
-    labels = monitoring.read_outcomes(files_of(tmp_path, table))
+    labels = read_outcomes(files_of(tmp_path, table))
     assert len(labels) == labels["visit"].nunique() == 4
     times = {"time": datetime(2026, 3, 2, 12), "as_of": datetime(2026, 3, 2, 12)}
     rows = labels[["visit"]].assign(**times, score=[0.1, 0.2, 0.3, 0.4])
@@ -624,8 +684,8 @@ def test_a_fallen_volume_is_told(pipeline, ward, tmp_path, key):
     assert any("volume" in alert for alert in look(engine, pipeline.config, DAY + timedelta(days=6)).alerts)
 
 
-def test_pipelines_of_older_configs_are_logged_without_bins(config_path, model_path, tmp_path, ward, key):
+def test_a_model_without_a_reference_profile_is_logged_without_bins(config_path, model_path, tmp_path, ward, key):
     pipeline = ProductionPipeline(config_path, model_path)
-    pipeline.config = {k: v for k, v in pipeline.config.items() if k != "reference_profile"}
+    pipeline.config = replace(pipeline.config, reference_profile={})
     engine = log_of(tmp_path / "log.db", pipeline, snapshots_of(ward[0].head(2000), ward[1], pipeline))
     assert any("no reference profile" in remark for remark in look(engine, pipeline.config, DAY).remarks)
