@@ -30,8 +30,9 @@ from batch_processor import main, watch
 from common.artifacts import locked
 from common.pseudonyms import Pseudonyms
 from feature_pipeline import COLUMNS, BadObservations, ProductionPipeline
+from serving.batch import backends, directory, scoring
 from serving.batch.backends import Processes
-from serving.batch.directory import LOCK, BadDirectories, BatchProcessor, Manifest
+from serving.batch.directory import LOCK, MANIFEST, BadDirectories, BatchProcessor, Manifest
 from serving.batch.reading import Chunks
 
 ROOT = Path(batch_processor.__file__).parent
@@ -144,7 +145,7 @@ def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
     assert_same_scores(predictions(place / "predictions" / f"predictions_dirt.{suffix}"), predict(pipeline, whole))
     assert result.scored[0].set_aside == dict(sorted(whole.set_aside.items()))
     assert result.scored[0].observations == len(cells)
-    assert result.scored[0].risk_levels["unknown"] == 1  # visit 8 of client b has nothing usable
+    assert result.scored[0].risk_levels["UNKNOWN"] == 1  # visit 8 of client b has nothing usable
 
 
 @pytest.mark.parametrize("start", ["   \n", "\n \t\n\n", "\ufeff \n"])
@@ -183,13 +184,13 @@ def test_lines_with_too_many_fields_are_counted_in_every_chunk(place, rows, proc
 def test_a_file_far_longer_than_a_chunk_has_many_parts(place, rows, config_path, model_path, monkeypatch):
     put(rows, place / "incoming/long.parquet")
     made = []
-    original = batch_processor.Parts.__init__
+    original = scoring.Parts.__init__
 
     def spy(self, directory, n_parts):
         made.append(n_parts)
         original(self, directory, n_parts)
 
-    monkeypatch.setattr(batch_processor.Parts, "__init__", spy)
+    monkeypatch.setattr(scoring.Parts, "__init__", spy)
     processor = BatchProcessor(config_path, model_path, settle_seconds=0, chunk_rows=len(rows) // 10)
     assert processor.process_directory().ok
     assert made[0] >= 20
@@ -263,7 +264,7 @@ def test_a_file_that_is_still_written_is_left_for_the_next_run(place, rows, conf
 @pytest.mark.parametrize("addition", ["1,a,2024-01-01T00:00,HR,80,,\n", '"'])
 def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run(place, rows, processor, monkeypatch, addition):
     path = put(rows.head(300), place / "incoming/ward.csv")
-    original = batch_processor.score_file
+    original = directory.score_file
 
     def slow(*arguments):
         try:
@@ -274,7 +275,7 @@ def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run(place, rows
             with open(path, "a") as file:
                 file.write(addition)
 
-    monkeypatch.setattr(batch_processor, "score_file", slow)
+    monkeypatch.setattr(directory, "score_file", slow)
     result = processor.process_directory()
     assert result.still_written == ["ward.csv"] and not result.failed and path.exists()
 
@@ -294,7 +295,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_ends_nothing(place, rows, proce
     def overwriting(path, mode):
         return Overwritten(io.FileIO(path)) if mode == "rb" else open(path, mode)
 
-    monkeypatch.setattr(batch_processor, "open", overwriting, raising=False)
+    monkeypatch.setattr(scoring, "open", overwriting, raising=False)
     result = processor.process_directory()
     assert result.still_written == ["a.csv"] and [file.file for file in result.scored] == ["b.csv"]
 
@@ -333,7 +334,7 @@ def test_a_torn_manifest_costs_one_file_only(place, rows, processor):
     for name in ("a.csv", "b.csv"):
         put(rows.head(200), place / "incoming" / name)
     processor.process_directory()
-    manifest = place / "predictions" / batch_processor.MANIFEST
+    manifest = place / "predictions" / MANIFEST
     content = manifest.read_bytes()
     manifest.write_bytes(content[:-20])
     result = processor.process_directory()
@@ -439,14 +440,14 @@ def test_a_surprise_in_one_file_stops_no_other(place, rows, processor, caplog, m
     monkeypatch.setattr(batch_processor.log, "propagate", True)
     for name in ("a.csv", "b.csv", "c.csv"):
         put(rows.head(200 if name == "b.csv" else 300), place / "incoming" / name)
-    original = batch_processor.score_table
+    original = scoring.score_table
 
     def surprised(key, table, row):
         if len(table) == 200:
             raise RuntimeError(f"visit {table['visit_id'][0]}")
         return original(key, table, row)
 
-    monkeypatch.setattr(batch_processor, "score_table", surprised)
+    monkeypatch.setattr(scoring, "score_table", surprised)
     result = processor.process_directory()
     assert {file.file for file in result.scored} == {"a.csv", "c.csv"} and not result.ok
     assert list(result.kept) == ["b.csv"] and (place / "incoming/b.csv").exists()
@@ -539,8 +540,8 @@ def test_a_full_disk_keeps_the_file_for_the_next_run(place, rows, config_path, m
 
 
 def test_processes_and_parts_give_the_same_files(place, rows, pipeline, config_path, model_path, monkeypatch):
-    monkeypatch.setattr(batch_processor, "WORTH_A_POOL", 0)
-    monkeypatch.setattr(batch_processor, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(directory, "WORTH_A_POOL", 0)
+    monkeypatch.setattr(directory, "LARGE_BYTES", 100_000)
     put(rows, place / "incoming/large.csv")  # cut here, its parts are scored in the pool
     for number in range(3):
         put(rows.iloc[number::3], place / f"incoming/small{number}.csv.gz")
@@ -555,7 +556,7 @@ def test_processes_and_parts_give_the_same_files(place, rows, pipeline, config_p
 
 
 def test_a_worker_that_dies_costs_no_file(place, rows, config_path, model_path, monkeypatch):
-    monkeypatch.setattr(batch_processor, "WORTH_A_POOL", 0)
+    monkeypatch.setattr(directory, "WORTH_A_POOL", 0)
     for number in range(6):
         put(rows, place / f"incoming/{number}.csv")
     processor = BatchProcessor(config_path, model_path, settle_seconds=0, jobs=2)
@@ -583,7 +584,7 @@ def _command(process: psutil.Process) -> list[str]:
 @pytest.mark.slow
 def test_dask_gives_the_same_files(place, rows, pipeline, config_path, model_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="distributed is not installed")
-    monkeypatch.setattr(batch_processor, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(directory, "LARGE_BYTES", 100_000)
     put(rows.sample(frac=1, random_state=1), place / "incoming/large.csv")
     put(rows, place / "incoming/small.parquet")
     put(rows.head(900), place / "incoming/small.csv.gz")
@@ -610,7 +611,7 @@ def test_dask_gives_the_same_files(place, rows, pipeline, config_path, model_pat
     assert_same_scores(predictions(found / "predictions_small.parquet"), predict(pipeline, rows))
     assert_same_scores(predictions(found / "predictions_small.csv.gz"), predict(pipeline, rows.head(900)))
     assert (place / "failed/half.csv.gz").exists()
-    monkeypatch.setattr(batch_processor, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1)
     put(rows, place / "incoming/more.csv")
     assert main([*options(config_path, model_path), "--backend", "dask", "--scheduler", address]) == 2
     assert (place / "incoming/more.csv").exists()
@@ -680,10 +681,10 @@ def test_fifty_kills_change_no_byte(tmp_path, rows, config_path, model_path, mon
             assert process.exitcode in (0, 1)
             break
         assert {p.name: without_time(p) for p in (folder / "output").glob("predictions_*")} == expected
-        assert {p.name for p in (folder / "output").iterdir()} == {*expected, batch_processor.MANIFEST, ".lock"}
+        assert {p.name for p in (folder / "output").iterdir()} == {*expected, MANIFEST, ".lock"}
         bad = {"bad.csv", "half.csv.gz"}
         assert {p.name for p in (folder / "failed").iterdir()} == bad | {f"{name}.reason.txt" for name in bad}
-        assert set(Manifest(folder / "output" / batch_processor.MANIFEST).entries) == {
+        assert set(Manifest(folder / "output" / MANIFEST).entries) == {
             name.removeprefix("predictions_") for name in expected
         }
     assert hits >= 10, "the kills must come in the middle of the work"
@@ -724,8 +725,8 @@ def test_workers_of_a_killed_run_end_by_themselves(place, rows, config_path, mod
 def test_the_crontab_line_works_as_it_stands(tmp_path, rows, models_dir, capsys):
     home = tmp_path / "sepsis-risk"
     (home / "data/incoming").mkdir(parents=True)
-    for module in ROOT.glob("*.py"):
-        (home / module.name).symlink_to(module)
+    for part in (*ROOT.glob("*.py"), *(ROOT / room for room in ("common", "monitoring", "serving"))):
+        (home / part.name).symlink_to(part)
     (home / "models").symlink_to(models_dir)
     (home / ".venv").symlink_to(sys.prefix)
     path = put(rows, home / "data/incoming/ward.csv")
@@ -824,7 +825,7 @@ def test_a_deployment_in_the_middle_of_another_mixes_nothing(place, rows, deploy
         return result
 
     watch(processor, 0.01, once, stop)
-    assert runs == [({"two"}, {"low"}), ({"three"}, {"medium"})]
+    assert runs == [({"two"}, {"LOW"}), ({"three"}, {"MEDIUM"})]
 
 
 @pytest.mark.filterwarnings("ignore::feature_pipeline.UnfinishedSwitchWarning")

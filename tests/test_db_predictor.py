@@ -21,9 +21,10 @@ import sqlalchemy as sa
 import db_predictor
 from common.pseudonyms import Pseudonyms
 from db_predictor import main
-from serving.db.connection import BatchUndone, DatabaseError, connect, safe_url
-from serving.db.predictor import DatabasePredictor
-from serving.db.tables import make_tables, schema
+from serving.db import predictor as scoring
+from serving.db.connection import BatchUndone, DatabaseError, connect, driver_words, safe_url
+from serving.db.predictor import DatabasePredictor, RunResult, skips_locked
+from serving.db.tables import make_tables, read_mapping, schema
 
 ROOT = Path(db_predictor.__file__).parent
 
@@ -134,7 +135,7 @@ def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipe
     mapping = tmp_path / "tables.json"
     mapping.write_text(json.dumps(names))
     assert main(["--db-url", url, "--tables", str(mapping), "--init-db"]) == 0  # makes the missing one only
-    predictor = DatabasePredictor(url, config_path, model_path, tables=db_predictor.read_mapping(mapping))
+    predictor = DatabasePredictor(url, config_path, model_path, tables=read_mapping(mapping))
     result = predictor.process_pending_visits()
     assert (result.scored, result.unusable, result.without_observations) == (2, 1, 1)
     assert result.set_aside == {"bad_date": 1, "no_date": 1, "bad_value": 1}
@@ -302,7 +303,7 @@ def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path,
     """A predictions table from before, or of the hospital's own."""
     mapping = tmp_path / "tables.json"
     mapping.write_text(json.dumps({"predictions": {"columns": {"newest_observation": None}}}))
-    without = db_predictor.read_mapping(mapping)
+    without = read_mapping(mapping)
     engine = connect(url)
     if engine.dialect.name == "sqlite":
         Path(engine.url.database).parent.mkdir()
@@ -441,7 +442,7 @@ def test_constraints_keep_nonsense_out(predictor, table, values):
         "client": "a",
         "visit_id": "1",
         "sepsis_score": 0.5,
-        "risk_level": "low",
+        "risk_level": "LOW",
         "model_version": "v",
         "scored_at": pd.Timestamp("2024-01-01").to_pydatetime(),
         "observations": 3,
@@ -485,7 +486,7 @@ def test_skip_locked_where_the_database_has_it(name, is_mariadb, version, skips)
 
     Dialect.name, Dialect.is_mariadb = name, is_mariadb
     connection = type("Connection", (), {"dialect": Dialect})
-    assert db_predictor._skips_locked(connection) is skips
+    assert skips_locked(connection) is skips
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -616,7 +617,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(
                 with engine.connect() as other:
                     other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
 
-    original = db_predictor.connect
+    original = connect
 
     def watched(url):
         made = original(url)
@@ -625,7 +626,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(
 
     arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "7"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(db_predictor, "connect", watched)
+        patch.setattr(scoring, "connect", watched)
         assert main(arguments) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "14 visits were scored before and are kept, run again to go on" in err
@@ -683,7 +684,7 @@ def test_what_a_trigger_says_is_not_told(postgres, rows, config_path, model_path
 )
 def test_what_mysql_may_say_of_data_is_not_told(number, text, told):
     error = sa.exc.OperationalError(None, None, Exception(number, text))
-    words = db_predictor._driver_words(error, sa.make_url("mysql+pymysql://scorer@db/sepsis"))
+    words = driver_words(error, sa.make_url("mysql+pymysql://scorer@db/sepsis"))
     assert words == (f"Exception {number}: {(number, text)}" if told else f"Exception {number}")
 
 
@@ -724,7 +725,7 @@ def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_pa
         claims = second._claim(connection, second.tables, None, True, lock=False)
         assert len(claims) == 40
         assert first.process_pending_visits(rescore=True).rescored == 40
-        result = db_predictor.RunResult("v")
+        result = RunResult("v")
         assert second._score(connection, second.tables, claims, result, set()) == []
     for predictor in (first, second):
         predictor.close()
@@ -939,7 +940,7 @@ def test_the_alembic_command_works(tmp_path, monkeypatch):
     from alembic.config import main as alembic
 
     monkeypatch.setenv("SEPSIS_DB_URL", f"sqlite:///{tmp_path}/x.db")
-    alembic(["-c", str(ROOT / "migrations/alembic.ini"), "upgrade", "head"])
+    alembic(["-c", str(ROOT / "serving/db/migrations/alembic.ini"), "upgrade", "head"])
     engine = connect(f"sqlite:///{tmp_path}/x.db")
     assert set(schema().tables) < set(sa.inspect(engine).get_table_names())
     engine.dispose()

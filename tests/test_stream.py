@@ -209,7 +209,7 @@ def deployed(make, models_dir, tmp_path):
 
 def test_another_model_is_taken_up_between_scores(deployed, monkeypatch):
     processor, deploy = deployed
-    monkeypatch.setattr("stream.processor.LOOK_SECONDS", -1)
+    monkeypatch.setattr("serving.stream.processor.LOOK_SECONDS", -1)
     old, versions = processor.pipeline.model_version, []
     for n in range(3):
         processor.add_observation({**EXAMPLE[0], "observation_value": n + 1})
@@ -305,7 +305,7 @@ def test_dropped_visits_are_not_scored_from_a_part(make, tmp_path):
 
 
 def test_codes_that_no_visit_has_any_more_are_forgotten(make, pipeline, monkeypatch):
-    monkeypatch.setattr("stream.processor.FORGETTABLE", 10)
+    monkeypatch.setattr("serving.stream.processor.FORGETTABLE", 10)
     processor, results = make(), []
     for n, row in enumerate(EXAMPLE):
         junk = {**row, "visit_id": f"junk {n}", "observation_type_code": f"free text {n}", "observation_value": 1}
@@ -335,15 +335,15 @@ def result(level, hour, before=None, visit=1):
 def test_an_alert_when_risk_rises_once_with_a_cool_down():
     book = AlertBook(cooldown_hours=6)
     given = lambda *r: [a["risk_level"] for a in book.rises([result(*r)])]  # noqa: E731
-    assert given("low", 0) == []
-    assert given("medium", 1, "low") == ["medium"]
-    assert given("medium", 2, "medium") == []  # no rise
-    assert given("low", 3, "medium") == []
-    assert given("medium", 4, "low") == []  # cool-down
-    assert given("high", 5, "medium") == ["high"]  # worse than what was told
-    assert given("low", 6, "high") == given("medium", 7, "low") == []
-    assert given("medium", 12, "low") == ["medium"]
-    assert book.rises([result("high", 13, "low", visit=2)])[0]["previous_level"] == "low"
+    assert given("LOW", 0) == []
+    assert given("MEDIUM", 1, "LOW") == ["MEDIUM"]
+    assert given("MEDIUM", 2, "MEDIUM") == []  # no rise
+    assert given("LOW", 3, "MEDIUM") == []
+    assert given("MEDIUM", 4, "LOW") == []  # cool-down
+    assert given("HIGH", 5, "MEDIUM") == ["HIGH"]  # worse than what was told
+    assert given("LOW", 6, "HIGH") == given("MEDIUM", 7, "LOW") == []
+    assert given("MEDIUM", 12, "LOW") == ["MEDIUM"]
+    assert book.rises([result("HIGH", 13, "LOW", visit=2)])[0]["previous_level"] == "LOW"
 
 
 def test_alerts_go_to_file_and_webhook_and_a_dead_webhook_stops_nothing(tmp_path, caplog):
@@ -360,7 +360,7 @@ def test_alerts_go_to_file_and_webhook_and_a_dead_webhook_stops_nothing(tmp_path
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        alerts = AlertBook().rises([result("high", 1)])
+        alerts = AlertBook().rises([result("HIGH", 1)])
         sinks = AlertSinks(str(tmp_path / "a.jsonl"), f"http://127.0.0.1:{server.server_port}/x")
         sinks.send(alerts)
         sinks.close()
@@ -392,7 +392,7 @@ def test_lines_from_stdin(models_dir, pipeline, tmp_path):
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert last_scores(results) == batch_scores(pipeline, EXAMPLE)
     assert done.returncode == 1 and "4 set aside" in done.stderr and "Traceback" not in done.stderr
-    raised = {(r["client"], r["visit_id"]) for r in results if r["risk_level"] != "low"}
+    raised = {(r["client"], r["visit_id"]) for r in results if r["risk_level"] != "LOW"}
     alerts = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     assert {(a["client"], a["visit_id"]) for a in alerts} == raised and raised
     for row in EXAMPLE:

@@ -152,8 +152,8 @@ def test_three_consumers_one_killed_one_added(stream, pipeline):
     stream.until(lambda: stream.last_scores() == wanted, "every visit's last score is the batch's")
     alerts = stream.read(stream.topics[2])
     alerted_once(alerts)
-    high = {key for key, p in wanted.items() if pipeline.risk_level(p) == "high"}
-    assert high <= {(a["client"], a["visit_id"]) for a in alerts if a["risk_level"] == "high"} and high
+    high = {key for key, p in wanted.items() if pipeline.risk_level(p) == "HIGH"}
+    assert high <= {(a["client"], a["visit_id"]) for a in alerts if a["risk_level"] == "HIGH"} and high
     assert stream.stop() == [-signal.SIGKILL, 0, 0, 0]
 
 

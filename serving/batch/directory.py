@@ -188,7 +188,7 @@ class BatchProcessor:
         self._use(ProductionPipeline(config_path, model_path))
 
     def _use(self, pipeline: ProductionPipeline) -> None:
-        config = json.dumps(pipeline.config).encode()
+        config = pipeline.config.text().encode()
         self.pipeline, self.deployment = pipeline, Deployment(config, pipeline.model_file, self.monitor)
         pipelines.clear()
         logs.clear()
@@ -422,7 +422,7 @@ class _Run:
         )
 
     def _told(self, result: FileResult) -> str:
-        levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in ("high", "medium", "low", "unknown"))
+        levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in ("HIGH", "MEDIUM", "LOW", "UNKNOWN"))
         aside = described(Counter(result.set_aside))
         return f"{result.visits:,} visits ({levels}), {result.observations:,} observations" + (
             f"; set aside: {aside}" if aside else ""

@@ -96,7 +96,7 @@ def in_words(url: sa.URL, raised: type[DatabaseError] = DatabaseError) -> Iterat
     except sa.exc.TimeoutError:
         raise raised(f"{safe_url(url)}: no connection free in time") from None
     except sa.exc.DBAPIError as error:
-        raise raised(f"{safe_url(url)}: {_driver_words(error, url)}") from None
+        raise raised(f"{safe_url(url)}: {driver_words(error, url)}") from None
     except sa.exc.IdentifierError as error:
         raise raised(f"{safe_url(url)}: {error}") from None
 
@@ -108,7 +108,7 @@ _TOLD_STATES = ("08", "28", "3D", "3F", "42", "53", "57")  # classes of SQLSTATE
 _TOLD_BY_MYSQL = {1040, 1044, 1045, 1049, 1054, 1142, 1143, 1146, *range(2000, 3000)}  # the last are the client's own
 
 
-def _driver_words(error: sa.exc.DBAPIError, url: sa.URL) -> str:
+def driver_words(error: sa.exc.DBAPIError, url: sa.URL) -> str:
     original = error.orig
     kind, state = type(original).__name__, getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
     first = original.args[0] if original.args else None

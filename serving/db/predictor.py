@@ -51,7 +51,7 @@ class RunResult:
     dry_run: bool = False
 
     def __str__(self) -> str:
-        levels = ", ".join(f"{self.risk_levels[level]:,} {level}" for level in ("high", "medium", "low"))
+        levels = ", ".join(f"{self.risk_levels[level]:,} {level}" for level in ("HIGH", "MEDIUM", "LOW"))
         text = (
             f"{'would score' if self.dry_run else 'scored'} {self.scored:,} visits ({levels}) from "
             f"{self.observations:,} observations with model {self.model_version} in {self.seconds:.1f} s"
@@ -233,7 +233,7 @@ class DatabasePredictor:
         if after is not None:
             query = query.where(sa.tuple_(*key) > (after.client, after.visit_id))
         if lock:  # SQLite ignores it: there BEGIN IMMEDIATE has locked all
-            query = query.with_for_update(skip_locked=_skips_locked(connection))
+            query = query.with_for_update(skip_locked=skips_locked(connection))
         return [Claim(*row) for row in connection.execute(query.limit(self.batch_size))]
 
     def _score(
@@ -432,7 +432,7 @@ def _unnested(columns: Sequence[sa.Column[Any]], rows: Sequence[tuple[Any, ...]]
     return sa.select(*(sa.func.unnest(sa.literal(list(part), postgresql.ARRAY(column.type))) for column, part in parts))
 
 
-def _skips_locked(connection: sa.Connection) -> bool:
+def skips_locked(connection: sa.Connection) -> bool:
     """Whether the database knows SKIP LOCKED; without it predictors wait for one another."""
     version = connection.dialect.server_version_info or ()
     if connection.dialect.name in ("mysql", "mariadb"):

@@ -106,7 +106,7 @@ def schema(
         sa.Column(c["risk_level"], sa.String(16)),
         sa.Column(c["scored_at"], _WHEN),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
-        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["low", "medium", "high"]), name="level"),
+        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["LOW", "MEDIUM", "HIGH"]), name="level"),
         schema=space,
     )
     pending = visits.c[c["sepsis_score"]].is_(None)
@@ -135,7 +135,7 @@ def schema(
         *([sa.ForeignKeyConstraint(key, visit_key)] if foreign_visits is None else []),
         sa.UniqueConstraint(*key, c["model_version"], c["observations"]),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
-        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["low", "medium", "high"]), name="level"),
+        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["LOW", "MEDIUM", "HIGH"]), name="level"),
         sa.CheckConstraint(sa.column(c["observations"]) > 0, name="observations"),
         schema=space,
     )

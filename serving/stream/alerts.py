@@ -17,7 +17,7 @@ from common.command_line import log, post_json
 from common.pseudonyms import Pseudonyms
 from feature_pipeline import as_text
 
-LEVELS = {"unknown": 0, "low": 0, "medium": 1, "high": 2}
+LEVELS = {"UNKNOWN": 0, "LOW": 0, "MEDIUM": 1, "HIGH": 2}
 WAITING = 1000  # alerts for the webhook at the most
 FLUSH_SECONDS = 30.0  # for those that still wait at the end
 
@@ -39,7 +39,7 @@ class AlertBook:
         """The alerts that these results of `StreamProcessor` give."""
         alerts = []
         for result in results:
-            level, before = result["risk_level"], result["previous_level"] or "low"
+            level, before = result["risk_level"], result["previous_level"] or "LOW"
             if LEVELS[level] <= LEVELS[before]:
                 continue
             key = visit_of(result)

@@ -11,7 +11,7 @@ depends_on = None
 
 WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-LEVELS = "risk_level IN ('low', 'medium', 'high')"
+LEVELS = "risk_level IN ('LOW', 'MEDIUM', 'HIGH')"
 
 
 def upgrade() -> None:
