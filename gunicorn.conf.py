@@ -15,7 +15,8 @@ import tempfile
 
 bind = "127.0.0.1:5000"
 workers = min(os.cpu_count() or 1, 8)
-# Threads wait for slow clients; scoring itself keeps one core busy a worker.
+# Scoring keeps one core busy a worker; the other threads read requests and write answers. A half-sent request holds its
+# thread: clients that may be slow come through nginx (examples/deployment/nginx.conf), which waits for them.
 worker_class = "serving.api.workers.Worker"
 threads = 16
 timeout = 60  # a worker that shows no life is replaced
@@ -26,6 +27,7 @@ max_requests_jitter = 5_000
 preload_app = False  # the model is loaded in each worker: LightGBM's threads do not survive a fork
 accesslog = None  # the service writes its own, without identifiers
 control_socket_disable = True
+STALLED_SECONDS = 10  # no thread waits longer for a client to send or to read
 limit_request_line = 2_000
 limit_request_fields = 50
 
@@ -86,9 +88,7 @@ def on_reload(server):
 
 
 def when_ready(server):
-    from serving.api.workers import STALLED_SECONDS
-
-    # connections inherit it from the socket they are accepted on: no thread waits longer for a client to send or read
+    # connections inherit the option from the socket they are accepted on
     for listener in server.LISTENERS:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALLED_SECONDS, 0))

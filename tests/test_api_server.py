@@ -6,7 +6,6 @@ import json
 import os
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -18,13 +17,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from serving.api import workers
 from serving.api.security import new_key
+from serving.api.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"
@@ -52,9 +53,8 @@ def until(condition, what):
 class Server:
     """gunicorn on loopback, with a models directory of its own."""
 
-    def __init__(self, folder, models_dir, *options, tls=None, **settings):
+    def __init__(self, folder, models_dir, *options, **settings):
         self.models, self.port, self.folder = folder / "models", free_port(), folder
-        self.tls = tls
         shutil.copytree(models_dir, self.models)
         env = {
             **os.environ,
@@ -74,10 +74,10 @@ class Server:
         until(lambda: self.get("/ready")[0] == 200, "the server is ready")
 
     def request(self, path, data=None, **headers):
-        url = f"https://localhost:{self.port}{path}" if self.tls else f"http://127.0.0.1:{self.port}{path}"
+        url = f"http://127.0.0.1:{self.port}{path}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE, context=self.tls) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -246,67 +246,140 @@ def test_a_new_model_is_picked_up_without_a_lost_request(models_dir, tmp_path):
     assert not list(tmp_path.glob("sepsis-metrics-*"))  # also after a reload
 
 
-def half_sent(server):
-    sock = socket.create_connection(("127.0.0.1", server.port))
-    sock.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-    sock.sendall(b"Content-Length: 9\r\n\r\n[")
-    return sock
+# ------------------------------------------------------------------------------------------- behind nginx
 
 
-def test_slow_clients_do_not_stop_the_others(server):
-    """More clients than the workers have threads: some with half a body, some with half a head, some silent."""
-    slow = [half_sent(server) for _ in range(40)]
-    slow += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(80)]
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+
+
+class Proxied(NamedTuple):
+    port: int
+    trusted: ssl.SSLContext  # trusts its certificate
+    key: str
+    folder: Path
+
+
+@contextlib.contextmanager
+def nginx(folder, upstream):
+    """nginx with the project's own configuration, but its ports and certificate; gives its port and a context that
+    trusts it."""
+    port, key, certificate = free_port(), folder / "key", folder / "certificate"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    text = (ROOT / "examples" / "deployment" / "nginx.conf").read_text()
+    for given, own in (
+        ("127.0.0.1:5000", f"127.0.0.1:{upstream}"),
+        ("listen 443", f"listen 127.0.0.1:{port}"),
+        ("/etc/ssl/certs/sepsis-risk.pem", str(certificate)),
+        ("/etc/ssl/private/sepsis-risk.key", str(key)),
+    ):
+        assert text.count(given) == 1
+        text = text.replace(given, own)
+    places = "".join(
+        f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off;\npid {folder}/nginx.pid;\nworker_processes 1;\nerror_log {folder}/nginx.log warn;\n"
+        f"events {{ worker_connections 1024; }}\nhttp {{\naccess_log off;\n{places}{text}}}\n"
+    )
+    folder.chmod(0o755)  # nginx's workers may be of another user
+    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")])
     try:
-        for s in slow[40:80]:
-            s.sendall(b"POST /predict HTTP/1.1\r\nHost: local")
-        assert [server.predict()[0] for _ in range(4)] == [200] * 4
-        assert not select.select(slow, [], [], 0)[0]  # nobody had to be cut off before
-        slow[0].sendall(b"1,2,3,4]")  # who goes on is answered
-        assert slow[0].recv(1000).startswith(b"HTTP/1.1 4")
+        until(lambda: socket.create_connection(("127.0.0.1", port)).close() is None, "nginx listens")
+        yield port, ssl.create_default_context(cafile=str(certificate))
     finally:
-        for s in slow:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def proxied(models_dir, tmp_path_factory):
+    """nginx in front of the service."""
+    if not NGINX or not shutil.which("openssl"):
+        pytest.skip("no nginx or no openssl here")
+    key, line = new_key("ward")
+    folder = tmp_path_factory.mktemp("proxied")
+    server = Server(folder, models_dir, SEPSIS_API_KEYS=line)
+    (folder / "nginx").mkdir()
+    try:
+        with nginx(folder / "nginx", server.port) as (port, trusted):
+            yield Proxied(port, trusted, key, folder / "nginx")
+    finally:
+        server.stop()
+
+
+def predicted(proxied, body=None):
+    """An answer through nginx."""
+    headers = {"Content-Type": "application/json", "X-API-Key": proxied.key}
+    body = EXAMPLE.read_bytes() if body is None else body
+    request = urllib.request.Request(f"https://localhost:{proxied.port}/predict", body, headers)
+    with urllib.request.urlopen(request, timeout=PATIENCE, context=proxied.trusted) as answer:
+        return answer.status, json.loads(answer.read())
+
+
+def test_400_stalled_clients_behind_nginx_make_nobody_wait(proxied, pipeline):
+    """Silent, in mid-handshake, in mid-head, in mid-body: each kind alone outnumbers the threads of the workers."""
+    port, trusted, *_ = proxied
+    stalled = [socket.create_connection(("localhost", port)) for _ in range(400)]
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    try:
+        for s in stalled[100:200]:
+            s.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
+        stalled[200:] = [trusted.wrap_socket(s, server_hostname="localhost") for s in stalled[200:]]
+        for s in stalled[200:300]:
+            s.sendall(head)
+        for s in stalled[300:]:
+            s.sendall(head + b"Content-Length: 9\r\n\r\n[1,2,")
+        expected = pipeline.predict(json.loads(EXAMPLE.read_text()))["sepsis_probability"].tolist()
+        for _ in range(4):
+            status, answer = predicted(proxied)
+            assert status == 200 and [p["sepsis_probability"] for p in answer["predictions"]] == expected
+        gone = select.select(stalled[:200], [], [], 0)[0] + [s for s in stalled[200:] if not still_open(s)]
+        assert not gone  # nobody had to be cut off before
+        stalled[300].sendall(b"3,4]")  # who goes on is answered
+        assert stalled[300].recv(12).startswith(b"HTTP/1.1 4")
+    finally:
+        for s in stalled:
             s.close()
 
 
-def test_clients_that_do_not_close_do_not_stop_the_others(server):
-    """Each has its answer and keeps its end of the connection open."""
-    open_ends = []
+def still_open(connection):
+    """Has the server neither closed this TLS connection nor answered?"""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1)) and False
+    except ssl.SSLWantReadError:
+        return True
+    finally:
+        connection.settimeout(PATIENCE)
+
+
+def test_clients_that_read_slowly_or_never_close_behind_nginx_make_nobody_wait(proxied):
+    port, trusted, *_ = proxied
+    ends = []
     try:
         for _ in range(100):
-            s = socket.create_connection(("127.0.0.1", server.port))
-            open_ends.append(s)
-            s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert all(s.recv(1000).startswith(b"HTTP/1.1 200") for s in open_ends)
-        assert server.predict()[0] == 200
+            s = trusted.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
+            ends.append(s)
+            s.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert predicted(proxied)[0] == 200  # none of them has read a byte
+        assert all(s.recv(12) == b"HTTP/1.1 200" for s in ends)
     finally:
-        for s in open_ends:
+        for s in ends:
             s.close()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
-def test_slow_clients_of_tls_do_not_stop_the_others(models_dir, tmp_path):
-    """Some with half a handshake, some with half a request, in more numbers than there are threads."""
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
-    made += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
-    subprocess.run(made, check=True, capture_output=True)
-    trusted = ssl.create_default_context(cafile=str(tmp_path / "cert"))
-    server = Server(
-        tmp_path, models_dir, "--certfile", str(tmp_path / "cert"), "--keyfile", str(tmp_path / "key"), tls=trusted
-    )
-    slow = [socket.create_connection(("localhost", server.port)) for _ in range(80)]
-    try:
-        for s in slow[:40]:
-            s.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
-        slow[40:] = [trusted.wrap_socket(s, server_hostname="localhost") for s in slow[40:]]
-        for s in slow[40:]:
-            s.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n[")
-        assert [server.predict()[0] for _ in range(4)] == [200] * 4
-        assert server.predict(json.dumps(json.loads(EXAMPLE.read_text()) * 20).encode())[0] == 200
-    finally:
-        for s in slow:
-            s.close()
-        server.stop()
+def test_large_bodies_pass_nginx_and_touch_no_disk(proxied):
+    rows = json.loads(EXAMPLE.read_text())
+    many = [{**row, "visit_id": f"{row['visit_id']}-{i}"} for i in range(60) for row in rows]
+    body = json.dumps(many).encode()
+    assert 7_000_000 < len(body) < Settings.max_bytes
+    status, answer = predicted(proxied, body)
+    assert status == 200 and len(answer["predictions"]) == 480
+    assert "temporary file" not in (proxied.folder / "nginx.log").read_text()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        predicted(proxied, body.ljust(Settings.max_bytes + 1))
+    assert refused.value.code == 413 and "send fewer visits" in json.loads(refused.value.read())["message"]
 
 
 def test_a_body_that_waits_to_be_asked_for(server):
@@ -347,78 +420,6 @@ def test_chunks_and_requests_behind_one_another(server):
             part = s.recv(1 << 16)
             assert part
             text += part
-
-
-@pytest.mark.parametrize(
-    ("request_", "whole"),
-    [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", True),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n", False),
-        (b"POST / HTTP/1.1\r\ncontent-LENGTH:3\r\n\r\nab", False),
-        (b"POST / HTTP/1.1\r\ncontent-LENGTH:3\r\n\r\nabc", True),
-        (b"POST / HTTP/1.1\r\nContent-Length: 99999\r\n\r\n", True),  # it will be refused
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n", False),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", True),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0;x=1\r\nTrailer: y\r\n\r\n", True),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n", True),
-        (b"GET / HTTP/1.1\nHost: x\n\n", True),  # it will be refused
-        (b"x" * 100_000, True),
-    ],
-)
-def test_when_a_request_is_whole(request_, whole):
-    assert workers.is_whole(bytearray(request_), most=1000) is whole
-
-
-def test_a_chunked_request_is_whole_when_its_last_piece_has_come():
-    """However it is cut; what was looked at before is not searched again."""
-    request_ = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n" + b"a" * 5000 + b"\r\n0\r\n\r\n"
-    for size in (1, 7, 1000):
-        looked = 0
-        for end in (*range(size, len(request_), size), len(request_)):
-            assert workers.is_whole(bytearray(request_[:end]), 10_000, looked) is (end == len(request_))
-            looked = end
-
-
-@pytest.fixture
-def waiting_worker(monkeypatch):
-    """A worker without a master and threads, and a client's connection to it."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    worker = workers.Worker.__new__(workers.Worker)
-    worker.pending_conns, worker.lingering = workers.deque(), workers.deque()
-    worker.nr_conns, worker._bytes_waiting, worker.poller = 1, 0, selectors.DefaultSelector()
-    client, own = socket.socketpair()
-    conn = workers.TConn(None, own, None, None)
-    conn.waiting = bytearray()
-    yield worker, conn, client, now
-    client.close()
-    own.close()
-    worker.poller.close()
-
-
-def test_a_connection_that_is_done_is_closed_when_the_client_closes(waiting_worker):
-    worker, conn, client, _ = waiting_worker
-    done = Future()
-    done.set_result(False)
-    worker.finish_request(conn, done)
-    assert client.recv(1) == b"" and worker.nr_conns == 1  # half closed, nobody waited
-    client.close()
-    for key, _ in worker.poller.select(PATIENCE):
-        key.data(key.fileobj)
-    assert (worker.nr_conns, len(worker.lingering), conn.sock.fileno()) == (0, 0, -1)
-
-
-@pytest.mark.parametrize("came", [b"", b"POST / HT"])
-def test_clients_that_stall_are_cut_off(waiting_worker, came):
-    worker, conn, client, now = waiting_worker
-    conn.waiting += came
-    worker._wait(conn)
-    worker.murder_pending()
-    assert worker.nr_conns == 1 and worker._bytes_waiting == len(came)
-    now[0] += workers.STALLED_SECONDS
-    worker.murder_pending()
-    assert (worker.nr_conns, worker._bytes_waiting, conn.sock.fileno()) == (0, 0, -1)
-    assert client.recv(1000) == (workers.TOO_LATE if came else b"")
 
 
 def test_the_prediction_log_has_what_was_answered(server):
