@@ -79,6 +79,10 @@ class NotExplainable(FeaturePipelineError):
     code = "not_explainable"
 
 
+class UnknownRiskWarning(UserWarning):
+    """Visits whose evidence carries no score; the text says how many, and why."""
+
+
 class UnfinishedSwitchWarning(UserWarning):
     """Config and model file are of two archived versions; the config's is served, from the archive."""
 
@@ -98,97 +102,176 @@ def listed(items: Iterable[Any], most: int = 5) -> str:
 
 
 @dataclass(frozen=True)
-class Concept:
-    """A clinical quantity whatever code a hospital gives it.
+class Unit:
+    """A unit that a concept may come in: ``value * factor + offset``, rounded to `decimals`, is in the concept's own.
 
-    `low` and `high` bound what a living patient can show, in `unit`: generous on purpose, they keep out errors
-    of transmission, not extreme patients. `converts` lists other units that can be told by their numbers alone:
-    (lowest, highest, factor, offset) turns a value in that interval into `value * factor + offset`.
+    A unit that is told by the number alone has the interval of such values in `told`: where no unit is named, a value
+    there is taken to be in it if the concept's own unit does not allow it.
+    """
+
+    spellings: str  # separated by commas, as are codes below
+    factor: float = 1.0
+    offset: float = 0.0
+    decimals: int = 10
+    told: tuple[float, float] | None = None
+
+    def convert(self, value: Any) -> Any:
+        """A number or an array in the concept's own unit."""
+        if (self.factor, self.offset) == (1.0, 0.0):
+            return value
+        return np.round(value * self.factor + self.offset, self.decimals)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A clinical quantity whatever code and unit a hospital gives it.
+
+    `low` and `high` bound what a living patient can show, in `unit`: generous on purpose, they keep out errors of
+    transmission, not extreme patients. `codes` are names and LOINC numbers that mean values in `unit` where none is
+    named, `coded_in` those that mean another one. `units` are the other units that can be converted. `static`: it does
+    not change during a stay.
     """
 
     name: str
     unit: str
     low: float
     high: float
-    synonyms: tuple[str, ...]
-    converts: tuple[tuple[float, float, float, float], ...] = ()
+    codes: str
+    units: tuple[Unit, ...] = ()
+    coded_in: Mapping[str, str] = field(default_factory=dict)
     static: bool = False
 
+    def unit_named(self, name: str) -> Unit | None:
+        """The unit that `name` (UCUM or a usual spelling) means; None if it is none of this concept's."""
+        return _units_of(self.name).get(_unit_key(name), _ANY_UNIT if self.unit in ("code", "0/1") else None)
+
+
+def _unit_key(name: str) -> str:
+    return re.sub(r"[\s]+", "", name).casefold().replace("µ", "u").replace("μ", "u").replace("mcmol", "umol")
+
+
+@lru_cache(maxsize=256)
+def _units_of(concept: str) -> dict[str, Unit]:
+    """The units of a concept by spelling."""
+    own = CONCEPT[concept]
+    units = [*own.units, Unit(own.unit), Unit(_SPELLINGS.get(own.unit, own.unit))]
+    return {_unit_key(name): unit for unit in units for name in unit.spellings.split(",")}
+
+
+_ANY_UNIT = Unit("")
+# How else a concept's own unit is written, in UCUM and by interfaces.
+_SPELLINGS: dict[str, str] = {
+    "1/min": "/min, {beats}/min, beats/min, beats/minute, bpm, {breaths}/min, breaths/min, min-1, insp/min",
+    "°C": "Cel, C, degC, deg C, degrees C",
+    "mmHg": "mm[Hg]",
+    "fraction": "1, {fraction}",
+    "1": "[pH], {pH}, pH, units",
+    "U/L": "[IU]/L, IU/L",
+    "10^3/uL": "10*3/uL, 10e3/uL, x10^3/uL, x10e3/uL, x10*3/uL, 10*3/mm3, 10^3/mm3, x1000/uL, 1000/uL, 10*9/L, 10^9/L, "
+    "10e9/L, x10^9/L, x10e9/L, G/L, Gpt/L, K/uL, K/mm3, K/cumm, thou/uL, thousand/uL, thousand/mm3, th/mm3, Tsd/uL",
+    "points": "{score}, score, 1",
+    "years": "a, y, yr, year",
+    "s": "sec, seconds",
+    "ng/mL": "ug/L",
+}
+_KPA, _MEQ, _PORTION = Unit("kPa", 7.50062), Unit("mEq/L"), Unit("1, fraction, {fraction}, L/L", 100.0)
+_FAHRENHEIT = Unit("[degF], F, degF, deg F, °F, fahrenheit", 5 / 9, -160 / 9, 4, told=(77.0, 113.0))
+_PERCENT = Unit("%, percent", 0.01, 0.0, 4, told=(20.0, 100.0))
+_CELLS = Unit("/uL, {cells}/uL, cells/uL, /mm3, cells/mm3, 10*6/L, 10^6/L, /cumm", 0.001)
+_KATAL = Unit("ukat/L", 60.0)
 
 # Plausible limits follow the idea of MIMIC-Extract's table of variable ranges (Wang et al., ACM CHIL 2020,
-# doi 10.1145/3368555.3384469), rounded outwards. Numbers with a hyphen are LOINC codes.
+# doi 10.1145/3368555.3384469), rounded outwards. Numbers with a hyphen are LOINC codes of the same quantity;
+# venous pH and gases, ionised calcium, and urea by mass are others. 2708-6 is by name the saturation of arterial blood
+# by any method, and in FHIR's vital signs profile the code of pulse oximetry. Molar masses: glucose 180.16, creatinine
+# 113.12, bilirubin 584.66, urea nitrogen 28.01 (two atoms a molecule of urea), lactate 89.07 (lactate ion), calcium
+# 40.08, magnesium 24.31, phosphorus 30.97, haemoglobin monomer 16,114 g/mol.
+_INF = np.inf
+# fmt: off
 CONCEPTS: tuple[Concept, ...] = (
-    Concept("heart_rate", "1/min", 10, 350, ("HR", "heart rate", "pulse", "pulse rate", "8867-4")),
-    Concept("spo2", "%", 20, 100, ("O2Sat", "SpO2", "pulse oximetry", "oxygen saturation", "59408-5")),
-    Concept(
-        "temperature",
-        "°C",
-        25,
-        45,
-        ("Temp", "temperature", "body temperature", "Temp C", "Temp F", "8310-5"),
-        converts=((77.0, 113.0, 5 / 9, -160 / 9),),  # Fahrenheit
-    ),
-    Concept("systolic_bp", "mmHg", 20, 350, ("SBP", "systolic", "systolic blood pressure", "ABPs", "8480-6")),
-    Concept("mean_bp", "mmHg", 10, 300, ("MAP", "MBP", "mean arterial pressure", "mean blood pressure", "8478-0")),
-    Concept("diastolic_bp", "mmHg", 5, 250, ("DBP", "diastolic", "diastolic blood pressure", "ABPd", "8462-4")),
-    Concept("respiratory_rate", "1/min", 0, 120, ("Resp", "RR", "respiratory rate", "respiration", "9279-1")),
-    Concept("etco2", "mmHg", 0, 150, ("EtCO2", "end tidal co2", "19891-1")),
-    Concept("base_excess", "mmol/L", -50, 60, ("BaseExcess", "BE", "base excess", "1925-7")),
-    Concept("bicarbonate", "mmol/L", 0, 75, ("HCO3", "bicarbonate", "1963-8", "1959-6")),
-    Concept(
-        "fio2",
-        "fraction",
-        0.2,
-        1.0,
-        ("FiO2", "fraction of inspired oxygen", "inspired oxygen", "3150-6", "19994-3"),
-        converts=((20.0, 100.0, 0.01, 0.0),),  # percent
-    ),
-    Concept("ph", "1", 6.3, 8.2, ("pH", "arterial ph", "2744-1", "11558-4")),
-    Concept("paco2", "mmHg", 5, 250, ("PaCO2", "pCO2", "2019-8")),
-    Concept("pao2", "mmHg", 10, 800, ("PaO2", "pO2", "2703-7")),
-    Concept("sao2", "%", 10, 100, ("SaO2", "arterial oxygen saturation", "2708-6")),
-    Concept("ast", "U/L", 0, 50_000, ("AST", "SGOT", "1920-8")),
-    Concept("alt", "U/L", 0, 50_000, ("ALT", "SGPT", "1742-6")),
-    Concept("bun", "mg/dL", 0, 300, ("BUN", "urea nitrogen", "blood urea nitrogen", "3094-0")),
-    Concept("alkaline_phosphatase", "U/L", 0, 10_000, ("Alkalinephos", "ALP", "6768-6")),
-    Concept("calcium", "mg/dL", 1, 30, ("Calcium", "Ca", "17861-6")),
-    Concept("chloride", "mmol/L", 40, 200, ("Chloride", "Cl", "2075-0")),
-    Concept("creatinine", "mg/dL", 0, 60, ("Creatinine", "creat", "crea", "2160-0")),
-    Concept("bilirubin_direct", "mg/dL", 0, 60, ("Bilirubin_direct", "direct bilirubin", "1968-7")),
-    Concept("bilirubin_total", "mg/dL", 0, 100, ("Bilirubin_total", "bilirubin", "total bilirubin", "1975-2")),
-    Concept("glucose", "mg/dL", 5, 2500, ("Glucose", "blood glucose", "2345-7", "2339-0")),
-    Concept("lactate", "mmol/L", 0, 40, ("Lactate", "lactic acid", "2524-7", "32693-4")),
-    Concept("magnesium", "mg/dL", 0, 20, ("Magnesium", "Mg", "19123-9")),
-    Concept("phosphate", "mg/dL", 0, 30, ("Phosphate", "phosphorus", "2777-1")),
-    Concept("potassium", "mmol/L", 0.5, 15, ("Potassium", "K", "2823-3")),
-    Concept("sodium", "mmol/L", 80, 220, ("NA", "sodium", "2951-2")),
-    Concept("troponin_i", "ng/mL", 0, 2000, ("TroponinI", "troponin i", "10839-9")),
-    Concept("hematocrit", "%", 3, 80, ("Hct", "hematocrit", "haematocrit", "4544-3")),
-    Concept("hemoglobin", "g/dL", 1, 30, ("Hgb", "Hb", "hemoglobin", "haemoglobin", "718-7")),
-    Concept("ptt", "s", 5, 300, ("PTT", "aPTT", "3173-2", "14979-9")),
-    Concept("wbc", "10^3/uL", 0, 1000, ("WBC", "leukocytes", "white blood cells", "6690-2")),
-    Concept("fibrinogen", "mg/dL", 0, 2500, ("Fibrinogen", "3255-7")),
-    Concept("platelets", "10^3/uL", 0, 3000, ("Platelets", "PLT", "platelet count", "777-3")),
-    Concept("crp", "mg/L", 0, 1000, ("CRP", "c-reactive protein", "1988-5")),
-    Concept("gcs", "points", 3, 15, ("GCS", "glasgow coma scale", "9269-2")),
-    Concept("age", "years", 0, 130, ("Age", "30525-0"), static=True),
-    Concept("sex", "code", -np.inf, np.inf, ("Gender", "Sex", "46098-0"), static=True),
-    Concept("unit_medical", "0/1", -np.inf, np.inf, ("Unit1",), static=True),
-    Concept("unit_surgical", "0/1", -np.inf, np.inf, ("Unit2",), static=True),
-    Concept("admission_delay", "h", -np.inf, np.inf, ("HospAdmTime",), static=True),
+    Concept("heart_rate", "1/min", 10, 350, "HR, heart rate, pulse, pulse rate, 8867-4, 8889-8, 76282-3, 8893-0"),
+    Concept("spo2", "%", 20, 100, "O2Sat, SpO2, pulse oximetry, pulse oxi, pulse ox, oxygen saturation, 59408-5, "
+            "2708-6", (_PORTION,)),
+    Concept("temperature", "°C", 25, 45, "Temp, temperature, body temperature, Temp C, Temp F, 8310-5, 8331-1, 8332-9, "
+            "8333-7, 8328-7, 8329-5, 8334-5", (_FAHRENHEIT,)),
+    Concept("systolic_bp", "mmHg", 20, 350, "SBP, systolic, systolic blood pressure, ABPs, 8480-6, 76215-3, 76534-7",
+            (_KPA,)),
+    Concept("mean_bp", "mmHg", 10, 300, "MAP, MBP, mean arterial pressure, mean blood pressure, 8478-0, 76214-6, "
+            "76536-2", (_KPA,)),
+    Concept("diastolic_bp", "mmHg", 5, 250, "DBP, diastolic, diastolic blood pressure, ABPd, 8462-4, 76213-8, 76535-4",
+            (_KPA,)),
+    Concept("respiratory_rate", "1/min", 0, 120, "Resp, RR, respiratory rate, respiration, 9279-1"),
+    Concept("etco2", "mmHg", 0, 150, "EtCO2, end tidal co2, 19891-1", (_KPA,)),
+    Concept("base_excess", "mmol/L", -50, 60, "BaseExcess, BE, base excess, 1925-7, 11555-0", (_MEQ,)),
+    Concept("bicarbonate", "mmol/L", 0, 75, "HCO3, bicarbonate, total co2, 1963-8, 1959-6, 1960-4, 2028-9, 20565-8",
+            (_MEQ,)),
+    Concept("fio2", "fraction", 0.2, 1.0, "FiO2, fraction of inspired oxygen, inspired oxygen, 3150-6, 19994-3",
+            (_PERCENT,)),
+    Concept("ph", "1", 6.3, 8.2, "pH, arterial ph, 2744-1, 11558-4"),
+    Concept("paco2", "mmHg", 5, 250, "PaCO2, pCO2, 2019-8", (_KPA,)),
+    Concept("pao2", "mmHg", 10, 800, "PaO2, pO2, 2703-7", (_KPA,)),
+    Concept("sao2", "%", 10, 100, "SaO2, arterial oxygen saturation", (_PORTION,)),
+    Concept("ast", "U/L", 0, 50_000, "AST, SGOT, 1920-8, 30239-8", (_KATAL,)),
+    Concept("alt", "U/L", 0, 50_000, "ALT, SGPT, 1742-6, 1743-4", (_KATAL,)),
+    Concept("bun", "mg/dL", 0, 300, "BUN, urea nitrogen, blood urea nitrogen, 3094-0, 6299-2",
+            (Unit("mmol/L", 2.801),), {"mmol/L": "22664-7, 14937-7"}),
+    Concept("alkaline_phosphatase", "U/L", 0, 10_000, "Alkalinephos, ALP, 6768-6", (_KATAL,)),
+    Concept("calcium", "mg/dL", 1, 30, "Calcium, Ca, 17861-6, 49765-1", (Unit("mmol/L", 4.008),), {"mmol/L": "2000-8"}),
+    Concept("chloride", "mmol/L", 40, 200, "Chloride, Cl, 2075-0, 2069-3", (_MEQ,)),
+    Concept("creatinine", "mg/dL", 0, 60, "Creatinine, creat, crea, 2160-0, 38483-4",
+            (Unit("umol/L", 0.011312),), {"umol/L": "14682-9, 59826-8"}),
+    Concept("bilirubin_direct", "mg/dL", 0, 60, "Bilirubin_direct, direct bilirubin, 1968-7",
+            (Unit("umol/L", 0.058466),), {"umol/L": "14629-0"}),
+    Concept("bilirubin_total", "mg/dL", 0, 100, "Bilirubin_total, bilirubin, total bilirubin, 1975-2, 42719-5",
+            (Unit("umol/L", 0.058466),), {"umol/L": "14631-6"}),
+    Concept("glucose", "mg/dL", 5, 2500, "Glucose, blood glucose, 2345-7, 2339-0, 41653-7, 41651-1, 2340-8, 32016-8",
+            (Unit("mmol/L", 18.016),), {"mmol/L": "14749-6, 15074-8"}),
+    Concept("lactate", "mmol/L", 0, 40, "Lactate, lactic acid, 2524-7, 32693-4, 2518-9, 2519-7",
+            (Unit("mg/dL", 1 / 8.907), _MEQ), {"mg/dL": "59032-3"}),
+    Concept("magnesium", "mg/dL", 0, 20, "Magnesium, Mg, 19123-9",
+            (Unit("mmol/L", 2.431), Unit("mEq/L", 2.431 / 2)), {"mmol/L": "2601-3"}),
+    Concept("phosphate", "mg/dL", 0, 30, "Phosphate, phosphorus, 2777-1",
+            (Unit("mmol/L", 3.097),), {"mmol/L": "14879-1"}),
+    Concept("potassium", "mmol/L", 0.5, 15, "Potassium, K, 2823-3, 6298-4", (_MEQ,)),
+    Concept("sodium", "mmol/L", 80, 220, "NA, sodium, 2951-2, 2947-0", (_MEQ,)),
+    Concept("troponin_i", "ng/mL", 0, 2000, "TroponinI, troponin i, 10839-9", (Unit("ng/L, pg/mL", 0.001),)),
+    Concept("hematocrit", "%", 3, 80, "Hct, hematocrit, haematocrit, 4544-3, 20570-8", (_PORTION,)),
+    Concept("hemoglobin", "g/dL", 1, 30, "Hgb, Hb, hemoglobin, haemoglobin, 718-7, 20509-6",
+            (Unit("g/L", 0.1), Unit("mmol/L", 1.6114))),
+    Concept("ptt", "s", 5, 300, "PTT, aPTT, 3173-2, 14979-9"),
+    Concept("wbc", "10^3/uL", 0, 1000, "WBC, leukocytes, white blood cells, 6690-2, 26464-8, 804-5", (_CELLS,)),
+    Concept("fibrinogen", "mg/dL", 0, 2500, "Fibrinogen, 3255-7", (Unit("g/L", 100.0), Unit("umol/L", 34.0))),
+    Concept("platelets", "10^3/uL", 0, 3000, "Platelets, PLT, platelet count, 777-3, 26515-7, 778-1", (_CELLS,)),
+    Concept("crp", "mg/L", 0, 1000, "CRP, c-reactive protein, 1988-5", (Unit("mg/dL", 10.0),)),
+    Concept("gcs", "points", 3, 15, "GCS, glasgow coma scale, 9269-2"),
+    Concept("age", "years", 0, 130, "Age, 30525-0",
+            (Unit("mo", 1 / 12), Unit("wk", 7 / 365.25), Unit("d", 1 / 365.25)), static=True),
+    Concept("sex", "code", -_INF, _INF, "Gender, Sex, 46098-0", static=True),
+    Concept("unit_medical", "0/1", -_INF, _INF, "Unit1", static=True),
+    Concept("unit_surgical", "0/1", -_INF, _INF, "Unit2", static=True),
+    Concept("admission_delay", "h", -_INF, _INF, "HospAdmTime", static=True),
 )
+# fmt: on
 CONCEPT = {concept.name: concept for concept in CONCEPTS}
 _CONCEPT_PLACE = {concept.name: i for i, concept in enumerate(CONCEPTS)}
 _STATIC = np.array([concept.static for concept in CONCEPTS] + [False])  # the last for a code without a concept, -1
 
+# Codes whose value is two numbers, ``120/80``: rows of them are split into these two.
+BLOOD_PRESSURE_CODES = ("BP", "NIBP", "ABP", "blood pressure", "85354-9", "35094-2", "55284-4")
+SYSTOLIC, DIASTOLIC = "8480-6", "8462-4"
 
-def _synonym_key(code: str) -> str:
+
+def _code_key(code: str) -> str:
     return code.casefold().replace(" ", "").replace("_", "")
 
 
-_CONCEPT_OF_SYNONYM = {
-    _synonym_key(text): concept for concept in CONCEPTS for text in (*concept.synonyms, concept.name)
+_MEANING: dict[str, tuple[Concept, str]] = {  # of a code: concept, unit of its values where none is named
+    _code_key(code): (concept, unit)
+    for concept in CONCEPTS
+    for unit, codes in ((concept.unit, f"{concept.name},{concept.codes}"), *concept.coded_in.items())
+    for code in codes.split(",")
 }
+_PAIRED = {_code_key(code) for code in BLOOD_PRESSURE_CODES}
 
 
 def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept | None:
@@ -197,19 +280,96 @@ def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept 
     >>> concept_of("TEMP").name, concept_of("8310-5").name, concept_of("heart_RATE").name, concept_of("XYZ")
     ('temperature', 'temperature', 'heart_rate', None)
     """
-    if synonyms and code in synonyms:
-        name = synonyms[code]
-        if name not in CONCEPT:
-            raise BadConfig(f"synonym {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
-        return CONCEPT[name]
-    return _CONCEPT_OF_SYNONYM.get(_synonym_key(code))
+    return Codes(synonyms or {}).meaning(code)[0]
+
+
+def to_unit(concept: Concept, value: float, unit: str | None) -> float | None:
+    """`value` in the concept's own unit; None where `unit` is none that can be converted. Without a unit as it is.
+
+    >>> to_unit(CONCEPT["hemoglobin"], 120.0, "g/L"), to_unit(CONCEPT["temperature"], 100.4, "[degF]")
+    (12.0, 38.0)
+    >>> to_unit(CONCEPT["heart_rate"], 60.0, "mmol/L") is None
+    True
+    """
+    if not unit or not unit.strip():
+        return value
+    known = concept.unit_named(unit)
+    return None if known is None else float(known.convert(value))
+
+
+SiteCodes = Mapping[str, tuple[str, str]]  # code -> name of a concept, unit of its values ("": the concept's own)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What codes mean: built in, by the `synonyms` of the search (code to concept name), and by a site's own map.
+
+    `site` gives for further codes the concept's name and the unit of their values ("" for the concept's own). `own` are
+    the codes that the model knows, each with its share of the training visits: another code of the same concept is read
+    as the most frequent of them. `seen` are all codes of the training data: they are read as they were then.
+    """
+
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    site: SiteCodes = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
+    seen: frozenset[str] = frozenset()
+
+    def meaning(self, code: str) -> tuple[Concept | None, str]:
+        """The concept of `code`, and the unit of its values where none is named; (None, "") for an unknown code."""
+        if code in self.site:
+            name, unit = self.site[code]
+            return CONCEPT[name], unit or CONCEPT[name].unit
+        if code in self.synonyms:
+            name = self.synonyms[code]
+            if name not in CONCEPT:
+                raise BadConfig(f"synonym {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
+            return CONCEPT[name], CONCEPT[name].unit
+        return _MEANING.get(_code_key(code), (None, ""))
+
+    def own_code(self, code: str) -> str:
+        """The model's code for `code`: itself where training had it, else the model's code of the same concept (LOINC
+        8867-4 may be this hospital's HR), else `code`."""
+        if code in self.seen or not self.own:
+            return code
+        concept = self.meaning(code)[0]
+        return self._of_concept.get(concept.name, code) if concept else code
+
+    def with_site(self, site: SiteCodes) -> Codes:
+        """These codes with a site's map. Raises `BadConfig` where it names no concept or unit of it, or gives a code of
+        the training data another meaning."""
+        for code, (name, unit) in site.items():
+            if name not in CONCEPT:
+                raise BadConfig(f"site code {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
+            concept, own_unit = self.meaning(code)
+            if unit and CONCEPT[name].unit_named(unit) is None:
+                raise BadConfig(f"site code {code!r}: {unit!r} is no unit that {name} can be converted from")
+            if code in self.seen and (
+                concept is not CONCEPT[name] or (unit and concept.unit_named(unit) != concept.unit_named(own_unit))
+            ):
+                taken = f"{concept.name} in {own_unit}" if concept else "a quantity of its own"
+                raise BadConfig(
+                    f"site code {code!r} means {name} {unit}".rstrip()
+                    + f" here, but the model was trained with it as {taken}; leave it out, or search again"
+                )
+        return replace(self, site=dict(site))
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Tells one site's map from another; None without one."""
+        return hashlib.sha256(json.dumps(sorted(self.site.items())).encode()).hexdigest()[:16] if self.site else None
+
+    @cached_property
+    def _of_concept(self) -> dict[str, str]:
+        rarest_first = sorted(self.own, key=lambda code: (self.own[code], code))
+        return {concept.name: code for code in rarest_first if (concept := self.meaning(code)[0])}
 
 
 # --------------------------------------------------------------------------------------------------- reader
 
 REQUIRED_COLUMNS = ("visit_id", "client", "observation_date", "observation_type_code", "observation_value")
 RANGE_COLUMNS = ("reference_range_min", "reference_range_max")
-COLUMNS = REQUIRED_COLUMNS + RANGE_COLUMNS
+UNIT_COLUMN = "unit"
+COLUMNS = (*REQUIRED_COLUMNS, *RANGE_COLUMNS, UNIT_COLUMN)
 
 # A row is set aside for the first of these that holds.
 SET_ASIDE_REASONS = {
@@ -220,11 +380,14 @@ SET_ASIDE_REASONS = {
     "not_utf8": "visit_id, client or observation_type_code is not UTF-8 text",
     "no_date": "no observation_date",
     "bad_date": "observation_date is not an ISO 8601 date between 1900 and 2299",
+    "future": "observation_date is more than 5 minutes later than now",
     "no_value": "no observation_value",
     "bad_value": "observation_value is not a number",
+    "unknown_unit": "unit is none that the code's concept can be converted from",
     "infinite": "observation_value is infinite, or larger than 1e30",
     "implausible": "observation_value is outside what the code's concept allows",
 }
+FUTURE_TOLERANCE = 5 * 60 * 1_000_000  # microseconds by which clocks may differ
 LARGEST = 1e30  # its square is a float64, it itself is a float32
 _EARLIEST = np.datetime64("1900-01-01", "us").astype(np.int64)
 _LATEST = np.datetime64("2300-01-01", "us").astype(np.int64)
@@ -254,6 +417,21 @@ class Observations:
     set_aside: dict[str, int] = field(default_factory=dict)  # rows that were not used, by reason
     set_aside_rows: dict[str, list[int]] = field(default_factory=dict)  # the first few of them, counted from 0
     remarks: dict[str, int] = field(default_factory=dict)  # rows that were used after a change, by what it was
+    visit_of_row: np.ndarray | None = None  # (n_rows,) of the rows as given: the visit, -1 for rows that name none
+    first_row: np.ndarray | None = None  # (n_visits,) the first row of each visit, as given
+    where: str = "the observations"  # what was read, for messages
+
+    def check_usable(self) -> Observations:
+        """These observations. Raises `BadObservations` where no row at all can be used."""
+        if len(self.time):
+            return self
+        counted = "; ".join(f"{n} x {SET_ASIDE_REASONS[reason]}" for reason, n in self.set_aside.items())
+        n_rows = sum(self.set_aside.values())
+        raise BadObservations(
+            f"{self.where}: no usable observation in {n_rows} rows ({counted or 'empty'})",
+            self.set_aside,
+            self.set_aside_rows,
+        )
 
     @property
     def n_visits(self) -> int:
@@ -374,16 +552,20 @@ class Observations:
 
 def read_observations(
     source: str | Path | pd.DataFrame | Sequence[Mapping[str, Any]] | Observations,
-    synonyms: Mapping[str, str] | None = None,
+    codes: Codes | Mapping[str, str] | None = None,
+    now: int | None = None,
 ) -> Observations:
     """Reads a file (.csv, .csv.gz, .parquet), a frame or a list of records into `Observations`.
 
     Rows that cannot be used are set aside and counted by reason (`SET_ASIDE_REASONS`); exact duplicates count
     once. ``<0.5`` and ``>200`` count as their number. Dates with a zone are converted to UTC, dates without are
     taken as UTC. Bytes that are no UTF-8 cost the rows whose visit, client or code has them: with them replaced, two
-    patients might become one. `synonyms` maps further codes to concept names.
+    patients might become one. `codes` says what codes mean (or maps further codes to concept names). With a column
+    ``unit`` values are converted to their concept's unit. A blood pressure ``120/80`` becomes two observations. Rows
+    later than `now` (microseconds since 1970 UTC) and a tolerance are set aside; without it there is no now.
 
-    Raises `BadObservations` when a column is missing, the file cannot be read, or no row at all is usable.
+    Where nothing is usable the observations are empty; see `Observations.check_usable`. Raises `BadObservations` when a
+    column is missing or the file cannot be read.
     """
     if isinstance(source, Observations):
         return source
@@ -397,7 +579,7 @@ def read_observations(
     else:
         raise BadObservations(f"observations must be a file, a frame or a list of records, not {type(source).__name__}")
     _check_columns(list(table), where)
-    return _validate(table, malformed, where, synonyms)
+    return _validate(table, malformed, where, codes if isinstance(codes, Codes) else Codes(codes or {}), now)
 
 
 def _check_columns(columns: list[Any], where: str) -> None:
@@ -624,7 +806,7 @@ def _as_given(column: Column, rows: np.ndarray) -> np.ndarray:
 
 
 def _validate(
-    table: pd.DataFrame | dict[str, list[Any]], malformed: int, where: str, synonyms: Mapping[str, str] | None
+    table: pd.DataFrame | dict[str, list[Any]], malformed: int, where: str, meanings: Codes, now: int | None
 ) -> Observations:
     n_rows = len(table["visit_id"])
     visit_index, visit_texts = _text_places(table["visit_id"])
@@ -637,65 +819,80 @@ def _validate(
     with np.errstate(invalid="ignore"):  # a bound that no value may reach is none
         low, high = (np.where(np.abs(bound) <= LARGEST, bound, np.nan) for bound in (low, high))
 
-    # codes in sorted order, whatever order they came in
-    order = sorted(range(len(codes)), key=codes.__getitem__)
-    rank = np.full(len(codes) + 2, -1)  # the last two are of rows without a code
-    rank[order] = np.arange(len(codes))
-    code_index = rank[code_index]
-    codes = [codes[i] for i in order]
-    concepts = [concept_of(code, synonyms) for code in codes]
+    # visits in order of first appearance, also those of which no row is usable
+    named = (visit_index >= 0) & (client_index >= 0)
+    pair = np.where(named, client_index * len(visit_texts) + visit_index, -1)
+    visit, pairs = pd.factorize(pair, use_na_sentinel=False)
+    first_row = np.empty(len(pairs), dtype=np.int64)
+    first_row[visit[::-1]] = np.arange(n_rows)[::-1]
+    if (pairs < 0).any():  # rows that name no visit make no visit
+        nameless = int(np.flatnonzero(pairs < 0)[0])
+        first_row = np.delete(first_row, nameless)
+        visit = np.where(visit == nameless, -1, visit - (visit > nameless))
 
-    value, low, high, converted = _convert_units(code_index, concepts, value, low, high)
-    floor = np.array([c.low if c else -np.inf for c in concepts] + [-np.inf])
-    ceiling = np.array([c.high if c else np.inf for c in concepts] + [np.inf])
+    unit, units = _text_places(table[UNIT_COLUMN]) if UNIT_COLUMN in table else (np.full(n_rows, _EMPTY), [])
+    columns = {
+        "visit": visit,
+        "code": code_index,
+        "time": time,
+        "value": value,
+        "low": low,
+        "high": high,
+        "unit": unit,
+        "row": np.arange(n_rows),
+    }
+    paired = np.array([_code_key(code) in _PAIRED for code in codes] + [False, False], dtype=bool)
+    if paired.any():
+        codes, columns = _split_pressures(codes, columns, paired, table["observation_value"])
+    row, time, code_index = (columns[name] for name in ("row", "time", "code"))
+
+    value, low, high, converted, unknown_unit = _in_own_units(codes, columns, units, meanings)
+    concepts = [meanings.meaning(code)[0] for code in codes]
+    floor = np.array([c.low if c else -np.inf for c in concepts] + [-np.inf, -np.inf])
+    ceiling = np.array([c.high if c else np.inf for c in concepts] + [np.inf, np.inf])
     with np.errstate(invalid="ignore"):
         odd_range = ~(low < high) & ~np.isnan(low) & ~np.isnan(high)
         problems = {
-            "no_visit": visit_index == _EMPTY,
-            "no_client": client_index == _EMPTY,
-            "no_code": (code_index < 0) & ~undecoded,
-            "not_utf8": undecoded,
-            "no_date": date_empty,
+            "no_visit": visit_index[row] == _EMPTY,
+            "no_client": client_index[row] == _EMPTY,
+            "no_code": code_index == _EMPTY,
+            "not_utf8": undecoded[row],
+            "no_date": date_empty[row],
             "bad_date": time == NO_TIME,
-            "no_value": value_empty,
+            "future": time > (_LATEST if now is None else now + FUTURE_TOLERANCE),
+            "no_value": value_empty[row],
             "bad_value": np.isnan(value),
             "infinite": np.abs(value) > LARGEST,
+            "unknown_unit": unknown_unit,
             "implausible": (value < floor[code_index]) | (value > ceiling[code_index]),
         }
-    usable = np.ones(n_rows, dtype=bool)
+    usable = np.ones(len(row), dtype=bool)
     set_aside = {"malformed": malformed} if malformed else {}
     set_aside_rows: dict[str, list[int]] = {}
     for reason, hit in problems.items():
         hit = hit & usable
         if hit.any():
             set_aside[reason] = int(hit.sum())
-            set_aside_rows[reason] = np.flatnonzero(hit)[:5].tolist()
+            set_aside_rows[reason] = row[hit][:5].tolist()
             usable &= ~hit
-    if not usable.any():
-        counted = "; ".join(f"{n} x {SET_ASIDE_REASONS[reason]}" for reason, n in set_aside.items())
-        raise BadObservations(
-            f"{where}: no usable observation in {n_rows} rows ({counted or 'empty'})", set_aside, set_aside_rows
-        )
-
-    # visits in order of first appearance, also those of which no row is usable
-    named = (visit_index >= 0) & (client_index >= 0)
-    pair = np.where(named, client_index * len(visit_texts) + visit_index, -1)
-    visit_of_row, pairs = pd.factorize(pair, use_na_sentinel=False)
-    first_row = np.empty(len(pairs), dtype=np.int64)
-    first_row[visit_of_row[::-1]] = np.arange(n_rows)[::-1]
-    if (pairs < 0).any():  # rows that name no visit make no visit
-        nameless = int(np.flatnonzero(pairs < 0)[0])
-        first_row = np.delete(first_row, nameless)
-        visit_of_row = visit_of_row - (visit_of_row > nameless)
     remarks = {}
     if converted.any():
         remarks["unit_converted"] = int((converted & usable).sum())
     if (odd_range & usable).any():
         remarks["range_ignored"] = int((odd_range & usable).sum())
         low, high = np.where(odd_range, np.nan, low), np.where(odd_range, np.nan, high)
+
+    # from here on codes are the model's own, in sorted order, whatever order they came in
     rows = slice(None) if usable.all() else np.flatnonzero(usable)
-    columns, groups, duplicates = _canonical_order(
-        visit_of_row[rows], code_index[rows], len(codes), time[rows], value[rows] + 0.0, low[rows], high[rows]
+    own = [meanings.own_code(code) for code in codes]
+    sorted_codes = sorted(set(own))
+    place = {code: i for i, code in enumerate(sorted_codes)}
+    own_place = np.array([place[code] for code in own] + [-1, -1], dtype=np.int64)
+    kept, groups, duplicates = _canonical_order(
+        columns["visit"][rows],
+        own_place[code_index[rows]],
+        len(sorted_codes),
+        *(time[rows], value[rows] + 0.0, low[rows], high[rows]),
     )
     if duplicates:
         remarks["duplicate"] = duplicates
@@ -704,35 +901,86 @@ def _validate(
         client=_as_given(table["client"], first_row),
         visit_text=np.array(visit_texts, dtype=object)[visit_index[first_row]],
         client_text=np.array(client_texts, dtype=object)[client_index[first_row]],
-        codes=tuple(codes),
-        concepts=tuple(concepts),
+        codes=tuple(sorted_codes),
+        concepts=tuple(meanings.meaning(code)[0] for code in sorted_codes),
         **groups,
-        **columns,
+        **kept,
         set_aside=set_aside,
         set_aside_rows=set_aside_rows,
         remarks=remarks,
+        visit_of_row=visit,
+        first_row=first_row,
+        where=where,
     )
 
 
-def _convert_units(code_index, concepts, value, low, high):
-    """Values (and their ranges) in a unit that their number alone tells, turned into the concept's unit."""
-    converted = np.zeros(len(value), dtype=bool)
-    for code, concept in enumerate(concepts):
-        for lowest, highest, factor, offset in concept.converts if concept else ():
-            rows = np.flatnonzero((code_index == code) & (value >= lowest) & (value <= highest))
-            rows = rows[value[rows] > concept.high]
-            if len(rows):
-                value, low, high = value.copy(), low.copy(), high.copy()
-                value[rows] = np.round(value[rows] * factor + offset, 4)  # 100.4 °F is 38, not 38.000000000000007
-                for bound in (low, high):
-                    other_unit = rows[bound[rows] > concept.high]
-                    bound[other_unit] = np.round(bound[other_unit] * factor + offset, 4)
-                converted[rows] = True
-    return value, low, high, converted
+_TWO_NUMBERS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", re.ASCII)
+
+
+def _split_pressures(codes, columns, paired, values) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Rows of a blood pressure ``120/80`` as one of the systolic and, at the end, one of the diastolic pressure."""
+    rows = np.flatnonzero(paired[columns["code"]] & np.isnan(columns["value"]))
+    matches = [_TWO_NUMBERS.fullmatch(str(cell)) for cell in _as_given(values, rows)]
+    rows = rows[[match is not None for match in matches]]
+    pressures = np.array([[float(match[1]), float(match[2])] for match in matches if match]).reshape(-1, 2)
+    codes = [*codes, *(code for code in (SYSTOLIC, DIASTOLIC) if code not in codes)]
+    for name in ("low", "high"):  # a range of which of the two?
+        columns[name][rows] = np.nan
+    added = {name: column[rows] for name, column in columns.items()}
+    added |= {"code": np.full(len(rows), codes.index(DIASTOLIC)), "value": pressures[:, 1]}
+    columns = {name: np.concatenate([column, added[name]]) for name, column in columns.items()}
+    columns["code"][rows], columns["value"][rows] = codes.index(SYSTOLIC), pressures[:, 0]
+    return codes, columns
+
+
+def _in_own_units(codes, columns, units, meanings):
+    """(value, low, high) in the units of the codes' concepts, which rows were converted, and whose unit cannot be."""
+    code, unit, value, low, high = (columns[name] for name in ("code", "unit", "value", "low", "high"))
+    converted, unknown = np.zeros(len(value), dtype=bool), np.zeros(len(value), dtype=bool)
+
+    def convert(rows: np.ndarray, other: Unit, bounds_above: float = -np.inf) -> None:
+        nonlocal value, low, high
+        value, low, high = value.copy(), low.copy(), high.copy()
+        value[rows] = other.convert(value[rows])
+        for bound in (low, high):
+            of_unit = rows[bound[rows] > bounds_above]
+            bound[of_unit] = other.convert(bound[of_unit])
+        converted[rows] = True
+
+    width = len(units) + 1  # the last: no unit
+    with_code = code >= 0
+    present = np.unique(code[with_code] * width + np.where(unit >= 0, unit, len(units))[with_code])
+    for key in present.tolist():
+        text, which = codes[key // width], key % width
+        concept, default = meanings.meaning(text)
+        if concept is None:
+            continue
+        named = units[which] if which < len(units) else (default if default != concept.unit else "")
+        if named:
+            other = concept.unit_named(named)
+            if other is not None and (other.factor, other.offset) == (1.0, 0.0):
+                continue
+            rows = np.flatnonzero((code == key // width) & ((unit == which) if which < len(units) else (unit < 0)))
+            if other is None:
+                unknown[rows] = True
+            else:
+                convert(rows, other)
+            continue
+        for other in concept.units:
+            if other.told:
+                rows = np.flatnonzero((code == key // width) & (unit < 0) & (value > concept.high))
+                rows = rows[(value[rows] >= other.told[0]) & (value[rows] <= other.told[1])]
+                if len(rows):
+                    convert(rows, other, concept.high)
+    return value, low, high, converted, unknown
 
 
 def _canonical_order(visit, code, n_codes, time, value, low, high):
     """Sorts by (visit, code, time, value, low, high), drops exact duplicates, finds the groups."""
+    if not len(time):
+        nothing = np.zeros(0, dtype=np.int64)
+        groups = {"group_visit": nothing, "group_code": nothing, "group_start": np.zeros(1, dtype=np.int64)}
+        return {"time": time, "value": value, "low": low, "high": high}, groups, 0
     group = visit * n_codes + code
     start = time.min()
     span = int(time.max()) - int(start) + 1
@@ -954,8 +1202,9 @@ class Segments:
 
 # ----------------------------------------------------------------------------------------- feature blocks
 #
-# A statistic is declared once, here: its name, its block, whether the windows block offers it too, and what an
-# empty run gives. Its function takes `Segments` and gives one number for each run. To add one, add a function.
+# A statistic is declared once, here: its name, its block, whether the windows block offers it too, what an empty run
+# gives, and whether it looks at the latest observation only. Its function takes `Segments` and gives one number for
+# each run. To add one, add a function.
 
 
 @dataclass(frozen=True)
@@ -965,6 +1214,7 @@ class Statistic:
     function: Callable[[Segments], np.ndarray]
     windowed: bool
     empty: float
+    of_latest: bool  # over the visit so far it needs no more than the latest observation
 
 
 STATISTICS: dict[str, Statistic] = {}
@@ -978,15 +1228,15 @@ def _quotient(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.nda
     return quotient
 
 
-def statistic(block: str, name: str, windowed: bool = False, empty: float = np.nan):
+def statistic(block: str, name: str, windowed: bool = False, empty: float = np.nan, of_latest: bool = False):
     def declare(function):
-        STATISTICS[name] = Statistic(name, block, function, windowed, empty)
+        STATISTICS[name] = Statistic(name, block, function, windowed, empty, of_latest)
         return function
 
     return declare
 
 
-@statistic("last", "last")
+@statistic("last", "last", of_latest=True)
 def _last(s: Segments) -> np.ndarray:
     """The latest value; of several at the same time the largest."""
     return s.last
@@ -1044,13 +1294,13 @@ def _delta(s: Segments) -> np.ndarray:
     return s.last - s.previous
 
 
-@statistic("recency", "age")
+@statistic("recency", "age", of_latest=True)
 def _age(s: Segments) -> np.ndarray:
     """Hours since last measured."""
     return s.hours_before(s.end - 1)
 
 
-@statistic("recency", "measured", empty=0.0)
+@statistic("recency", "measured", empty=0.0, of_latest=True)
 def _measured(s: Segments) -> np.ndarray:
     """1 where ever measured in the visit so far, else 0."""
     return np.ones(len(s.count))
@@ -1069,7 +1319,7 @@ def _gap(s: Segments) -> np.ndarray:
     return np.where(s.length > 1, gap, np.nan)
 
 
-@statistic("reference", "outside")
+@statistic("reference", "outside", of_latest=True)
 def _outside(s: Segments) -> np.ndarray:
     """How far the last value lies outside its own reference range, in range widths: negative below, 0 inside.
 
@@ -1164,6 +1414,9 @@ def _hours_since_min(s: Segments) -> np.ndarray:
     return s.hours_before(s.latest_row(s.values == s.spread(s.minimum)))
 
 
+CLINICAL_HOURS = 24  # how far back the clinical scores look, but for the latest value of a static concept
+
+
 class Concepts:
     """Clinical quantities of many snapshots: the values of all codes of a concept together, NaN where none."""
 
@@ -1185,7 +1438,7 @@ class Concepts:
     def _latest(self) -> np.ndarray:
         """(n_concepts, n_snapshots)"""
         shots = self._snapshots
-        start = np.where(_STATIC[self._concept], shots.begin, shots.window_start(24))
+        start = np.where(_STATIC[self._concept], shots.begin, shots.window_start(CLINICAL_HOURS))
         pairs = np.flatnonzero((self._concept >= 0) & (start < shots.end))
         row = shots.end[pairs] - 1
         value = shots.observations.value[row]
@@ -1208,10 +1461,34 @@ class Concepts:
         shots = self._snapshots
         out = np.full(len(shots.as_of), np.nan)
         pairs = np.flatnonzero(self._concept == _CONCEPT_PLACE[name])
-        pairs = pairs[shots.window_start(24)[pairs] < shots.end[pairs]]
+        pairs = pairs[shots.window_start(CLINICAL_HOURS)[pairs] < shots.end[pairs]]
         if len(pairs):
-            of_two.at(out, shots.snapshot[pairs], getattr(shots.segments(pairs, 24), attribute))
+            of_two.at(out, shots.snapshot[pairs], getattr(shots.segments(pairs, CLINICAL_HOURS), attribute))
         return out
+
+
+class _Inputs:
+    """Stands in for `Concepts` to find out which concepts a clinical feature asks for."""
+
+    def __init__(self):
+        self.names: set[str] = set()
+
+    def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+    def latest(self, name: str) -> np.ndarray:
+        self.names.add(name)
+        return np.full(1, np.nan)
+
+    lowest = highest = latest
+
+
+@lru_cache(maxsize=256)
+def clinical_inputs(name: str) -> frozenset[str]:
+    """The names of the concepts that a clinical feature is computed from."""
+    inputs = _Inputs()
+    CLINICAL[name](inputs)
+    return frozenset(inputs.names)
 
 
 CLINICAL: dict[str, Callable[[Concepts], np.ndarray]] = {}
@@ -1374,54 +1651,63 @@ def pf_ratio(c: Concepts) -> np.ndarray:
     return _ratio(c.latest("pao2"), c.latest("fio2"))
 
 
-CONTEXT: dict[str, Callable[[Snapshots], np.ndarray]] = {}
+@dataclass(frozen=True)
+class Context:
+    function: Callable[[Snapshots], np.ndarray]
+    look_back: float | None  # hours; None: the whole visit
 
 
-def context(name: str):
+CONTEXT: dict[str, Context] = {}
+
+
+def context(name: str, look_back: float | None):
+    """Declares a feature of a snapshot's circumstances, and how many hours before `as_of` it looks at (None: at the
+    whole visit)."""
+
     def declare(function):
-        CONTEXT[name] = function
+        CONTEXT[name] = Context(function, look_back)
         return function
 
     return declare
 
 
-@context("hours")
+@context("hours", look_back=None)
 def _hours(s: Snapshots) -> np.ndarray:
     """Hours since the visit's first observation."""
     return (s.as_of - s.start_time) / MICROSECONDS_PER_HOUR
 
 
-@context("types")
+@context("types", look_back=None)
 def _types(s: Snapshots) -> np.ndarray:
     """Number of different codes observed in the visit so far."""
     return s.types_within(None)
 
 
-@context("observations_6h")
+@context("observations_6h", look_back=6)
 def _observations_6h(s: Snapshots) -> np.ndarray:
     """Number of observations of any code in the last 6 h."""
     return s.observations_within(6)
 
 
-@context("observations_24h")
+@context("observations_24h", look_back=24)
 def _observations_24h(s: Snapshots) -> np.ndarray:
     """Number of observations of any code in the last 24 h."""
     return s.observations_within(24)
 
 
-@context("types_6h")
+@context("types_6h", look_back=6)
 def _types_6h(s: Snapshots) -> np.ndarray:
     """Number of different codes observed in the last 6 h."""
     return s.types_within(6)
 
 
-@context("types_24h")
+@context("types_24h", look_back=24)
 def _types_24h(s: Snapshots) -> np.ndarray:
     """Number of different codes observed in the last 24 h."""
     return s.types_within(24)
 
 
-@context("hour_of_day")
+@context("hour_of_day", look_back=0)
 def _hour_of_day(s: Snapshots) -> np.ndarray:
     """Hour of the day of as_of, with its fraction: in the time zone of the data, UTC where they had one."""
     return (s.as_of % (24 * MICROSECONDS_PER_HOUR)) / MICROSECONDS_PER_HOUR
@@ -1531,6 +1817,12 @@ class FeaturePlan:
                 )
                 of_codes[place[feature.code]] = column
                 self.empty[column] = STATISTICS[feature.name].empty
+        looks = [CLINICAL_HOURS] if self.clinical else [0]
+        looks += [window for window in self.columns if window is not None]
+        looks += [CONTEXT[name].look_back for name in self.context]
+        looks += [None for name in self.columns.get(None, {}) if not STATISTICS[name].of_latest]
+        # hours before as_of beyond which only the latest observation of each code counts; None: all observations count
+        self.look_back: float | None = None if None in looks else float(max(looks))
         self._of_every_code = {
             window: {name for name, columns in statistics.items() if columns.min() >= 0}
             for window, statistics in self.columns.items()
@@ -1606,7 +1898,7 @@ class FeaturePlan:
             for name, column in self.clinical.items():
                 out[column] = CLINICAL[name](concepts)
         for name, column in self.context.items():
-            out[column] = CONTEXT[name](shots)
+            out[column] = CONTEXT[name].function(shots)
         out[:, ~shots.usable] = np.nan
 
 
@@ -1669,6 +1961,24 @@ class SnapshotSettings:
             raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
 
 
+@dataclass(frozen=True)
+class MinimumEvidence:
+    """What a snapshot needs for a probability: `at_least` of the `inputs` (names of concepts, or codes without one)
+    measured in the last `within_hours`, and some observation that the model uses, no older than `newest_hours`.
+
+    Raises `ValueError` where that cannot be.
+    """
+
+    inputs: list[str]
+    at_least: int
+    within_hours: float
+    newest_hours: float
+
+    def __post_init__(self):
+        if not 0 <= self.at_least <= len(set(self.inputs)) or not (self.within_hours > 0 and self.newest_hours > 0):
+            raise ValueError(f"{self.at_least} of {len(self.inputs)} within {self.within_hours} h")
+
+
 def _key(does: Callable[[Any], bool], expected: str, **default: Any) -> Any:
     """A field of `Config`: does a value do, and what it has to be. A field with a default may be absent or null."""
     return field(metadata={"does": does, "expected": expected}, **default)
@@ -1723,6 +2033,8 @@ class Config:
     loss_without_code: dict[str, float] = _key(
         lambda v: _is_table(v) and all(map(_is_number, v.values())), "a number for each code", default_factory=dict
     )
+    observed_codes: list[str] = _key(_are_texts, "a list of texts", default_factory=list)  # all of the training data
+    minimum_evidence: MinimumEvidence | None = _key(_is_table, "the least that a score needs, or null", default=None)
     rank_by: str = _key(_is_text, "a text", default="score")
     library_versions: dict[str, str] = _key(_is_table, "a version for each library", default_factory=dict)
     trained_at: str | None = _key(_is_text, "a time, ISO 8601", default=None)
@@ -1771,10 +2083,12 @@ def load_config(path: str | Path) -> Config:
             wrong = "is missing" if absent else "is not as it must be"
             raise BadConfig(f"{where}: {name!r} {wrong}; expected {key.metadata['expected']}; search and train again")
     given = {name: value for name, value in found.items() if value is not None}
-    try:
-        given["snapshots"] = SnapshotSettings(**given["snapshots"])
-    except (TypeError, ValueError) as error:
-        raise BadConfig(f"{where}: 'snapshots' is not as it must be ({error}); search and train again") from None
+    for name, kind in (("snapshots", SnapshotSettings), ("minimum_evidence", MinimumEvidence)):
+        try:
+            if name in given:
+                given[name] = kind(**given[name])
+        except (TypeError, ValueError) as error:
+            raise BadConfig(f"{where}: {name!r} is not as it must be ({error}); search and train again") from None
     config = Config(**given)
     if config.model.get("fill_value") != config.fill_value:
         raise BadConfig(f"{where}: 'fill_value' is not the model's own; search and train again")
@@ -1860,10 +2174,18 @@ class FeatureReproducer:
     >>> FeatureReproducer("models/best_model_config.json").transform(df)   # doctest: +SKIP
     """
 
-    def __init__(self, config_path: str | Path = DEFAULT_CONFIG):
+    def __init__(self, config_path: str | Path = DEFAULT_CONFIG, site_codes: SiteCodes | None = None):
         self.config = load_config(config_path)
         self.feature_names: list[str] = self.config.feature_names
         self.plan = FeaturePlan(self.feature_names)
+        known = {*self.config.codes, *self.plan.codes}
+        self.codes = Codes(
+            synonyms=self.config.synonyms,
+            own={code: self.config.code_prevalence.get(code, 0.0) for code in known},
+            seen=frozenset(known.union(self.config.observed_codes)),
+        )
+        if site_codes:
+            self.codes = self.codes.with_site(site_codes)
 
     @cached_property
     def all_plan(self) -> FeaturePlan:
@@ -1874,16 +2196,31 @@ class FeatureReproducer:
         ]
         return FeaturePlan(names)
 
-    def read(self, source: Any) -> Observations:
-        """`read_observations` with the config's synonyms."""
-        return read_observations(source, self.config.synonyms)
+    def read(self, source: Any, now: int | None = None) -> Observations:
+        """`read_observations` in the model's terms: other codes of a concept that it knows become its own."""
+        return read_observations(source, self.codes, now)
 
     def read_and_warn(self, source: Any) -> Observations:
-        """`read`, and a `SetAsideWarning` for rows that are not used."""
-        observations = self.read(source)
+        """`read`, and a `SetAsideWarning` for rows that are not used. Raises `BadObservations` where none can be."""
+        observations = self.read(source).check_usable()
         if observations.set_aside and observations is not source:
             warnings.warn(SetAsideWarning(f"set aside: {describe_set_aside(observations)}"), stacklevel=3)
         return observations
+
+    def is_used(self, code: str) -> bool:
+        """Does a feature of the model look at this code, by itself or through its concept?"""
+        if code in self.codes.own and code in self._codes_of_plan:
+            return True
+        concept = self.codes.meaning(code)[0]
+        return concept is not None and concept.name in self._clinical_inputs
+
+    @cached_property
+    def _codes_of_plan(self) -> frozenset[str]:
+        return frozenset(self.plan.codes)
+
+    @cached_property
+    def _clinical_inputs(self) -> frozenset[str]:
+        return frozenset().union(*(clinical_inputs(name) for name in self.plan.clinical))
 
     def matrix(
         self,
@@ -2028,6 +2365,47 @@ class ScoreModel:
         return self.slope * total / len(self.members)
 
 
+INSUFFICIENT_EVIDENCE, STALE, NOTHING_USABLE = "insufficient_evidence", "stale", "nothing_usable"
+# Why a risk is unknown, in words.
+UNKNOWN_REASONS = {
+    INSUFFICIENT_EVIDENCE: "too little of what the model needs was measured recently",
+    STALE: "the newest observation that the model uses is too old",
+    NOTHING_USABLE: "no observation can be used",
+}
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What `ProductionPipeline.assess` says of snapshots."""
+
+    probability: np.ndarray  # (n_snapshots,) NaN where the risk is unknown
+    level: np.ndarray  # (n_snapshots,) HIGH, MEDIUM, LOW or UNKNOWN
+    reason: np.ndarray  # (n_snapshots,) None, or a key of UNKNOWN_REASONS
+    newest: np.ndarray  # (n_snapshots,) microseconds, time of the newest observation that the model uses, or NO_TIME
+    known: np.ndarray  # (n_snapshots, n_inputs) was the input of the minimum of evidence measured recently?
+    inputs: tuple[str, ...]  # names of concepts, or codes without one
+    features: np.ndarray  # (n_snapshots, n_features) filled; NaN where a snapshot has no observation
+
+    def missing(self) -> list[list[str]]:
+        """For each snapshot without enough evidence the inputs that were not measured recently; else nothing."""
+        return [
+            [name for name, there in zip(self.inputs, known, strict=True) if not there]
+            if reason == INSUFFICIENT_EVIDENCE
+            else []
+            for reason, known in zip(self.reason.tolist(), self.known.tolist(), strict=True)
+        ]
+
+    def remark(self) -> str | None:
+        """How many risks are unknown and why, in one line without identifiers; None where all are known."""
+        count = {r: int(n) for r in UNKNOWN_REASONS if (n := np.count_nonzero(self.reason == r))}
+        told = "; ".join(f"{n} x {UNKNOWN_REASONS[reason]}" for reason, n in count.items())
+        return f"{sum(count.values())} of {len(self.reason)} risks are UNKNOWN: {told}" if count else None
+
+
+def _finite(hours: np.ndarray) -> np.ndarray:
+    return np.where(np.isinf(hours), 0.0, hours)
+
+
 class ProductionPipeline:
     """Observations to probability of sepsis, with the deployed config and model.
 
@@ -2038,10 +2416,16 @@ class ProductionPipeline:
     never passed over.
     """
 
-    def __init__(self, config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL):
+    def __init__(
+        self,
+        config_path: str | Path = DEFAULT_CONFIG,
+        model_path: str | Path = DEFAULT_MODEL,
+        site_codes: SiteCodes | None = None,
+    ):
         self._files = Path(config_path), Path(model_path)
         self._stamp = _stamp(config_path)  # before it is read: what is deployed meanwhile is seen as new
-        self.reproducer = FeatureReproducer(config_path)
+        self.site_codes = site_codes
+        self.reproducer = FeatureReproducer(config_path, site_codes)
         self.config = self.reproducer.config
         self.feature_names = self.reproducer.feature_names
         self.model_version: str = self.config.model_version or "unversioned"
@@ -2104,14 +2488,14 @@ class ProductionPipeline:
 
     def successor(self) -> ProductionPipeline | None:
         """The pipeline that was deployed to the same files since; None where there is none. Raises as loading does."""
-        return ProductionPipeline(*self._files) if self.outdated() else None
+        return ProductionPipeline(*self._files, self.site_codes) if self.outdated() else None
 
     def _check_golden_example(self) -> None:
         golden = self.config.golden
         if golden["probability"] is None:
             raise BadConfig("config: 'golden' has no probability; run train_best_model.py --full")
         try:
-            observations = self.reproducer.read(golden["observations"])
+            observations = self.reproducer.read(golden["observations"]).check_usable()
         except BadObservations as error:
             raise BadConfig(
                 f"config: 'golden' holds no usable observations ({error}); search and train again"
@@ -2129,31 +2513,37 @@ class ProductionPipeline:
         if not np.allclose(self.model.probability(features), golden["probability"], 1e-9, 1e-12):
             raise BadModel("the golden example gives another probability here than in training; library versions?")
 
-    def predict(self, df: Any, return_probabilities: bool = True, as_of: Any = None) -> pd.DataFrame:
+    def predict(
+        self, df: Any, return_probabilities: bool = True, as_of: Any = None, details: bool = False
+    ) -> pd.DataFrame:
         """Observations (frame, file, records or `Observations`) to a score for each visit.
 
         Columns: ``visit_id, client, sepsis_probability``, or with ``return_probabilities=False``
         ``visit_id, client, sepsis_prediction`` (0 or 1 at the config's decision threshold); visits in order of
-        first appearance. A visit with nothing usable (before `as_of`) has an empty score. With several moments in
-        `as_of` one row a snapshot, with `as_of` as third column. Raises `BadObservations`.
+        first appearance. A visit without the minimum of evidence (at `as_of`) has an empty score, and an
+        `UnknownRiskWarning` counts them. With several moments in `as_of` one row a snapshot, with `as_of` as third
+        column. `details` adds ``risk_level``, ``reason`` and ``missing`` of an unknown one, and
+        ``newest_observation``. Raises `BadObservations`.
         """
         observations = self.reproducer.read_and_warn(df)
         if remark := self.missing_codes_remark(observations):
             warnings.warn(MissingCodesWarning(remark), stacklevel=2)
         visit, moments, several = resolve_snapshots(observations, as_of)
         columns = _index_columns(observations, visit, moments, several)
-        probability = self.score(observations, visit, moments)
+        assessed = self.assess(observations, visit, moments)
+        if remark := assessed.remark():
+            warnings.warn(UnknownRiskWarning(remark), stacklevel=2)
         if return_probabilities:
-            columns["sepsis_probability"] = probability
+            columns["sepsis_probability"] = assessed.probability
         else:
-            decision = pd.array(probability >= self.config.decision_threshold, dtype="Int64")
-            decision[np.isnan(probability)] = pd.NA
+            decision = pd.array(assessed.probability >= self.config.decision_threshold, dtype="Int64")
+            decision[np.isnan(assessed.probability)] = pd.NA
             columns["sepsis_prediction"] = decision
+        if details:
+            columns["risk_level"], columns["reason"] = assessed.level, assessed.reason
+            columns["missing"] = _object_array([", ".join(names) for names in assessed.missing()])
+            columns["newest_observation"] = assessed.newest.astype("datetime64[us]")
         return pd.DataFrame(columns)
-
-    def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
-        """(n_snapshots,) probabilities, NaN where a snapshot has no observation."""
-        return self.evaluate(observations, visit, as_of)[0]
 
     def evaluate(
         self, observations: Observations, visit: np.ndarray, as_of: np.ndarray
@@ -2163,34 +2553,94 @@ class ProductionPipeline:
         Both are NaN where a snapshot has no observation.
         """
         features = self.reproducer.matrix(observations, visit, as_of)
+        return self._probability(features, observations, visit, as_of), features
+
+    def own_code(self, code: str) -> str:
+        return self.reproducer.codes.own_code(code)
+
+    def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
+        """(n_snapshots,) the model's probabilities whatever the evidence, NaN where a snapshot has no observation: to
+        judge a model by, not for a ward. See `assess`."""
+        return self._probability(self.reproducer.matrix(observations, visit, as_of), observations, visit, as_of)
+
+    def _probability(self, features, observations, visit, as_of) -> np.ndarray:
         usable = _usable(observations, visit, as_of)
         if usable.all():
-            return self.model.probability(features), features
+            return self.model.probability(features)
         probability = np.full(len(visit), np.nan)
         if usable.any():
             probability[usable] = self.model.probability(features[usable])
-        return probability, features
+        return probability
 
-    def own_code(self, code: str) -> str:
-        """The model's code for a foreign one: the code itself where the model knows it, else the model's most frequent
-        code of the same concept (LOINC 8867-4 may be this hospital's HR), else `code`.
+    def assess(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> Assessment:
+        """Snapshots to risk: a probability and its level where the evidence carries one, else UNKNOWN with a reason.
 
-        For interfaces that name quantities by a standard; a table's codes are taken as they stand.
+        `visit` (n_snapshots,) places of visits in the observations, `as_of` (n_snapshots,) microseconds since 1970 UTC.
         """
-        return self._own_codes.get(code) or self._code_of_concept.get(self._concept_name(code), code)
+        n = len(self.feature_names)
+        table = self._plan_with_ages.evaluate(observations, visit, as_of)
+        features, ages = table[:, :n], table[:, self._age_columns]
+        usable = _usable(observations, visit, as_of)
+        if (fill := self.config.fill_value) is not None:
+            features[np.isnan(features) & usable[:, None]] = fill
+        probability = self._probability(features, observations, visit, as_of)
+        age = np.fmin.reduce(ages, axis=1, initial=np.inf)
+        newest = np.where(
+            np.isinf(age), NO_TIME, as_of - np.rint(_finite(age) * MICROSECONDS_PER_HOUR).astype(np.int64)
+        )
+        minimum = self.config.minimum_evidence
+        reason = np.full(len(visit), None, dtype=object)
+        known = np.zeros((len(visit), 0), dtype=bool)
+        if minimum is not None:
+            known = np.array(
+                [
+                    np.fmin.reduce(ages[:, columns], axis=1, initial=np.inf) < minimum.within_hours
+                    for columns in self._inputs
+                ]
+            ).T.reshape(len(visit), -1)
+            reason[known.sum(axis=1) < minimum.at_least] = INSUFFICIENT_EVIDENCE
+            reason[~np.isinf(age) & (age > minimum.newest_hours)] = STALE
+        reason[~usable] = NOTHING_USABLE
+        probability[reason != None] = np.nan  # noqa: E711, element by element
+        inputs = tuple(minimum.inputs) if minimum else ()
+        return Assessment(probability, self.risk_level(probability), reason, newest, known, inputs, features)
 
     @cached_property
-    def _own_codes(self) -> dict[str, str]:
-        return {code: code for code in self.reproducer.plan.codes}
+    def _age_codes(self) -> list[str]:
+        """The codes by whose age evidence is judged: those that the model uses, but for static ones."""
+        codes = sorted(self.reproducer.codes.own)
+        concept = {code: self.reproducer.codes.meaning(code)[0] for code in codes}
+        return [c for c in codes if self.reproducer.is_used(c) and not (concept[c] and concept[c].static)]
 
     @cached_property
-    def _code_of_concept(self) -> dict[str | None, str]:
-        rarest_first = sorted(self._own_codes, key=lambda code: self._expected_codes.get(code, 0.0))
-        return {name: code for code in rarest_first if (name := self._concept_name(code))}
+    def _plan_with_ages(self) -> FeaturePlan:
+        ages = [str(Feature("recency", "age", code)) for code in self._age_codes]
+        return FeaturePlan([*self.feature_names, *(name for name in ages if name not in set(self.feature_names))])
 
-    def _concept_name(self, code: str) -> str | None:
-        concept = concept_of(code, self.config.synonyms)
-        return concept.name if concept else None
+    @cached_property
+    def _age_columns(self) -> np.ndarray:
+        place = {name: i for i, name in enumerate(self._plan_with_ages.names)}
+        return np.array([place[str(Feature("recency", "age", code))] for code in self._age_codes], dtype=np.int64)
+
+    @cached_property
+    def _inputs(self) -> list[np.ndarray]:
+        """Of each input of the minimum of evidence the columns, among those of `_age_codes`, that measure it."""
+        names = []
+        for code in self._age_codes:
+            concept = self.reproducer.codes.meaning(code)[0]
+            names.append(concept.name if concept else code)
+        return [np.flatnonzero(np.array(names) == name) for name in self.config.minimum_evidence.inputs]
+
+    def unused_codes(self, observations: Observations) -> dict[str, int]:
+        """Observations of codes that no feature of the model looks at, by code; the most frequent first."""
+        length = np.diff(observations.group_start)
+        count = np.bincount(observations.group_code, weights=length, minlength=len(observations.codes))
+        unused = {
+            code: int(n)
+            for code, n in zip(observations.codes, count.tolist(), strict=True)
+            if n and not self.reproducer.is_used(code)
+        }
+        return dict(sorted(unused.items(), key=lambda item: (-item[1], item[0])))
 
     def risk_level(self, probabilities: Any) -> Any:
         """'LOW', 'MEDIUM' or 'HIGH' by the config's thresholds, 'UNKNOWN' for an empty probability.
@@ -2208,16 +2658,16 @@ class ProductionPipeline:
 
         Columns: ``visit_id, client`` (and ``as_of``), ``feature``, ``value`` (empty where not measured),
         ``contribution`` (to the log-odds, after calibration; positive raises the risk); the strongest first. Visits
-        with nothing usable have no row. Raises `NotExplainable` for models without additive contributions,
+        of unknown risk have no row. Raises `NotExplainable` for models without additive contributions,
         `BadObservations`, and `ValueError` where `top` is not a whole number from 1.
         """
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
             raise ValueError("top, the number of features to explain by, must be a whole number from 1")
         observations = self.reproducer.read_and_warn(df)
         visit, moments, several = resolve_snapshots(observations, as_of)
-        usable = _usable(observations, visit, moments)
-        visit, moments = visit[usable], moments[usable]
-        features = self.reproducer.matrix(observations, visit, moments)
+        assessed = self.assess(observations, visit, moments)
+        given = ~np.isnan(assessed.probability)
+        visit, moments, features = visit[given], moments[given], assessed.features[given]
         contributions = self.model.contributions(features)
         best = np.argsort(-np.abs(contributions), axis=1, kind="stable")[:, :top]
         row = np.repeat(np.arange(len(visit)), best.shape[1])

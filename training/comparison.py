@@ -147,7 +147,7 @@ def compare(
     for the caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
     """
     champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
-    data = make_training_data(champion.reproducer.read(observations), labels, champion.config.snapshots)
+    data = make_training_data(champion.reproducer.read(observations).check_usable(), labels, champion.config.snapshots)
     read = challenger.reproducer.read(observations)
     keys, place = data.observations.keys(), {key: i for i, key in enumerate(read.keys())}
     visit = np.array([place[key] for key in keys], dtype=np.int64)[data.visit]

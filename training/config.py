@@ -81,7 +81,7 @@ def golden_example(
                     "reference_range_max": round(low + (high - low) * 0.5, 2),
                 }
             )
-    observations = read_observations(records, synonyms)
+    observations = read_observations(records, synonyms).check_usable()
     visit, moments, _ = resolve_snapshots(observations)
     features = filled(FeaturePlan(names).evaluate(observations, visit, moments), fill_value)
     return {
@@ -122,6 +122,7 @@ def make_config(
         rank_by=arguments.rank_by,
         code_prevalence={code: round(share, 4) for code, share in prevalence.items() if code in used},
         loss_without_code=loss,
+        observed_codes=list(data.observations.codes),
         data={
             "observations": arguments.observations,
             "labels": arguments.labels,

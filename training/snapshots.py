@@ -139,7 +139,7 @@ def load_training_data(
         synthetic = True
         observations, labels = make_demo_cohort()
     return make_training_data(
-        read_observations(observations, synonyms), read_labels(labels), settings, synthetic=synthetic
+        read_observations(observations, synonyms).check_usable(), read_labels(labels), settings, synthetic=synthetic
     )
 
 
