@@ -112,7 +112,6 @@ def hourly_data(observations: str, labels: str) -> tuple[TrainingData, np.ndarra
         label=label,
         group=pd.factorize(known.client_text[visit_of_row[row]])[0],
         grouped_by="client",
-        retrospective=False,
         synthetic=False,
     )
     return data, from_onset

@@ -19,7 +19,8 @@ import generate_features
 from common import command_line
 from feature_pipeline import FeaturePlan, SnapshotSettings, load_config, parse_feature
 from sources.demo_cohort import make_demo_cohort
-from training import candidates
+from training import fitting, trials
+from training import search as search_module
 from training import snapshots as training_data
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, feature_set_names
 from training.fitting import FeatureTable, filled
@@ -67,13 +68,13 @@ def results(entries) -> list[dict]:
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the model configurations that are fitted while a test runs, in order."""
-    fitted, original = [], candidates.fit_model
+    fitted, original = [], fitting.fit_model
 
     def fit(configuration, *rest):
         fitted.append(configuration.name)
         return original(configuration, *rest)
 
-    monkeypatch.setattr(candidates, "fit_model", fit)
+    monkeypatch.setattr(fitting, "fit_model", fit)
     return fitted
 
 
@@ -126,7 +127,7 @@ def latest(cohort_files):
 
 def fitted(configuration, table, label, seed=3):
     rows, columns = np.arange(len(label)), np.arange(len(table.plain))
-    return candidates.fit_model(configuration, table, rows, columns, label, seed)
+    return fitting.fit_model(configuration, table, rows, columns, label, seed)
 
 
 @pytest.mark.parametrize("configuration", MODEL_CONFIGURATIONS, ids=lambda c: c.name)
@@ -205,7 +206,7 @@ def test_quick_runs_nine_candidates(cohort_files, tmp_path, monkeypatch):
         seen.extend((feature_set, configuration.name) for feature_set, configuration in todo)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_features, "run_candidates", judge)
+    monkeypatch.setattr(search_module, "run_candidates", judge)
     observations, labels = map(str, cohort_files)
     named = ["--observations", observations, "--labels", labels, "--models-dir", str(tmp_path)]
     assert generate_features.main([*named, "--quick", "--quiet"]) == 130
@@ -264,7 +265,7 @@ def test_what_was_set_aside_and_left_out_stands_in_the_summary(cohort, cohort_fi
 
 
 def test_a_candidate_that_fails_is_logged_and_the_search_goes_on(cohort_files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(candidates._FIT, "logistic_regression", fails(ValueError("no luck")))
+    monkeypatch.setitem(fitting._FIT, "logistic_regression", fails(ValueError("no luck")))
     entries = searched(cohort_files, tmp_path, sets=SETS, status=1)
     failed = [e for e in entries if "error" in e]
     assert len(entries) == 4 and [e["model"] for e in failed] == ["logistic_regression"] * 2
@@ -275,20 +276,20 @@ def test_a_candidate_that_fails_is_logged_and_the_search_goes_on(cohort_files, t
 
 
 def test_a_model_whose_scores_are_not_finite_has_failed(cohort_files, tmp_path, monkeypatch):
-    fit = candidates._FIT["logistic_regression"]
+    fit = fitting._FIT["logistic_regression"]
 
     def broken(*arguments):
         member = fit(*arguments)
         member.intercept = float("nan")
         return member
 
-    monkeypatch.setitem(candidates._FIT, "logistic_regression", broken)
+    monkeypatch.setitem(fitting._FIT, "logistic_regression", broken)
     entries = searched(cohort_files, tmp_path, "--quiet", status=1)
     assert [e["error"] for e in entries if "error" in e] == ["ValueError: the model gives scores that are not finite"]
 
 
 def test_nothing_is_chosen_when_all_candidates_fail(cohort_files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(candidates._FIT, "lightgbm", fails(MemoryError()))
+    monkeypatch.setitem(fitting._FIT, "lightgbm", fails(MemoryError()))
     entries = searched(cohort_files, tmp_path, "--quiet", models=MODELS[:1], status=2)
     assert "MemoryError" in entries[0]["error"]
     assert "error: all 1 candidates failed; see" in capsys.readouterr().err
@@ -340,7 +341,7 @@ def test_the_test_part_has_no_say_in_any_choice(cohort_files, tmp_path, change):
     assert one.data["fingerprint"] != two.data["fingerprint"]
     assert one.metrics.pop("test")["roc_auc"] != two.metrics.pop("test")["roc_auc"]
     chosen = ("feature_set", "model", "feature_names", "codes", "fill_value", "metrics", "decision_threshold", "golden")
-    assert {key: one[key] for key in chosen} == {key: two[key] for key in chosen}
+    assert [getattr(one, key) for key in chosen] == [getattr(two, key) for key in chosen]
 
     changing = re.compile(r"ROC AUC lost.*|  NOTE: only .*|\(\d+ s in all\)|\d+\.\d(?=  \w+ +\w+$)", re.M)
     texts = [changing.sub("", summary_of(tmp_path / n).split("Grouped cross-")[1]) for n in ("first", "second")]
@@ -350,13 +351,13 @@ def test_the_test_part_has_no_say_in_any_choice(cohort_files, tmp_path, change):
 def test_candidates_are_fitted_on_training_rows_alone(cohort_files, tmp_path, monkeypatch):
     """First the training part; then, for the winner, folds of training and validation parts, and both parts whole."""
     part = split_parts(load_training_data(*cohort_files))
-    seen, original = [], candidates.fit_model
+    seen, original = [], fitting.fit_model
 
     def fit(configuration, table, rows, *rest):
         seen.append(rows)
         return original(configuration, table, rows, *rest)
 
-    monkeypatch.setattr(candidates, "fit_model", fit)
+    monkeypatch.setattr(fitting, "fit_model", fit)
     searched(cohort_files, tmp_path, "--quiet", models=MODELS[:1])
     train, *folds, winner = seen
     assert np.array_equal(train, np.flatnonzero(part == TRAIN))
@@ -391,7 +392,7 @@ def test_without_resume_everything_is_done_again(cohort_files, tmp_path, counted
 
 def test_resume_tries_failed_candidates_again(cohort_files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setitem(candidates._FIT, "logistic_regression", fails(ValueError("no luck")))
+        patch.setitem(fitting._FIT, "logistic_regression", fails(ValueError("no luck")))
         searched(cohort_files, tmp_path, "--quiet", status=1)
     entries = searched(cohort_files, tmp_path, "--quiet", "--resume")
     assert len(entries) == 2 and all("score" in e for e in entries)
@@ -451,7 +452,7 @@ def test_resume_from_a_log_that_is_none_starts_anew(cohort_files, tmp_path, cont
 
 def test_an_interrupted_search_keeps_its_log_and_says_how_to_go_on(cohort_files, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setitem(candidates._FIT, "logistic_regression", fails(KeyboardInterrupt()))
+        patch.setitem(fitting._FIT, "logistic_regression", fails(KeyboardInterrupt()))
         first = searched(cohort_files, tmp_path, "--quiet", status=130)
     assert [e["model"] for e in first] == ["lightgbm_shallow"]
     assert capsys.readouterr().err == (
@@ -529,7 +530,7 @@ def test_a_dask_cluster_of_two_processes_gives_the_scores_of_one(search, cohort_
             timeout=180,
         )
         with distributed.Client(cluster) as client:
-            workers = client.run(lambda: "candidates" in sys.modules)
+            workers = client.run(lambda: "training.candidates" in sys.modules)
     assert done.returncode == 0, done.stderr
     assert list(workers.values()) == [True, True]  # both had work
     assert without_times(log_of(tmp_path)) == without_times(log_of(search))
@@ -682,14 +683,14 @@ def test_a_name_that_stands_twice_is_searched_once(cohort_files, tmp_path):
 
 
 def test_a_finalist_that_fails_is_dropped_and_the_others_go_on(cohort_files, tmp_path, monkeypatch, capsys):
-    original = candidates.judge_candidate
+    original = fitting.judge_candidate
 
     def judge(configuration, *rest, hide=True, **more):
         if not hide and configuration.name in failing:
             return {"error": "ValueError: too little", "seconds": 0.0}
         return original(configuration, *rest, hide=hide, **more)
 
-    monkeypatch.setattr(candidates, "judge_candidate", judge)
+    monkeypatch.setattr(fitting, "judge_candidate", judge)
     failing = {"lightgbm_shallow"}
     assert len(searched(cohort_files, tmp_path, "--finalists", "2", "--quiet", status=1)) == 2
     assert "lightgbm_shallow failed in cross-validation: ValueError: too little" in capsys.readouterr().err
@@ -705,13 +706,13 @@ def test_histogram_boosting_bears_a_column_that_training_never_saw():
     label = (features[:, 0] + generator.normal(size=400) > 0).astype(int)
     never = np.column_stack([features, np.full(400, np.nan)])
     params = {**CONFIGURATION["hist_gradient_boosting"].params, "max_features": 1.0}
-    with_it, without = (candidates._FIT["hist_gradient_boosting"](params, x, label, 0) for x in (never, features))
+    with_it, without = (fitting._FIT["hist_gradient_boosting"](params, x, label, 0) for x in (never, features))
     measured = np.column_stack([features, generator.normal(size=400)])
     assert np.array_equal(with_it.log_odds(measured), without.log_odds(features))
 
 
 def test_a_killed_worker_is_one_line_that_says_how_to_go_on(cohort_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate_features, "_candidate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(trials, "_candidate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     line = refused(capsys, options(cohort_files, tmp_path, jobs=2))
     assert "ended a worker process" in line and "--resume" in line
 

@@ -14,6 +14,8 @@ import pytest
 import generate_features
 import run_tests
 import train_best_model
+import training.check
+import training.train
 from common import artifacts
 from feature_pipeline import BadModel, ProductionPipeline, load_config, read_observations
 from training import versions
@@ -135,7 +137,7 @@ def test_full_leaves_the_search_as_it_was(searched, directory, capsys):
         "snapshots",
         "seed",
     )
-    assert {key: before[key] for key in same} == {key: after[key] for key in same}
+    assert [getattr(before, key) for key in same] == [getattr(after, key) for key in same]
     assert after.metrics.pop("out_of_fold")["n_visits"] == 279
     assert after.metrics == before.metrics
     for name in ("optimization_log.json", "optimization_summary.txt"):
@@ -176,7 +178,7 @@ def test_the_same_seed_and_data_give_the_same_model(directory, some, tmp_path):
     assert np.array_equal(scores_of(directory, some), scores_of(other, some))
     one, two = (load_config(models / "best_model_config.json") for models in (directory, other))
     for key in ("golden", "decision_threshold", "metrics"):
-        assert one[key] == two[key]
+        assert getattr(one, key) == getattr(two, key)
 
 
 def test_the_model_file_names_no_class_of_the_training_scripts(models_dir):
@@ -187,14 +189,14 @@ def test_the_model_file_names_no_class_of_the_training_scripts(models_dir):
 
 def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monkeypatch):
     seen = {}
-    original = train_best_model.fit_calibrated
+    original = training.train.fit_calibrated
 
     def fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed):
         model, probability = original(configuration, table, columns, data, rows, out_of_fold, seed)
         seen.update(model=model, probability=probability, label=data.label[rows], out_of_fold=out_of_fold)
         return model, probability
 
-    monkeypatch.setattr(train_best_model, "fit_calibrated", fit_calibrated)
+    monkeypatch.setattr(training.train, "fit_calibrated", fit_calibrated)
     trained(directory, "--full")
     assert len(seen["probability"]) == len(load_training_data(*cohort_files).label)  # every snapshot was held out once
     assert seen["probability"].mean() == pytest.approx(seen["label"].mean(), rel=0.1)
@@ -260,7 +262,7 @@ def test_no_search_yet(tmp_path, capsys):
 
 
 def test_data_that_are_gone(directory, cohort_files, tmp_path, capsys):
-    config = json.loads((directory / "best_model_config.json").read_text())
+    config = load_config(directory / "best_model_config.json")
     change_config(directory, data={**config.data, "observations": str(tmp_path / "gone.parquet")})
     assert "gone.parquet" in refused(capsys, "--models-dir", directory)
     assert "go together" in refused(capsys, "--models-dir", directory, "--observations", cohort_files[0])
@@ -298,7 +300,7 @@ def second_version(models_dir, tmp_path_factory):
     directory = shutil.copytree(models_dir, tmp_path_factory.mktemp("second") / "models")
     given = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_best_model, "deploy", lambda directory, *rest: given.extend(rest))
+        patch.setattr(training.train, "deploy", lambda directory, *rest: given.extend(rest))
         trained(directory, "--full", "--seed", "11")
     return given
 
@@ -317,10 +319,10 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
         left[0] -= 1
         original(path, content)
 
-    for module in (train_best_model, versions):
+    for module in (training.train, versions):
         monkeypatch.setattr(module, "write_atomic", write)
     with pytest.raises(type(error)):
-        train_best_model.deploy(deployment, *copy.deepcopy(second_version))
+        training.train.deploy(deployment, *copy.deepcopy(second_version))
     assert {path.name for path in deployment.rglob(".*") if path.is_file()} <= {".deploy.lock"}  # no temporary files
     try:
         assert np.array_equal(scores_of(deployment, some), expected)
@@ -328,7 +330,7 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
         assert at > len(DEPLOYED), "the archive comes first and touches nothing"
         assert "SHA-256 differs" in str(refused)
     left[0] = 99
-    train_best_model.deploy(deployment, *copy.deepcopy(second_version))  # done again, it is whole
+    training.train.deploy(deployment, *copy.deepcopy(second_version))  # done again, it is whole
     assert not np.array_equal(scores_of(deployment, some), expected)
 
 
@@ -336,8 +338,8 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
     ("changes", "message"),
     [
         ({"fill_value": 7}, "'fill_value' is not the model's own"),
-        ({"seed": None}, "'seed' missing"),
-        ({"metrics": None, "decision_sensitivity": None}, "'metrics', 'decision_sensitivity' missing"),
+        ({"seed": None}, "'seed' is missing"),
+        ({"metrics": None, "decision_sensitivity": None}, "'metrics' is missing"),
     ],
 )
 def test_an_edited_config_is_refused_before_training(deployment, capsys, changes, message):
@@ -353,7 +355,7 @@ def test_what_would_not_load_is_neither_deployed_nor_archived(deployment, second
     config, *rest = copy.deepcopy(second_version)
     config.golden["features"][0][0] = 12345.0
     with pytest.raises(BadModel, match="golden example gives other features"):
-        train_best_model.deploy(deployment, config, *rest)
+        training.train.deploy(deployment, config, *rest)
     assert files_of(deployment) == before
     version = second_version[4]
     assert not (deployment / "archive" / version).exists()
@@ -381,7 +383,7 @@ def test_a_write_that_fails_is_one_line(deployment, some, monkeypatch, capsys, e
     def write(path, content):
         raise error
 
-    monkeypatch.setattr(train_best_model, "write_atomic", write)
+    monkeypatch.setattr(training.train, "write_atomic", write)
     trained(deployment, "--full", "--seed", "11", status=status)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert files_of(deployment) == before
@@ -466,7 +468,7 @@ def test_the_check_sees_features_that_depend_on_the_company(models_dir, cohort):
 
     pipeline.reproducer.transform = transform
     with pytest.raises(AssertionError, match="features differ when the rows come"):
-        run_tests.check_features(pipeline, cohort[0])
+        training.check.check_features(pipeline, cohort[0])
 
 
 def test_the_check_misses_no_prediction(models_dir, cohort):
@@ -474,7 +476,7 @@ def test_the_check_misses_no_prediction(models_dir, cohort):
     lost = cohort[0].copy()
     lost.loc[lost["visit_id"] == lost["visit_id"].iloc[0], "observation_value"] = np.nan
     with pytest.raises(AssertionError, match="279 visits, 278 predictions"):
-        run_tests.check_predictions(pipeline, lost)
+        training.check.check_predictions(pipeline, lost)
 
 
 def test_without_an_argument_the_suite_runs(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -19,6 +20,7 @@ from common.metrics import compared, sensitivity_at_alert_rate
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
 from sources.demo_cohort import make_demo_cohort
 from tests.test_api_server import Server
+from training import train
 from training.comparison import Comparison
 from training.config import golden_example
 from training.versions import CONFIG, list_versions, switch
@@ -107,8 +109,8 @@ def test_models_that_are_deployed_at_once_get_versions_of_their_own(models):
     fitted = [joblib.load(directory / "archive" / v / "best_model.pkl") for v in (first, second)]
 
     def deploy(k):
-        version = train_best_model.new_version(directory / "archive")
-        train_best_model.deploy(directory, configs[k], fitted[k], "", "", version)
+        version = train.new_version(directory / "archive")
+        train.deploy(directory, configs[k], fitted[k], "", "", version)
         return version
 
     with ThreadPoolExecutor(2) as pool:
@@ -118,7 +120,7 @@ def test_models_that_are_deployed_at_once_get_versions_of_their_own(models):
         pipeline = ProductionPipeline(
             directory / "archive" / version / CONFIG, directory / "archive" / version / "best_model.pkl"
         )
-        assert pipeline.model_version == version and pipeline.config.seed == config["seed"]
+        assert pipeline.model_version == version and pipeline.config.seed == config.seed
     assert ProductionPipeline(directory / CONFIG, directory / "best_model.pkl").model_version in versions
 
 
@@ -266,11 +268,8 @@ def test_what_counts_as_worse(difference, low, high, worse):
 
 
 def use_synonyms(config, synonyms):
-    config["synonyms"] = synonyms
-    probability = config["golden"].get("probability")
-    config["golden"] = golden_example(config["feature_names"], synonyms, config["fill_value"])
-    if probability:
-        config["golden"]["probability"] = probability
+    golden = golden_example(config.feature_names, synonyms, config.fill_value)
+    return replace(config, synonyms=synonyms, golden={**golden, "probability": config.golden["probability"]})
 
 
 def add_version(directory, like, version, change):
@@ -278,8 +277,8 @@ def add_version(directory, like, version, change):
     folder, scratch = directory / "archive" / like, directory / f"scratch_{version}"
     model = joblib.load(folder / "best_model.pkl")
     config = load_config(folder / CONFIG)
-    change(config, model)
-    train_best_model.deploy(scratch, config, model, "", "", version)
+    config = change(config, model) or config
+    train.deploy(scratch, config, model, "", "", version)
     shutil.copytree(scratch / "archive" / version, directory / "archive" / version)
 
 
@@ -302,7 +301,7 @@ def test_each_version_reads_with_its_own_synonyms(models, tmp_path, capsys):
     directory, _, second = models
 
     def strange(config, model):
-        use_synonyms(config, {"HR": "spo2"})  # heart rates above 100 are set aside
+        return use_synonyms(config, {"HR": "spo2"})  # heart rates above 100 are set aside
 
     add_version(directory, second, "20010101_000000", strange)
     options = ["--force", *files(tmp_path, new_patients(77))]
@@ -362,15 +361,15 @@ def test_retraining_promotes_once_and_keeps_the_deployed_model_where_it_must(mod
     shown = capsys.readouterr().out
     assert status == 0 and "promoted" in shown, shown
     config = load_config(directory / CONFIG)
-    assert config["model_version"] != before and len(config["retrained_with"]) == 1
-    assert (directory / "archive" / config["model_version"]).is_dir() and (directory / "comparison.html").exists()
-    assert config["model_version"] in (directory / "comparison.html").read_text()
-    clients = pd.read_parquet(config["trained_on"]["labels"])["client"]
+    assert config.model_version != before and len(config.retrained_with) == 1
+    assert (directory / "archive" / config.model_version).is_dir() and (directory / "comparison.html").exists()
+    assert config.model_version in (directory / "comparison.html").read_text()
+    clients = pd.read_parquet(config.trained_on["labels"])["client"]
     assert clients.str.startswith("n").any() and not clients.str.startswith("n").all()
     ProductionPipeline(directory / CONFIG, directory / "best_model.pkl")
     # the same data once more: nothing to do
     assert run(directory, *options) == 0 and "already" in capsys.readouterr().out
-    assert load_config(directory / CONFIG).model_version == config["model_version"]
+    assert load_config(directory / CONFIG).model_version == config.model_version
     assert not (directory / ".retrain").exists() and not list((tmp_path / "training").glob(".*"))
 
 
@@ -380,8 +379,8 @@ def test_retraining_with_a_search_keeps_what_the_hospital_has_set(models, cohort
     directory = models[0]
     config = load_config(directory / CONFIG)
     synonyms = {"Puls": "heart_rate"}
-    config["synonyms"], config["trained_on"]["synthetic"] = synonyms, True
-    (directory / CONFIG).write_text(json.dumps(config))
+    config = replace(config, synonyms=synonyms, trained_on={**config.trained_on, "synthetic": True})
+    (directory / CONFIG).write_text(config.text())
     before = (directory / "optimization_summary.txt").read_text()
     # what a killed retraining left
     (directory / ".retrain").mkdir()
@@ -389,10 +388,10 @@ def test_retraining_with_a_search_keeps_what_the_hospital_has_set(models, cohort
     options = ["--retrain", "--quick", "--force", "--data-dir", str(tmp_path / "training")]
     assert run(directory, *options, *files(tmp_path, new_patients(78))) == 0, capsys.readouterr()
     config = load_config(directory / CONFIG)
-    assert config["synonyms"] == synonyms and config["trained_on"]["synthetic"]
+    assert config.synonyms == synonyms and config.trained_on["synthetic"]
     assert "synthetic" in (directory / "MODEL_CARD.md").read_text().casefold()
     summary = (directory / "optimization_summary.txt").read_text()
-    assert summary != before and config["feature_set"] in summary
+    assert summary != before and config.feature_set in summary
     assert "warning: these are not the data" not in capsys.readouterr().err
     assert run(directory, "--seed", "1") == 0  # figures of the search's own test part can be repeated
     assert "not the data of the search" not in capsys.readouterr().err

@@ -41,7 +41,7 @@ def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
     for trained in (config, load_config(folder / CONFIG)):
         labels = labels[~labels["client"].isin(learned_clients(trained))]
         if labels.empty:
-            raise BadConfig(f"model {trained['model_version']} was trained on these patients; compare on others")
+            raise BadConfig(f"model {trained.model_version} was trained on these patients; compare on others")
     comparison = compare(directory, folder, arguments.observations, labels, "patients of --observations")
     for line in comparison.lines():
         print(line)
