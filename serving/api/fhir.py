@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from fhir.resources.R4B.bundle import Bundle
 from fhir.resources.R4B.observation import Observation
@@ -23,40 +23,25 @@ from flask import Response
 from pydantic import ValidationError
 from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
+from common.fhir import NOT_USED as PART_NOT_USED
+from common.fhir import Identity, NotUsed, Reading, readings
 from common.units import own_terms
 from feature_pipeline import ProductionPipeline
 from serving.api.service import Scored, count_set_aside
 
 MIME = "application/fhir+json"
-LOINC = "http://loinc.org"
-UCUM = "http://unitsofmeasure.org"
 SEPSIS = {"system": "http://snomed.info/sct", "code": "91302008", "display": "Sepsis"}
 RISK_CODES = {"LOW": "low", "MEDIUM": "moderate", "HIGH": "high"}
-NOT_A_RESULT = {"entered-in-error", "cancelled", "registered", "unknown"}
 MOST_ISSUES = 50
 # why something of a bundle is not used; the keys are the metrics' reasons
 NOT_USED = {
+    **PART_NOT_USED,
     "malformed": "no resource",
-    "bad_resource": "not a valid R4 Observation",
     "source_failed": "the source reports an error",
-    "no_result": "its status says that it is no result",
-    "no_subject": "no subject that says which Patient: Patient/ID, its URL, urn:uuid or an identifier",
-    "no_encounter": "its encounter does not say which: Encounter/ID, its URL, urn:uuid or an identifier",
-    "no_date": "no effective time of day",
-    "no_value": "no valueQuantity",
-    "bad_value": "its value is no JSON number",
-    "no_code": "no code",
     "bad_unit": "its unit cannot be converted",
     "other_patient": "of another patient",
     "further_pages": "there are more observations than were sent",
 }
-
-
-class Identity(NamedTuple):
-    """What a reference names: `value` alone is not unique, the same number may come from another server or system."""
-
-    place: str  # server and type, ``http://a.org/fhir/Patient``; or an identifier's system with | behind it
-    value: str
 
 
 Visit = tuple[Identity, Identity | None]  # patient, encounter; a patient's observations without encounter are one visit
@@ -150,12 +135,12 @@ def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, path
             found.set_aside(where, "source_failed")
         elif resource.get("resourceType") == "Observation":
             try:
-                observation = Observation.model_validate(resource)
+                Observation.model_validate(resource)
             except (ValidationError, ValueError, TypeError, ArithmeticError) as error:
                 found.set_aside(where, "bad_resource", f": {_first_problem(error)}")
             else:
                 url = entry.get("fullUrl")
-                _add(observation, resource, url if isinstance(url, str) else "", where, pipeline, found, kinds)
+                _add(resource, url if isinstance(url, str) else "", where, pipeline, found, kinds)
 
 
 def failed(resource: dict[str, Any]) -> bool:
@@ -175,102 +160,33 @@ def _first_problem(error: Exception) -> str:
     return type(error).__name__
 
 
-def _add(observation, resource, url, where, pipeline, found, kinds) -> None:
-    if observation.status in NOT_A_RESULT:
-        return found.set_aside(where, "no_result")
+def _add(resource, url, where, pipeline, found, kinds) -> None:
     server = re.fullmatch(r"(https?://[^\s?#|]+/)Observation/[^/]+", url)
-    base = server[1] if server else ""
-    patient = _identity(observation.subject, "Patient", base, kinds)
-    if patient is None:
-        return found.set_aside(where, "no_subject")
-    encounter = _identity(observation.encounter, "Encounter", base, kinds)
-    if encounter is None and observation.encounter is not None:
-        return found.set_aside(where, "no_encounter")
-    time = observation.effectiveDateTime or observation.effectiveInstant
-    if time is None and observation.effectivePeriod is not None:
-        time = observation.effectivePeriod.end or observation.effectivePeriod.start
-    if not hasattr(time, "hour"):
-        return found.set_aside(where, "no_date")
-    # a time without a zone is taken as UTC, as everywhere
-    moment = time if time.tzinfo else time.replace(tzinfo=UTC)
-    reference = url or (f"Observation/{observation.id}" if observation.id else "")
-    for k, part in enumerate([observation, *(observation.component or [])]):
-        here = where if k == 0 else f"{where}.component[{k - 1}]"
-        raw = resource if k == 0 else resource["component"][k - 1]
-        if part.valueQuantity is None and part.valueInteger is None:
-            if k or not observation.component:  # a panel has no value of its own
-                found.set_aside(here, "no_value")
+    reference = url or (f"Observation/{resource['id']}" if resource.get("id") else "")
+    for part in readings(resource, server[1] if server else "", kinds):
+        if isinstance(part, NotUsed):
+            found.set_aside(f"{where}{part.where}", part.reason)
             continue
-        record = _record(part, raw, here, pipeline, found)
+        record = _record(part, f"{where}{part.where}", pipeline, found)
         if record:
-            row = Row((patient, encounter), moment, record, resource["subject"], resource.get("encounter"), reference)
-            found.rows.append(row)
+            # a time without a zone is taken as UTC, as everywhere
+            moment = part.time if part.time.tzinfo else part.time.replace(tzinfo=UTC)
+            visit = (part.patient, part.encounter)
+            found.rows.append(Row(visit, moment, record, resource["subject"], resource.get("encounter"), reference))
 
 
-def _identity(reference: Any, kind: str, base: str, kinds: dict[str, Any]) -> Identity | None:
-    """What a reference to a resource of `kind` names, one without a server being on `base`; None where that cannot be
-    told: a contained resource (``#p``) has a name inside its Observation only."""
-    if reference is None or (reference.type and reference.type.rpartition("/")[2] != kind):
-        return None
-    text = (reference.reference or "").strip()
-    if text and not text.startswith("#"):
-        text = text.partition("/_history/")[0]
-        if match := re.fullmatch(rf"(https?://[^\s?#|]+/)?{kind}/([^\s/?#|]+)", text):
-            return Identity(f"{match[1] or base}{kind}", match[2])
-        if match := re.fullmatch(r"(urn:(?:uuid|oid)):([^\s|]+)", text):
-            return Identity(match[1], match[2]) if kinds.get(text, kind) == kind else None
-        return None
-    value = ((reference.identifier and reference.identifier.value) or "").strip()
-    return Identity(f"{reference.identifier.system or ''}|", value) if value else None
-
-
-def _float(number: Any) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an integer of hundreds of digits; the reader sets it aside as infinite
-        return float("inf")
-
-
-def _unit(quantity: Any) -> str | None:
-    return quantity.code if quantity.system == UCUM and quantity.code else quantity.unit
-
-
-def _record(
-    part: Any, raw: dict[str, Any], where: str, pipeline: ProductionPipeline, found: Found
-) -> dict[str, Any] | None:
-    """The observation's code, value and range in the model's own terms; None where it is set aside.
-
-    A comparator is left out: ``<0.5`` counts as its number, as everywhere.
-    """
-    quantity = part.valueQuantity
-    # the number that was sent, not its Decimal
-    number, unit = (raw["valueQuantity"].get("value"), _unit(quantity)) if quantity else (raw["valueInteger"], None)
-    if number is None:
-        return found.set_aside(where, "no_value")
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return found.set_aside(where, "bad_value")
-    codings = [c for c in (part.code.coding or []) if c.code]
-    codings.sort(key=lambda coding: coding.system != LOINC)
-    known = [c.code for c in codings if pipeline.own_code(c.code) in pipeline.config.codes]
-    code = known[0] if known else codings[0].code if codings else (part.code.text or "")
-    if not code.strip():
-        return found.set_aside(where, "no_code")
-    record = own_terms(pipeline, code, _float(number), unit, None, None)
+def _record(part: Reading, where: str, pipeline: ProductionPipeline, found: Found) -> dict[str, Any] | None:
+    """The observation's code, value and range in the model's own terms; None where it is set aside."""
+    known = [code for code in part.codes if pipeline.own_code(code) in pipeline.config.codes]
+    code = known[0] if known else part.codes[0]
+    record = own_terms(pipeline, code, part.value, part.unit, None, None)
     if isinstance(record, str):
         return found.set_aside(where, "bad_unit", f": {record}")
-    for reference in _normal_ranges(part)[:1]:
-        for name, bound in (("reference_range_min", reference.low), ("reference_range_max", reference.high)):
-            if bound is not None and bound.value is not None:
-                own = own_terms(pipeline, code, float(bound.value), _unit(bound) or unit, None, None)
-                record[name] = None if isinstance(own, str) else own["observation_value"]
+    for name, bound in (("reference_range_min", part.low), ("reference_range_max", part.high)):
+        if bound is not None:
+            own = own_terms(pipeline, code, *bound, None, None)
+            record[name] = None if isinstance(own, str) else own["observation_value"]
     return record
-
-
-def _normal_ranges(part: Any) -> list[Any]:
-    """The ranges of healthy people, those that say so first; one without a type is such by the standard, one for a
-    treatment's aim is none."""
-    codes = [({c.code for c in (r.type.coding or [])} if r.type else set(), r) for r in part.referenceRange or []]
-    return [r for own, r in codes if "normal" in own] + [r for own, r in codes if not own]
 
 
 # ---------------------------------------------------------------------------------------------------- answers
