@@ -2020,7 +2020,10 @@ class Config:
         "the observations and labels of the search, with their fingerprint",
     )
     metrics: dict[str, Any] = _key(_is_table, "figures by name")
-    decision_sensitivity: float = _key(_is_share, "a number from 0 to 1")
+    thresholds: dict[str, Any] = _key(  # the rule, the curves it reads, by whom, when and why it was set
+        _is_table, "how the risk thresholds were chosen", default_factory=dict
+    )
+    decision_sensitivity: float | None = _key(_is_share, "a number from 0 to 1, or null", default=None)
     synonyms: dict[str, str] = _key(_is_table, "a concept for each code", default_factory=dict)
     fill_value: float | None = _key(_is_number, "a number or null", default=None)
     model_version: str | None = _key(
