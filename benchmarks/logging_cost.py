@@ -100,11 +100,11 @@ def record_microseconds(arguments: argparse.Namespace, url: str, times: int = 20
     observations = pipeline.reproducer.read(json.loads(BODY))
     visit, moments, _ = resolve_snapshots(observations)
     visit, moments = visit[:1], moments[:1]
-    probability, features = pipeline.evaluate(observations, visit, moments)
+    found = pipeline.assess(observations, visit, moments)
     log, taken = PredictionLog.open(url, pipeline, "api"), []
     for _ in range(times):
         start = time.perf_counter()
-        log.record(observations, visit, moments, probability, features, 0.001)
+        log.record(observations, visit, moments, found, 0.001)
         taken.append(time.perf_counter() - start)
     log.close()
     return statistics.median(taken) * 1e6

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from common.command_line import log
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
-from feature_pipeline import Observations, ProductionPipeline
+from feature_pipeline import Assessment, Observations, ProductionPipeline
 from monitoring.profile import Profile
 
 URL_VARIABLE = "SEPSIS_MONITOR_URL"
@@ -164,14 +164,12 @@ class PredictionLog:
         observations: Observations,
         visit: np.ndarray,
         as_of: np.ndarray,
-        probability: np.ndarray,
-        features: np.ndarray,
+        found: Assessment,
         seconds: float,
     ) -> bool:
-        """Writes one row a snapshot, all in one transaction, before it returns. False where that was not possible.
+        """Writes one row for each snapshot, all in one transaction. Returns False if that was not possible.
 
-        `probability` and `features` are what `ProductionPipeline.evaluate` gave for these snapshots, `seconds` how
-        long the call took.
+        `found` is what `ProductionPipeline.assess` returned for these snapshots, `seconds` the duration of that call.
         """
         if self._engine is None or not len(visit):
             return self._engine is not None
@@ -182,9 +180,9 @@ class PredictionLog:
             "source": self._source,
             "model_version": self._pipeline.model_version,
             "seconds": seconds,
+            "codes_sha256": self._pipeline.reproducer.codes.sha256,
         }
-        levels = self._pipeline.risk_level(probability).tolist()
-        moments = as_of.astype("datetime64[us]").astype(object)  # datetime, None for none
+        moments, newest = (times.astype("datetime64[us]").astype(object) for times in (as_of, found.newest))  # or None
         rows = [
             {
                 **shared,
@@ -195,16 +193,20 @@ class PredictionLog:
                 "bins": bins,
                 "codes": present,
                 "unknown": others,
+                "reason": reason,
+                "newest": latest,
             }
-            for client, number, moment, score, level, bins, present, others in zip(
+            for client, number, moment, score, level, bins, present, others, reason, latest in zip(
                 clients,
                 visits,
                 moments,
-                probability.tolist(),
-                levels,
-                self._profile.bins(features),
+                found.probability.tolist(),
+                found.level.tolist(),
+                self._profile.bins(found.features),
                 codes,
                 unknown,
+                found.reason.tolist(),
+                newest,
                 strict=True,
             )
         ]

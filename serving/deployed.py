@@ -6,25 +6,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from common.command_line import log
-from feature_pipeline import BadObservations, FeaturePipelineError, Observations, ProductionPipeline, to_micros
+from feature_pipeline import (
+    Assessment,
+    BadObservations,
+    FeaturePipelineError,
+    Observations,
+    ProductionPipeline,
+    to_micros,
+)
 from monitoring.log import PredictionLog
 
 LOOK_SECONDS = 5.0  # between looks for a new version
 NOW, LAST = "now", "last"
-
-
-class Scores(NamedTuple):
-    """Scores of snapshots: `probability` (n,), NaN where nothing is usable, and what gave it, `features`
-    (n, n_features)."""
-
-    probability: np.ndarray
-    level: np.ndarray
-    features: np.ndarray
 
 
 class ServedModel:
@@ -47,15 +45,16 @@ class ServedModel:
             self.log.record_error("unusable")
             raise
 
-    def score(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, record: bool = True) -> Scores:
-        """Scores of `visit` at the moments `as_of`; they are logged before they are returned, unless `record` is
+    def score(
+        self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, record: bool = True
+    ) -> Assessment:
+        """Assesses `visit` at the moments `as_of`. The result is logged before it is returned, unless `record` is
         False."""
         began = time.perf_counter()
-        probability, features = self.pipeline.evaluate(observations, visit, as_of)
+        found = self.pipeline.assess(observations, visit, as_of)
         if record:
-            seconds = time.perf_counter() - began
-            self.log.record(observations, visit, as_of, probability, features, seconds)
-        return Scores(probability, self.pipeline.risk_level(probability), features)
+            self.log.record(observations, visit, as_of, found, time.perf_counter() - began)
+        return found
 
 
 class Deployed:

@@ -66,9 +66,14 @@ def log_of(path, pipeline, data, days=7, until=DAY):
         now[0] = until - timedelta(days=days - 1 - k, hours=1)
         rows = np.isin(data.visit, visits)
         visit, moments = data.visit[rows], data.as_of[rows]
-        probability, features = pipeline.evaluate(data.observations, visit, moments)
-        assert log.record(data.observations, visit, moments, probability, features, 0.002)
+        assert log.record(data.observations, visit, moments, pipeline.assess(data.observations, visit, moments), 0.002)
     return engine
+
+
+def logged(pipeline, data, n=None, seconds=0.1):
+    """Arguments of `PredictionLog.record` for the first `n` snapshots."""
+    visit, moments = data.visit[:n], data.as_of[:n]
+    return data.observations, visit, moments, pipeline.assess(data.observations, visit, moments), seconds
 
 
 @pytest.fixture
@@ -110,8 +115,7 @@ def test_bins_are_those_of_the_reference(pipeline, cohort):
 
 def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, caplog):
     data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
-    everything = (data.observations, data.visit, data.as_of, probability, features, 0.1)
+    everything = logged(pipeline, data)
     log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "api")
     assert log.record(*everything)
     with sqlite3.connect(tmp_path / "log.db") as database:
@@ -125,12 +129,12 @@ def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, ca
 
 def test_the_write_ahead_log_goes_into_the_database(pipeline, ward, tmp_path, monkeypatch):
     data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
+    one = logged(pipeline, data, 1)
     log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "api")
     monkeypatch.setattr(prediction_log, "WAL_PAGES", 20)  # far fewer than SQLite itself, opened before, goes by
     before = (tmp_path / "log.db").stat().st_size
     for _ in range(1000):
-        assert log.record(data.observations, data.visit[:1], data.as_of[:1], probability[:1], features[:1], 0.1)
+        assert log.record(*one)
         if (tmp_path / "log.db").stat().st_size > before:
             break
         time.sleep(0.01)
@@ -146,10 +150,10 @@ from monitoring.log import PredictionLog
 pipeline = ProductionPipeline({config!r}, {model!r})
 observations = pipeline.reproducer.read({rows!r})
 visit, moments, _ = resolve_snapshots(observations)
-probability, features = pipeline.evaluate(observations, visit, moments)
+found = pipeline.assess(observations, visit, moments)
 log = PredictionLog.open("sqlite:///{path}", pipeline, sys.argv[1])
 for n in range(int(sys.argv[2])):
-    assert log.record(observations, visit, moments, probability, features, float(n))
+    assert log.record(observations, visit, moments, found, float(n))
     print(n, flush=True)  # answered
 """
 
@@ -223,7 +227,6 @@ def test_the_migrations_make_the_tables_of_the_code(url):
 
 def test_an_older_log_gets_its_new_columns_and_keeps_its_rows(url, pipeline, ward, key, monkeypatch):
     data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
     upgrade = alembic.command.upgrade
     monkeypatch.setattr(alembic.command, "upgrade", lambda config, revision: upgrade(config, "0001"))
     engine = open_engine(url)
@@ -237,7 +240,7 @@ def test_an_older_log_gets_its_new_columns_and_keeps_its_rows(url, pipeline, war
         connection.execute(sa.insert(sa.table("predictions", *map(sa.column, row))), [row])
     engine.dispose()
     log = PredictionLog.open(url, pipeline, "api")
-    assert log.record(data.observations, data.visit, data.as_of, probability, features, 0.1)
+    assert log.record(*logged(pipeline, data))
     log.close()
     assert count(url, predictions) == 1 + len(data.visit)
 
@@ -254,6 +257,26 @@ def test_a_log_of_a_later_release_can_still_be_written(url):
         connection.execute(prediction_log.errors.insert(), [error_row()])
     engine.dispose()
     assert count(url, prediction_log.errors) == 1
+
+
+def test_a_row_says_why_a_risk_is_unknown_and_how_old_its_evidence_is(config_path, model_path, ward, tmp_path, key):
+    site_codes = {"PULSE": ("heart_rate", "")}
+    pipeline = ProductionPipeline(config_path, model_path, site_codes)
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "api")
+    last = data.observations.last_time[data.visit[:1]]
+    late, never = last + 10**6 * 3600 * 24 * 365 * 7, last * 0
+    for moments in (last, late, never):
+        found = pipeline.assess(data.observations, data.visit[:1], moments)
+        assert log.record(data.observations, data.visit[:1], moments, found, 0.1)
+    log.close()
+    engine = open_engine(f"sqlite:///{tmp_path}/log.db")
+    rows = read_rows(engine, None, datetime(9000, 1, 1))
+    engine.dispose()
+    assert rows["codes_sha256"].tolist() == [pipeline.reproducer.codes.sha256] * 3
+    assert rows["reason"].isna().tolist()[0] and rows["reason"][2] == "nothing_usable"
+    assert rows["newest"][0] == rows["newest"][1] <= rows["as_of"][0] and pd.isna(rows["newest"][2])
+    assert rows["risk_level"][2] == "UNKNOWN" and pd.isna(rows["score"][2])
 
 
 # ------------------------------------------------------------------------------------------------------- drift
@@ -671,8 +694,7 @@ def test_slow_and_failing_services_are_told(pipeline, ward, tmp_path, key):
     data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
     engine = open_engine(f"sqlite:///{tmp_path}/log.db")
     log = PredictionLog(engine, pipeline, "api", clock=lambda: DAY - timedelta(hours=1))
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
-    log.record(data.observations, data.visit, data.as_of, probability, features, 3.0)
+    log.record(*logged(pipeline, data, seconds=3.0))
     log.record_error("unusable", 50)
     alerts = look(engine, pipeline.config, DAY).alerts
     assert any("latency" in alert for alert in alerts) and any("errors" in alert for alert in alerts)

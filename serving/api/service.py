@@ -178,7 +178,8 @@ class Service:
         model, parts = batch[0].model, [waiting.observations for waiting in batch]
         observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
         visit, moments = np.arange(observations.n_visits), observations.last_time
-        probability, level, _ = model.score(observations, visit, moments)
+        found = model.score(observations, visit, moments)
+        probability, level = found.probability, found.level
         levels = level.tolist()
         for level in levels:
             metrics.PREDICTIONS.labels(level).inc()

@@ -78,10 +78,10 @@ def score_table(key: str, table: pd.DataFrame, row: np.ndarray) -> Scores:
         for start in range(0, len(visit), block):
             some = slice(start, start + block)
             began = time.perf_counter()
-            probability[some], features = pipeline.evaluate(observations, visit[some], moments[some])
+            found = pipeline.assess(observations, visit[some], moments[some])
+            probability[some] = found.probability
             if prediction_log:
-                seconds = time.perf_counter() - began
-                prediction_log.record(observations, visit[some], moments[some], probability[some], features, seconds)
+                prediction_log.record(observations, visit[some], moments[some], found, time.perf_counter() - began)
         codes = {observations.codes[code] for code in np.unique(observations.group_code)}
         usable = int((~np.isnan(probability)).sum())
     scored = pa.table(

@@ -284,13 +284,13 @@ class DatabasePredictor:
         """Probabilities of the visits, whose keys are `keys`; they go to the prediction log if `record`."""
         visit, moments, _ = resolve_snapshots(observations)
         began = time.perf_counter()
-        scores, features = self.pipeline.evaluate(observations, visit, moments)
+        found = self.pipeline.assess(observations, visit, moments)
         if record and self.monitor != OFF:
             seconds = time.perf_counter() - began
             texts = np.array([[as_text(part) for part in key] for key in keys], dtype=object)
             named = replace(observations, client_text=texts[:, 0], visit_text=texts[:, 1])
-            self.prediction_log.record(named, visit, moments, scores, features, seconds)
-        return scores
+            self.prediction_log.record(named, visit, moments, found, seconds)
+        return found.probability
 
     def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> tuple[np.ndarray, pd.DataFrame]:
         """(place in `keys` of each row's visit, the visits' observations as the driver gives them): dates and numbers

@@ -357,11 +357,11 @@ class StreamProcessor:
         start = time.perf_counter()
         observations = self._observations(keys)
         visit, moments = np.arange(len(keys)), observations.last_time
-        probability, features = self.pipeline.evaluate(observations, visit, moments)
-        levels = self.pipeline.risk_level(probability).tolist()
+        found = self.pipeline.assess(observations, visit, moments)
+        probability, levels = found.probability, found.level.tolist()
         lengths = observations.group_start[observations.visit_group_start]
         if record:
-            self._log.record(observations, visit, moments, probability, features, time.perf_counter() - start)
+            self._log.record(observations, visit, moments, found, time.perf_counter() - start)
         results = []
         for i, (key, p, time_) in enumerate(zip(keys, probability.tolist(), iso_times(moments), strict=True)):
             visit_ = self.visits[key]
