@@ -383,8 +383,8 @@ SET_ASIDE_REASONS = {
     "future": "observation_date is more than 5 minutes later than now",
     "no_value": "no observation_value",
     "bad_value": "observation_value is not a number",
-    "unknown_unit": "unit is none that the code's concept can be converted from",
     "infinite": "observation_value is infinite, or larger than 1e30",
+    "unknown_unit": "unit is none that the code's concept can be converted from",
     "implausible": "observation_value is outside what the code's concept allows",
 }
 FUTURE_TOLERANCE = 5 * 60 * 1_000_000  # microseconds by which clocks may differ

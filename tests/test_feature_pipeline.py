@@ -30,6 +30,7 @@ from feature_pipeline import (
     ScoreModel,
     SetAsideWarning,
     UnfinishedSwitchWarning,
+    UnknownRiskWarning,
     get_pipeline,
     load_config,
     resolve_snapshots,
@@ -88,11 +89,13 @@ def test_visit_with_nothing_usable_keeps_its_row(pipeline, new_patients):
     broken = new_patients.copy()
     lost = broken["visit_id"].iloc[0]
     broken.loc[broken["visit_id"] == lost, "observation_value"] = np.nan
-    scores = pipeline.predict(broken)
+    with pytest.warns(UnknownRiskWarning, match="1 of 60 risks are UNKNOWN: 1 x no observation can be used"):
+        scores = pipeline.predict(broken, details=True)
     assert scores["visit_id"].tolist() == new_patients["visit_id"].unique().tolist()
     assert scores["sepsis_probability"].isna().tolist() == [True] + [False] * (len(scores) - 1)
-    assert pipeline.predict(broken, return_probabilities=False)["sepsis_prediction"].isna().sum() == 1
-    assert pipeline.risk_level(scores["sepsis_probability"])[0] == "unknown"
+    assert (scores["risk_level"][0], scores["reason"][0]) == ("UNKNOWN", "nothing_usable")
+    with pytest.warns(UnknownRiskWarning):
+        assert pipeline.predict(broken, return_probabilities=False)["sepsis_prediction"].isna().sum() == 1
     assert lost not in pipeline.explain(broken)["visit_id"].tolist()
 
 
@@ -141,7 +144,8 @@ def test_as_of_one_moment_several_and_named(pipeline, new_patients):
 
 
 def test_as_of_before_the_first_observation_gives_no_score(pipeline, new_patients):
-    scores = pipeline.predict(new_patients, as_of="2000-01-01")
+    with pytest.warns(UnknownRiskWarning):
+        scores = pipeline.predict(new_patients, as_of="2000-01-01")
     assert scores["sepsis_probability"].isna().all() and len(scores) == 60
 
 
@@ -162,8 +166,8 @@ def test_bad_as_of_is_an_error(pipeline, new_patients, as_of, message):
 def test_risk_level_by_the_configs_thresholds(pipeline):
     levels = pipeline.config.risk_thresholds
     probabilities = [0.0, levels["medium"], np.nextafter(levels["high"], 0), levels["high"], np.nan]
-    assert pipeline.risk_level(probabilities).tolist() == ["low", "medium", "medium", "high", "unknown"]
-    assert pipeline.risk_level(1.0) == "high"
+    assert pipeline.risk_level(probabilities).tolist() == ["LOW", "MEDIUM", "MEDIUM", "HIGH", "UNKNOWN"]
+    assert pipeline.risk_level(1.0) == "HIGH"
 
 
 def test_explanations_add_up_to_the_score(pipeline, new_patients):
@@ -317,7 +321,14 @@ def change_config(directory, **changes):
         ({"fill_value": 7}, "'fill_value' is not the model's own"),
         ({"code_prevalence": ["HR"]}, "'code_prevalence' .* expected a share for each code"),
         ({"seed": "7"}, "'seed'"),
-        ({"metrics": None, "decision_sensitivity": "0.8"}, "'decision_sensitivity'"),
+        ({"decision_sensitivity": "0.8"}, "'decision_sensitivity'"),
+        ({"metrics": None}, "'metrics' is missing"),
+        ({"colour": "red"}, "unknown keys: 'colour'"),
+        ({"snapshots": {"every_hours": 0}}, "'snapshots' is not as it must be"),
+        (
+            {"minimum_evidence": {"inputs": ["spo2"], "at_least": 2, "within_hours": 24, "newest_hours": 6}},
+            "'minimum_ev",
+        ),
         ({"golden": None}, "'golden' is missing"),
         ({"golden": {"observations": [None], "features": [[0]], "probability": [0.1]}}, "'golden' holds no usable"),
         ({"golden": {"observations": [], "features": [[0], [1, 2]], "probability": [0.1]}}, "'golden' is not"),

@@ -312,7 +312,7 @@ def test_a_column_of_numbers_holds_no_date(cell):
     """As in records: a number may be an epoch in any unit, so it is not guessed."""
     frame = pd.DataFrame([record(observation_date=cell), record(observation_date=cell)])
     with pytest.raises(fp.BadObservations) as caught:
-        fp.read_observations(frame)
+        fp.read_observations(frame).check_usable()
     assert caught.value.set_aside == {"bad_date": 2}
 
 
@@ -473,11 +473,14 @@ def test_every_reason_is_counted_once_a_row_in_order():
         record(client="M\ufffdller", observation_date=None),
         record(observation_date="", observation_value="text"),
         record(observation_date="soon", observation_value=None),
+        record(observation_date="2299-01-01", observation_value=None),
         record(observation_value=""),
         record(observation_value="text"),
         record(observation_value="inf"),
+        record(observation_type_code="HR", observation_value=4000, unit="furlongs"),
         record(observation_type_code="HR", observation_value=4000),
         "not a record",
+        now=fp.to_micros("2024-02-01"),
     )
     assert set(observations.set_aside) == set(fp.SET_ASIDE_REASONS)
     assert set(observations.set_aside.values()) == {1}
@@ -535,7 +538,7 @@ def test_numbers_too_large_to_compute_with_count_as_infinite():
 
 @pytest.mark.parametrize("concept", fp.CONCEPTS, ids=lambda concept: concept.name)
 def test_limits_of_each_concept_are_allowed(concept):
-    code = concept.synonyms[0]
+    code = concept.codes.split(",")[0]
     for limit, beyond in ((concept.low, -np.inf), (concept.high, np.inf)):
         if np.isfinite(limit):
             past = np.nextafter(limit, beyond)
@@ -547,8 +550,8 @@ def test_limits_of_each_concept_are_allowed(concept):
 
 def test_each_synonym_names_one_concept():
     for concept in fp.CONCEPTS:
-        for text in (*concept.synonyms, concept.name):
-            assert fp.concept_of(text) is concept, text
+        for text in (*concept.codes.split(","), *",".join(concept.coded_in.values()).split(","), concept.name):
+            assert not text or fp.concept_of(text) is concept, text
 
 
 @pytest.mark.parametrize("code", ["Temp", "TEMP", "temperature", "8310-5", "body_temperature", "Body Temperature"])
@@ -561,15 +564,15 @@ def test_synonyms_in_any_spelling(code):
 def test_own_synonyms_come_first():
     row = record(observation_type_code="HR", observation_value=8)
     assert read(row, record()).set_aside == {"implausible": 1}
-    assert read(row, record(), synonyms={"HR": "respiratory_rate"}).set_aside == {}
+    assert read(row, record(), codes={"HR": "respiratory_rate"}).set_aside == {}
 
 
 def test_own_synonyms_bring_limits():
     rows = [record(observation_type_code="Körper", observation_value=value) for value in (370, 37)]
     assert read(*rows).set_aside == {}
-    assert read(*rows, synonyms={"Körper": "temperature"}).set_aside == {"implausible": 1}
+    assert read(*rows, codes={"Körper": "temperature"}).set_aside == {"implausible": 1}
     with pytest.raises(fp.BadConfig, match="'warmth'"):
-        read(*rows, synonyms={"Körper": "warmth"})
+        read(*rows, codes={"Körper": "warmth"})
 
 
 @pytest.mark.parametrize(
@@ -648,7 +651,7 @@ EXPECTED = ", ".join(fp.COLUMNS)
 
 def refusal(source) -> str:
     with pytest.raises(fp.BadObservations) as caught:
-        fp.read_observations(source)
+        fp.read_observations(source).check_usable()
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
     return message
@@ -803,7 +806,7 @@ GOOD = ["v,c,2024-01-01,X,1.5,,", "v,c,2024-01-02,X,2.5,,"]
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize(
-    "long", ["v,c,2024-01-03,X,1,000,,", "v,c,2024-01-03,X,3.5,,,,", "v,c,2024-01-03,X,3.5,,,9,9,9"]
+    "long", ["v,c,2024-01-03,X,1,000,,,", "v,c,2024-01-03,X,3.5,,,,,", "v,c,2024-01-03,X,3.5,,,,9,9,9"]
 )
 def test_lines_with_too_many_fields_are_malformed(place, long, tmp_path):
     """No field can be trusted there: ``1,000`` would be a value of 1 with a range from 0."""
@@ -860,7 +863,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
 def test_nothing_usable_says_why():
     rows = [record(observation_value="text"), record(observation_date="soon"), record(observation_value="text")]
     with pytest.raises(fp.BadObservations) as caught:
-        fp.read_observations(rows)
+        fp.read_observations(rows).check_usable()
     assert caught.value.set_aside == {"bad_date": 1, "bad_value": 2}
     assert caught.value.code == "bad_observations"
     assert "no usable observation in 3 rows" in str(caught.value)
