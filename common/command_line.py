@@ -25,10 +25,13 @@ from feature_pipeline import (
     DEFAULT_MODEL,
     BadConfig,
     FeaturePipelineError,
+    SiteCodes,
     as_text,
     check_synonyms,
+    listed,
 )
 
+CODES_VARIABLE = "SEPSIS_CODES"  # names the file of --codes
 DONE, SOME_FAILED, COULD_NOT_START = 0, 1, 2
 INTERRUPTED, TERMINATED = 130, 143  # as shells have it: 128 + SIGINT, 128 + SIGTERM
 log = logging.getLogger("sepsis")
@@ -76,6 +79,10 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
         "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
         "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
         "seed": {"type": number(int, 0), "default": 0, "help": "seed of splits, models and resampling"},
+        "codes": {
+            "metavar": "FILE",
+            "help": f"CSV code,concept[,unit]: what this site's codes mean; or {CODES_VARIABLE}",
+        },
         "jobs": {"type": number(int, 1), "default": available_cores(), "help": "processes at once"},
     }
     for name in options:
@@ -234,20 +241,42 @@ def progress(items: Iterable[Any], total: int, quiet: bool, **settings: Any) -> 
 
 
 def read_synonyms(path: str | None) -> dict[str, str]:
-    """A two-column CSV file ``code,concept`` as a mapping."""
+    """What codes mean in training: the columns ``code,concept`` of a CSV file as a mapping; rows without a concept are
+    left out. Raises `BadConfig`."""
     if path is None:
         return {}
+    table = _read_codes(path, "synonyms")
+    synonyms = dict(zip(table["code"], table["concept"], strict=True))
+    check_synonyms(synonyms, f"synonyms {path!r}")
+    return synonyms
+
+
+def read_site_codes(path: str | None) -> SiteCodes:
+    """A site's map of codes: the columns ``code,concept`` and, optional, ``unit`` of the CSV file at `path`, else at
+    the path in the environment variable SEPSIS_CODES; nothing where neither is given. Raises `BadConfig`."""
+    path = path or os.environ.get(CODES_VARIABLE)
+    if not path:
+        return {}
+    table = _read_codes(path, "codes")
+    unit = table["unit"] if "unit" in table else [""] * len(table)
+    return {code: (concept, u) for code, concept, u in zip(table["code"], table["concept"], unit, strict=True)}
+
+
+def _read_codes(path: str, what: str) -> Any:
+    """The rows of a CSV file that name a concept, as a frame of texts."""
     import pandas as pd
 
     try:
-        table = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
-    except ValueError as error:
-        raise BadConfig(f"synonyms {path!r} cannot be read: {error}") from error
-    if list(table.columns[:2]) != ["code", "concept"]:
-        raise BadConfig(f"synonyms {path!r}: expected the columns code,concept")
-    synonyms = dict(zip(table["code"].map(as_text), table["concept"].map(as_text), strict=True))
-    check_synonyms(synonyms, f"synonyms {path!r}")
-    return synonyms
+        table = pd.read_csv(Path(path), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{what} {path!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if missing := {"code", "concept"} - set(table.columns):
+        raise BadConfig(f"{what} {path!r}: missing column {listed(sorted(missing))}; expected code,concept")
+    table = table.map(as_text)
+    table = table[(table["code"] != "") & (table["concept"] != "")]
+    if twice := sorted(table["code"][table["code"].duplicated()].unique()):
+        raise BadConfig(f"{what} {path!r}: these codes stand twice: {listed(twice)}")
+    return table
 
 
 def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:

@@ -141,16 +141,17 @@ def in_code(frame, code, new, factor=1.0):
 @pytest.mark.parametrize("concept", [c for c in CONCEPTS if not c.static], ids=lambda c: c.name)
 def test_every_code_of_a_concept_gives_the_scores_of_the_models_own(pipeline, frame, concept):
     """To the last bit where the unit is the same; within the rounding of the unit's factor where it is not."""
-    own = [code for code in pipeline.reproducer.codes.own if fp.concept_of(code) is concept]
-    if not own:
+    foreign = concept.codes.split(", ")[-1]
+    own = pipeline.reproducer.codes.own_code(foreign)
+    if own == foreign:
         pytest.skip("the demo cohort does not measure it")
     expected = pipeline.predict(frame)["sepsis_probability"].to_numpy()
     for code in concept.codes.split(", "):
-        given = pipeline.predict(in_code(frame, own[0], code))["sepsis_probability"].to_numpy()
+        given = pipeline.predict(in_code(frame, own, code))["sepsis_probability"].to_numpy()
         assert np.array_equal(given, expected), code
     for unit, codes in concept.coded_in.items():
         for code in codes.split(", "):
-            sent = in_code(frame, own[0], code, concept.unit_named(unit).factor)
+            sent = in_code(frame, own, code, concept.unit_named(unit).factor)
             assert np.allclose(pipeline.predict(sent)["sepsis_probability"], expected, rtol=1e-6, atol=1e-9), code
 
 
