@@ -1,18 +1,11 @@
-"""Watches a deployed model through the log of its predictions: drift, missing codes, volume, latency, errors, quality.
+"""Monitors a deployed model through the log of its predictions: drift, missing codes, volume, latency, errors, quality.
 
-``report`` writes a page, ``check`` prints a line for each alert and ends with status 1 if there is any (for cron),
-``export`` gives the log's rows, ``prune`` deletes old ones.
+``report`` writes a page. ``check`` prints one line for each warning and exits with status 1 if there is one, for cron.
+``export`` writes the rows of the log. ``prune`` deletes old rows.
 
-Drift compares the last days with the reference profile that training wrote into the config, or with the log's own first
-days (--baseline-days), which is the better reference where visits are scored at other moments than in training. Every
-visit counts once, however often it was scored. The population stability index (PSI) has the usual limits 0.1 and 0.25,
-but without any drift it is about (1/n + 1/m) times a chi-square variable with (bins - 1) degrees of freedom, n and m
-being the numbers of visits (Yurdakul and Naranjo, J Risk Model Valid 2020;14(4):89): an alert needs both the size and
-the significance, at 1% over all features together. No drift library was taken: those that are kept up bring a data
-platform with them, for what are forty lines here.
-
-Drift is that of the deployed version; volume, latency and errors are those of all versions together, since a promotion
-changes neither how many visits there are nor how they come.
+Drift compares the last days with training, or with the first days of the log (--baseline-days). A warning is given only
+for changes that are both large and statistically significant. Drift and quality are judged for the deployed version;
+volume, latency and errors for all versions together, because a promotion changes none of them.
 """
 
 from __future__ import annotations
@@ -42,9 +35,6 @@ from monitoring.report import report_html
 MOST_DAYS = 36_500
 
 
-# ------------------------------------------------------------------------------------------------ the script
-
-
 def moment(text: str) -> datetime:
     """ISO 8601 as a naive UTC time, far enough from the calendar's ends to count days from."""
     time = datetime.fromisoformat(text)
@@ -68,7 +58,7 @@ def web_address(text: str) -> str:
 def work(arguments: argparse.Namespace) -> int:
     url = url_of(arguments.monitor)
     if url == OFF:
-        raise BadConfig(f"there is no prediction log to read: {URL_VARIABLE} or --monitor says {OFF!r}")
+        raise BadConfig(f"there is no prediction log to read: --monitor or {URL_VARIABLE} is {OFF!r}")
     try:
         address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):  # which may quote the password
@@ -91,14 +81,14 @@ def _in_words(error: Exception, address: sa.URL) -> str:
     """What a database's error means, in one line that quotes neither password nor data."""
     what = f"the prediction log ({address.drivername})"
     if isinstance(error, ImportError | sa.exc.NoSuchModuleError):
-        return f"{what} has no driver here; see requirements-database.txt"
+        return f"{what} needs a driver that is not installed; see requirements-database.txt"
     if isinstance(error, pd.errors.DatabaseError):
         error = error.__cause__ or error
     original = getattr(error, "orig", None) or error
     if address.get_backend_name() == "sqlite":
         return f"{what} cannot be used: {address.database}: {original}"
     return (
-        f"{what} cannot be used: {type(original).__name__}; is the server there, are name, password and rights right?"
+        f"{what} cannot be used: {type(original).__name__}; check that the server runs, and name, password and rights"
     )
 
 
@@ -113,7 +103,7 @@ def _findings(engine: sa.Engine, arguments: argparse.Namespace) -> tuple[Finding
 def report(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     findings, config, until = _findings(engine, arguments)
     write_atomic(arguments.html, report_html(findings, config, until, arguments.days))
-    for line in findings.alerts:
+    for line in findings.warnings:
         print(line)
     log.info("written: %s", arguments.html)
     return DONE
@@ -121,17 +111,17 @@ def report(engine: sa.Engine, arguments: argparse.Namespace) -> int:
 
 def check(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     findings, config, until = _findings(engine, arguments)
-    for line in findings.alerts:
+    for line in findings.warnings:
         print(line)
     for line in findings.remarks:
         log.info("%s", line)
-    if findings.alerts and arguments.webhook:
-        told = {"model_version": config.model_version, "until": until.isoformat(), "alerts": findings.alerts}
+    if findings.warnings and arguments.webhook:
+        told = {"model_version": config.model_version, "until": until.isoformat(), "warnings": findings.warnings}
         try:
             post_json(arguments.webhook, told)
         except OSError as error:
             log.error("error: %s", error)
-    return SOME_FAILED if findings.alerts else DONE
+    return SOME_FAILED if findings.warnings else DONE
 
 
 def export(engine: sa.Engine, arguments: argparse.Namespace) -> int:
@@ -148,12 +138,13 @@ def export(engine: sa.Engine, arguments: argparse.Namespace) -> int:
 
 
 def detached(rows: pd.DataFrame, pseudonyms: Pseudonyms) -> pd.DataFrame:
-    """Rows that cannot be joined to the log or to a calendar: visits under other hashes, in their order, all times of a
-    visit shifted by the same number of days. (The log does not know clients, so the shift is by visit.)"""
+    """Rows that cannot be joined to the log or to a calendar: other hashes of visits, and times shifted by a number of
+    days for each visit. (The log does not hold clients.)"""
     days = [pseudonyms.shift_days(visit) for visit in rows["visit"]]
     shift = pd.to_timedelta(pd.Series(days, index=rows.index, dtype="int64"), unit="D")
     out = rows.assign(visit=[f"v{pseudonyms.visit('export', visit)}" for visit in rows["visit"]])
-    return out.assign(time=rows["time"] - shift, as_of=rows["as_of"] - shift).sort_values("visit").drop(columns="id")
+    times = {name: rows[name] - shift for name in ("time", "as_of", "newest")}
+    return out.assign(**times).sort_values("visit").drop(columns="id")
 
 
 def prune(engine: sa.Engine, arguments: argparse.Namespace) -> int:
@@ -172,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "report": ("write a page", "--labels outcomes.csv --html report.html"),
-        "check": ("print alerts, status 1 if there is any", "--days 1 --webhook https://hooks.example.org/sepsis"),
-        "export": ("the log's rows", "--days 30 --out rows.parquet"),
+        "check": ("print warnings; status 1 if there is one", "--days 1 --webhook https://hooks.example.org/sepsis"),
+        "export": ("write the rows of the log", "--days 30 --out rows.parquet"),
         "prune": ("delete old rows", "--older-than 365"),
     }
     for name, (text, example) in helps.items():
@@ -181,26 +172,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         style = parser.formatter_class
         command = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=style)
         option = command.add_argument
-        option("--monitor", metavar="URL", help=f"database of the log; else {URL_VARIABLE}, else {DEFAULT_URL}")
+        option("--monitor", metavar="URL", help=f"database of the log; {URL_VARIABLE} if not given, else {DEFAULT_URL}")
         option("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now if not given")
         if name in ("report", "check"):
             option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
-            option("--labels", metavar="FILE", help="outcomes, for the quality by week")
-            about = "compare with so many first days of the log; 0: with training"
+            option("--labels", metavar="FILE", help="outcomes of the visits, for the quality by week")
+            about = "compare with this many first days of the log; 0: with training"
             option("--baseline-days", type=number(int, 0, MOST_DAYS), default=0, metavar="DAYS", help=about)
-            about = "alert where the p95 latency is longer"
+            about = "warn if the p95 latency is longer"
             option("--max-seconds", type=number(float, 0), default=1.0, metavar="SECONDS", help=about)
         if name == "prune":
-            option("--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help="is deleted")
+            about = "delete rows that are older"
+            option("--older-than", type=number(int, 0, MOST_DAYS), required=True, metavar="DAYS", help=about)
         else:
-            option("--days", type=number(int, 1, MOST_DAYS), default=7, help="length of the period")
+            option("--days", type=number(int, 1, MOST_DAYS), default=7, help="length of the period, in days")
         if name == "report":
-            option("--html", default="data/monitoring_report.html", metavar="FILE", help="the page")
+            option("--html", default="data/monitoring_report.html", metavar="FILE", help="where the page is written")
         if name == "check":
-            option("--webhook", type=web_address, metavar="URL", help="POST the alerts there as JSON")
+            option("--webhook", type=web_address, metavar="URL", help="POST the warnings there as JSON")
         if name == "export":
             option("--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet; stdout if not given")
-            option("--pseudonymize", action="store_true", help="for handing on: other hashes, times shifted by visit")
+            option("--pseudonymize", action="store_true", help="for other people: other hashes, times shifted by visit")
         add_log_options(command, default=argparse.SUPPRESS)
     return run(work, parser, argv)
 

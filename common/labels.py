@@ -17,6 +17,10 @@ from feature_pipeline import (
 )
 
 LABEL_COLUMNS = ("visit_id", "client", "sepsis")
+RETROSPECTIVE = (
+    "RETROSPECTIVE: the labels have no onset times, so each visit was scored once, at its end. The figures do not show "
+    "how early sepsis is recognised."
+)
 
 
 def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:

@@ -17,23 +17,22 @@ th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd;
 td:first-child { white-space: nowrap; }
 .number { text-align: right; }
 .notice { background: #fff4d6; border-left: .3rem solid #d99a00; padding: .5rem 1rem; }
-.alert { background: #fbe7e8; border-left: .3rem solid #b3202c; padding: .5rem 1rem; }
+.warning { background: #fbe7e8; border-left: .3rem solid #b3202c; padding: .5rem 1rem; }
 img { max-width: 100%; }
 """
 _NAMES = {
     "roc_auc": "ROC AUC",
     "brier": "Brier score",
     "psi": "PSI",
-    "psi_by_chance": "PSI by chance",
     "jensen_shannon": "Jensen-Shannon",
 }
 
 
-def page(title: str, notices: Sequence[str], *parts: str, alerts: Sequence[str] = ()) -> str:
+def page(title: str, notices: Sequence[str], *parts: str, warnings: Sequence[str] = ()) -> str:
     """A whole document; `parts` are HTML, texts elsewhere are escaped."""
     head = html.escape(title)
     boxes = "".join(f'<p class="notice">{html.escape(line)}</p>' for line in notices)
-    boxes += "".join(f'<p class="alert">{html.escape(line)}</p>' for line in alerts)
+    boxes += "".join(f'<p class="warning">{html.escape(line)}</p>' for line in warnings)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{head}</title>'

@@ -1,29 +1,31 @@
-"""Drift: are the features, scores and codes of a period distributed as in training?"""
+"""Drift: are the features, scores and codes of a period distributed as in training?
+
+A drift test is a function of two distributions that returns a row for each thing that it compares: how far it moved,
+whether that is large, and the probability of as much by chance. It is added to `DRIFT_TESTS`, and nowhere else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import chi2, norm
 
 from monitoring.findings import Findings
 
-MODERATE, STRONG = 0.1, 0.25  # PSI
+MODERATE = 0.1  # PSI
+SIGNIFICANCE = 0.01  # over everything that is compared together
+CODE_CHANGE = 0.1  # share of snapshots that have a code
+FEWEST_VISITS = 30  # below, drift is not judged
 
-
-SIGNIFICANCE = 0.01  # over all that is looked at together
-
-
-CODE_CHANGE = 0.1  # share of visits that have a code
-
-
-FEWEST_VISITS = 30  # below, nothing is said about drift
+Distribution = dict[str, Any]  # as `Profile.distribution` returns it
 
 
 def psi(expected: np.ndarray, actual: np.ndarray) -> float:
-    """Population stability index of two lists of shares, the sum of (a - e) ln(a / e); none may be 0, see `smoothed`.
+    """Population stability index of two lists of shares, the sum of (a - e) ln(a / e). No share may be 0: `smoothed`.
 
     >>> round(psi(np.array([0.5, 0.5]), np.array([0.6, 0.4])), 4)
     0.0405
@@ -32,8 +34,7 @@ def psi(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 def smoothed(shares: np.ndarray, n: float) -> np.ndarray:
-    """Shares of `n` visits as if half a visit more had come to each bin (Jeffreys): one that is empty by chance is no
-    drift.
+    """Shares of `n` visits with half a visit more in each bin (Jeffreys): a bin that is empty by chance is no drift.
 
     >>> smoothed(np.array([0.0, 1.0]), 9).tolist()
     [0.05, 0.95]
@@ -41,72 +42,76 @@ def smoothed(shares: np.ndarray, n: float) -> np.ndarray:
     return (shares * n + 0.5) / (n + 0.5 * len(shares))
 
 
-def psi_limit(n: float, m: float, bins: int, tests: int, significance: float = SIGNIFICANCE) -> float:
-    """The PSI that samples of `n` and `m` exceed by chance with probability `significance` in any of `tests`."""
-    return float((1 / n + 1 / m) * chi2.ppf(1 - significance / tests, max(bins - 1, 1)))
+def psi_by_chance(index: float, n: float, m: float, bins: int) -> float:
+    """The probability that two samples of `n` and `m` visits from one distribution have a larger PSI.
+
+    Without drift the PSI is about (1/n + 1/m) times a chi-square variable with (bins - 1) degrees of freedom
+    (Yurdakul and Naranjo, J Risk Model Valid 2020;14(4):89).
+    """
+    return float(chi2.sf(index / (1 / n + 1 / m), max(bins - 1, 1)))
 
 
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen-Shannon distance to the base 2: 0 for equal shares, 1 for shares without overlap."""
-    middle = (p + q) / 2
-
-    def divergence(a: np.ndarray) -> float:
-        some = a > 0
-        return float(np.sum(a[some] * np.log2(a[some] / middle[some])))
-
-    return float(np.sqrt(max((divergence(p) + divergence(q)) / 2, 0.0)))
-
-
-def share_differs(p: float, q: float, n: float, m: float, tests: int) -> bool:
-    """Do two shares of `n` and `m` visits differ by `CODE_CHANGE` or more, and beyond chance (z test)?"""
+def share_by_chance(p: float, q: float, n: float, m: float) -> float:
+    """The probability that shares of `n` and `m` visits differ by more than `p` and `q` do (z test)."""
     pooled = (p * n + q * m) / (n + m)
     error = np.sqrt(max(pooled * (1 - pooled), 1e-12) * (1 / n + 1 / m))
-    return abs(p - q) >= CODE_CHANGE and abs(p - q) / error > norm.ppf(1 - SIGNIFICANCE / tests / 2)
+    return float(2 * norm.sf(abs(p - q) / error))
 
 
-def look_for_drift(findings: Findings, reference: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compares two distributions; adds tables and alerts. `reference` has each feature's shares as a plain list."""
-    n, m = reference["n_visits"], current["n_visits"]
-    if min(n, m) < FEWEST_VISITS:
+def scores_and_features(before: Distribution, now: Distribution) -> pd.DataFrame:
+    n, m, rows = before["n_visits"], now["n_visits"], []
+    for name in ("score", *before["features"]):
+        pair = [part["score"] if name == "score" else part["features"][name] for part in (before, now)]
+        expected, actual = map(np.array, pair)
+        some = (expected > 0) | (actual > 0)
+        index = psi(smoothed(expected[some], n), smoothed(actual[some], m))
+        row = {"what": "the score" if name == "score" else f"feature {name}", "psi": index}
+        row |= {"jensen_shannon": float(jensenshannon(expected, actual, 2)), "large": index > MODERATE}
+        row |= {"empty_before": expected[-1], "empty_now": actual[-1]}
+        rows.append({**row, "by_chance": psi_by_chance(index, n, m, int(some.sum()))})
+    return pd.DataFrame(rows).sort_values("psi", ascending=False)
+
+
+def codes(before: Distribution, now: Distribution) -> pd.DataFrame:
+    rows = []
+    for code, p in before["codes"].items():
+        q = now["codes"].get(code, 0.0)
+        rows.append({"what": f"code {code}", "before": p, "now": q, "large": abs(p - q) >= CODE_CHANGE})
+        rows[-1]["by_chance"] = share_by_chance(p, q, before["n_visits"], now["n_visits"])
+    return pd.DataFrame(rows)
+
+
+def unused_codes(before: Distribution, now: Distribution) -> pd.DataFrame:
+    p, q = before["unknown"], now["unknown"]
+    chance = share_by_chance(p, q, before["n_visits"], now["n_visits"])
+    row = {"what": "codes that the model does not use", "before": p, "now": q, "large": q - p >= CODE_CHANGE}
+    return pd.DataFrame([{**row, "by_chance": chance}])
+
+
+DRIFT_TESTS: dict[str, Callable[[Distribution, Distribution], pd.DataFrame]] = {  # by the heading of the table
+    "Drift of score and features": scores_and_features,
+    "Share of snapshots with each code": codes,
+    "Share of snapshots with unused codes": unused_codes,
+}
+
+
+def look_for_drift(findings: Findings, before: Distribution, now: Distribution, moments: str) -> None:
+    """Compares two distributions of the same kind of `moments`; adds tables, and a warning for each change that is both
+    large and statistically significant."""
+    if min(before["n_visits"], now["n_visits"]) < FEWEST_VISITS:
         findings.remarks.append(
-            f"drift is not judged: {m} visits now, {n} in the reference; {FEWEST_VISITS} are needed"
+            f"drift {moments} is not judged: {now['n_visits']:.0f} visits now, {before['n_visits']:.0f} in the "
+            f"reference; {FEWEST_VISITS} are needed"
         )
         return
-    both = {name: (shares, current["features"][name]) for name, shares in reference["features"].items()}
-    both = {"score": (reference["score"], current["score"]), **both}
-    tests = len(both) + len(reference["codes"]) + 1
-    rows = []
-    for name, (expected, actual) in both.items():
-        e, a = np.array(expected), np.array(actual)
-        some = (e > 0) | (a > 0)
-        index = psi(smoothed(e[some], n), smoothed(a[some], m))
-        limit = psi_limit(n, m, int(some.sum()), tests)
-        drifted = index > max(MODERATE, limit)
-        rows.append(
-            {
-                "what": name,
-                "psi": index,
-                "psi_by_chance": limit,
-                "jensen_shannon": jensen_shannon(e, a),
-                "empty_before": e[-1],
-                "empty_now": a[-1],
-                "verdict": ("strong drift" if index > STRONG else "drift") if drifted else "",
-            }
-        )
-        if drifted:
-            what = "the score" if name == "score" else f"feature {name}"
-            findings.alerts.append(f"drift of {what}: PSI {index:.3f}, by chance up to {limit:.3f}")
-    findings.drift = pd.DataFrame(rows).sort_values("psi", ascending=False)
-    rows = []
-    for code, before in reference["codes"].items():
-        now = current["codes"].get(code, 0.0)
-        differs = share_differs(before, now, n, m, tests)
-        rows.append(
-            {"code": code, "visits_with_it_before": before, "now": now, "verdict": "changed" if differs else ""}
-        )
-        if differs:
-            findings.alerts.append(f"code {code}: {now:.0%} of the visits have it, {before:.0%} before")
-    findings.codes = pd.DataFrame(rows)
-    before, now = reference["unknown"], current["unknown"]
-    if share_differs(before, now, n, m, tests) and now > before:
-        findings.alerts.append(f"{now:.0%} of the visits have codes that the model does not know, {before:.0%} before")
+    tables = {title: test(before, now) for title, test in DRIFT_TESTS.items()}
+    limit = SIGNIFICANCE / sum(map(len, tables.values()))  # Bonferroni
+    for title, table in tables.items():
+        drifted = table.pop("large") & (table["by_chance"] < limit)
+        for row in table[drifted].to_dict("records"):
+            extent = (
+                f"PSI {row['psi']:.3f}" if "psi" in row else f"{row['now']:.0%} of the snapshots, {row['before']:.0%}"
+            )
+            extent += "" if "psi" in row else " before"
+            findings.warnings.append(f"drift of {row['what']} {moments}: {extent}")
+        findings.drift[f"{title}, {moments}"] = table.assign(verdict=np.where(drifted, "drift", ""))

@@ -1,4 +1,4 @@
-"""The rows of the prediction log, what is found in them, and how the service works."""
+"""The rows of the prediction log, what is found in them, and how the service performs."""
 
 from __future__ import annotations
 
@@ -11,45 +11,30 @@ import pandas as pd
 import sqlalchemy as sa
 
 from monitoring.log import errors, predictions
-from monitoring.profile import Profile, bin_shares, letters_of, visit_weights
+from monitoring.profile import AT_END, DURING, Profile
 
-FEWEST_FAILED = 5  # unusable or failed predictions; below, nothing is said about them
-
-
+FEWEST_FAILED = 5  # failed or UNKNOWN predictions; below, they are not judged
 FEWEST_PERIODS, MOST_PERIODS = 2, 4  # of history, with which the volume is compared
+MOST_UNKNOWN = 0.5  # share of predictions
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Predictions of one model version in a period."""
+def distributions(frame: pd.DataFrame, profile: Profile) -> dict[str, dict[str, Any]]:
+    """Of predictions of one model version (rows of the table `predictions`) the distribution for each kind of moments.
 
-    frame: pd.DataFrame  # as the table `predictions`
-    profile: Profile
-
-    @property
-    def usable(self) -> np.ndarray:
-        """(n,) whether a row has a score, and the bins of this profile."""
-        bins = self.frame["bins"].str.len().eq(len(self.profile.features))
-        return (self.frame["score"].notna() & bins).to_numpy()
-
-    def distribution(self, config_profile: dict[str, Any]) -> dict[str, Any]:
-        """In the form of the config's ``reference_profile``: shares of the bins, every visit counting once. At least
-        one row must be `usable`."""
-        frame = self.frame[self.usable]
-        weights = visit_weights(frame["visit"].to_numpy())
-        out: dict[str, Any] = {"n_visits": frame["visit"].nunique(), "features": {}, "codes": {}}
-        letters = letters_of(frame["bins"].tolist(), len(self.profile.features))
-        for name, column in zip(self.profile.features, letters.T, strict=True):
-            n_bins = len(config_profile["features"][name]["edges"]) + 1
-            out["features"][name] = bin_shares(column, n_bins, weights)
-        edges = config_profile["score"]["edges"]
-        scores = np.searchsorted(edges, frame["score"].to_numpy(), side="right") + ord("a")
-        out["score"] = bin_shares(scores, len(edges) + 1, weights)
-        has = letters_of(frame["codes"].tolist(), len(self.profile.codes)) == ord("1")
-        for code, column in zip(self.profile.codes, has.T, strict=True):
-            out["codes"][code] = float((column * weights).sum() / weights.sum())
-        out["unknown"] = float(((frame["unknown"].to_numpy() > 0) * weights).sum() / weights.sum())
-        return out
+    A visit that was scored once, for the time of its newest observation, was scored at its end; others were scored
+    during the stay. There every visit-hour with a score counts once: however often a visit is scored, and however long
+    the period, these are shares of patient-hours, as the snapshots of training are.
+    """
+    usable = frame["score"].notna() & frame["bins"].str.len().eq(len(profile.features))
+    frame = frame[usable].drop_duplicates(["visit", "as_of"])
+    once = frame.groupby("visit")["as_of"].transform("size").eq(1) & frame["as_of"].eq(frame["newest"])
+    weights = 1 / frame.groupby(["visit", frame["as_of"].dt.floor("h")])["as_of"].transform("size")
+    parts = {DURING: frame[~once], AT_END: frame[once]}
+    return {
+        moments: profile.distribution({name: part[name].tolist() for name in part}, weights[part.index].to_numpy())
+        for moments, part in parts.items()
+        if len(part)
+    }
 
 
 def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, version: str | None = None) -> pd.DataFrame:
@@ -60,17 +45,20 @@ def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, versio
     if version is not None:
         query = query.where(predictions.c.model_version == version)
     with engine.connect() as connection:
-        return pd.read_sql(query, connection)
+        rows = pd.read_sql(query, connection)
+    return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))  # also where there are none
 
 
 @dataclass
 class Findings:
-    """What a look at the log gave: tables for a person, and alerts, one line each."""
+    """What was found in the log: tables for a person, and warnings, one line each.
 
-    alerts: list[str] = field(default_factory=list)
+    (They are not called alerts: an alert is a HIGH risk of a patient.)
+    """
+
+    warnings: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    drift: pd.DataFrame = field(default_factory=pd.DataFrame)
-    codes: pd.DataFrame = field(default_factory=pd.DataFrame)
+    drift: dict[str, pd.DataFrame] = field(default_factory=dict)  # by heading
     service: dict[str, Any] = field(default_factory=dict)
     score: tuple[list[float], list[float], list[float]] | None = None  # edges, expected, actual shares
     quality: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -101,33 +89,37 @@ def look_at_service(
     """Volume, latency, errors of all model versions; `failed` and `earlier` as `read_counts` gives them."""
     p95 = float(rows["seconds"].quantile(0.95)) if len(rows) else float("nan")
     rate = failed / max(len(rows) + failed, 1)
+    unknown, visits = rows["score"].isna(), rows["visit"].nunique()
+    alerted = rows.loc[rows["risk_level"].eq("HIGH"), "visit"].nunique()
 
     def counted(name: str) -> str:
         return ", ".join(f"{n:,} {value}" for value, n in rows[name].value_counts().items())
 
     findings.service = {
-        "predictions": f"{len(rows):,} of {rows['visit'].nunique():,} visits in {days} days",
-        "empty scores": f"{rows['score'].isna().mean():.2%}" if len(rows) else "",
+        "predictions": f"{len(rows):,} of {visits:,} visits in {days} days",
         "risk levels": counted("risk_level"),
+        "reasons of UNKNOWN": counted("reason"),
+        "visits alerted (HIGH)": f"{alerted:,} ({alerted / max(visits, 1):.1%})",
         "sources": counted("source"),
         "model versions": counted("model_version"),
         "latency": f"median {rows['seconds'].median() * 1e3:.1f} ms, p95 {p95 * 1e3:.1f} ms" if len(rows) else "",
         "errors": f"{failed:,} ({rate:.2%})",
     }
     if not len(rows):
-        findings.alerts.append(f"no prediction in {days} days")
+        findings.warnings.append(f"no prediction in {days} days")
     elif len(earlier) >= FEWEST_PERIODS:
-        usual, visits = np.median(np.array(earlier), axis=0)
+        usual, usual_visits = np.median(np.array(earlier), axis=0)
         # visits come by chance, each with several predictions
-        by_chance = 5 * np.sqrt(usual * (usual / max(visits, 1)) * (1 + 1 / len(earlier)))
+        by_chance = 5 * np.sqrt(usual * (usual / max(usual_visits, 1)) * (1 + 1 / len(earlier)))
         if usual >= 20 and abs(len(rows) - usual) > max(0.5 * usual, by_chance):
-            findings.alerts.append(f"volume: {len(rows):,} predictions, usually {usual:,.0f} in {days} days")
-    if len(rows) >= FEWEST_FAILED and rows["score"].isna().all():
-        findings.alerts.append(f"no usable score in {len(rows):,} predictions")
+            findings.warnings.append(f"volume: {len(rows):,} predictions, usually {usual:,.0f} in {days} days")
+    if unknown.sum() >= FEWEST_FAILED and unknown.mean() > MOST_UNKNOWN:
+        why = f": {reasons}" if (reasons := counted("reason")) else ""
+        findings.warnings.append(f"the risk is UNKNOWN in {unknown.sum():,} of {len(rows):,} predictions{why}")
     if p95 > most_seconds:
-        findings.alerts.append(f"latency: p95 is {p95:.2f} s, allowed {most_seconds:g} s")
+        findings.warnings.append(f"latency: p95 is {p95:.2f} s, allowed {most_seconds:g} s")
     if failed >= FEWEST_FAILED and rate > 0.05:
-        findings.alerts.append(f"errors: {rate:.1%} of what was asked could not be scored")
+        findings.warnings.append(f"errors: {rate:.1%} of the requests, files and visits could not be scored")
     if len(rows):
         by_day = rows.groupby(rows["time"].dt.floor("D").rename("day"))
         findings.daily = by_day["seconds"].agg(predictions="size", p95_seconds=lambda x: x.quantile(0.95)).reset_index()

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from feature_pipeline import Config
 from monitoring.drift import look_for_drift
-from monitoring.findings import Findings, Rows, look_at_service, read_counts, read_rows
+from monitoring.findings import Findings, distributions, look_at_service, read_counts, read_rows
 from monitoring.log import predictions
 from monitoring.profile import Profile
 from monitoring.quality import expected_quality, look_at_quality
@@ -24,8 +24,8 @@ def look(
     labels: pd.DataFrame | None = None,
     most_seconds: float = 1.0,
 ) -> Findings:
-    """Everything there is to say about the `days` before `until` (UTC, naive): the service as a whole, and drift and
-    quality of the config's model version."""
+    """Looks at the `days` before `until` (UTC, naive): the service as a whole, drift and quality of the config's model
+    version."""
     findings, version = Findings(), config.model_version or "unversioned"
     since = until - timedelta(days=days)
     everything = read_rows(engine, since, until)
@@ -34,27 +34,23 @@ def look(
     reference = config.reference_profile
     if not reference:
         findings.remarks.append("the config has no reference profile; train again to watch drift")
-    elif not Rows(rows, profile := Profile(config)).usable.any():
-        findings.remarks.append(f"drift is not judged: model {version} has no usable score in {days} days")
+    elif not (current := distributions(rows, profile := Profile(config))):
+        findings.remarks.append(f"drift is not judged: model {version} has no score in {days} days")
     else:
-        current = Rows(rows, profile).distribution(reference)
         if baseline_days:
+            own = predictions.c.model_version == version
             with engine.connect() as connection:
-                first = connection.scalar(
-                    sa.select(sa.func.min(predictions.c.time)).where(predictions.c.model_version == version)
-                )
-            first_days = Rows(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
-            expected = first_days.distribution(reference) if first_days.usable.any() else {"n_visits": 0}
-        else:
-            features = {name: watched["shares"] for name, watched in reference["features"].items()}
-            expected = {**reference, "features": features, "score": reference["score"]["shares"]}
-        look_for_drift(findings, expected, current)
-        if "score" in expected:
-            findings.score = (reference["score"]["edges"], expected["score"], current["score"])
+                first = connection.scalar(sa.select(sa.func.min(predictions.c.time)).where(own))
+            reference = distributions(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
+        for moments, now in sorted(current.items(), key=lambda item: -item[1]["n_visits"]):
+            before = reference.get(moments, {"n_visits": 0})
+            look_for_drift(findings, before, now, moments)
+            if findings.score is None and "score" in before:
+                findings.score = (profile.score_edges, before["score"], now["score"])
         promised = expected_quality(rows["score"].to_numpy())
         findings.service["estimate without outcomes"] = (
             f"ROC AUC {promised['expected_roc_auc']:.3f}, share of positives {promised['expected_share']:.2%} "
-            "(from the scores alone, right only while they are calibrated)"
+            "(from the scores alone; right only if they are calibrated)"
         )
     if labels is not None:
         look_at_quality(findings, read_rows(engine, None, until, version), labels, config, since)

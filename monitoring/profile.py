@@ -1,7 +1,8 @@
-"""How scores, features and codes were distributed in training, and how a prediction is told in its bins."""
+"""How scores, features and codes are distributed, in training and in service."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,26 +10,32 @@ import numpy as np
 
 from feature_pipeline import Config, Observations
 
+WATCHED = 20  # features that go with the score the most; the latest value of every code is watched too
+DURING, AT_END = "during the stay", "at the last observation"  # the two kinds of moments
+_SAMPLE = 50_000  # snapshots
+
 
 class Profile:
     """The features whose distribution is watched, with the edges of their bins, and the model's codes.
 
-    From the config's ``reference_profile``, which training writes; a config without one gives rows without bins.
+    They come from the config's ``reference_profile``, which training writes. Without one, predictions are logged
+    without bins.
     """
 
     def __init__(self, config: Config):
-        features = config.reference_profile.get("features", {})
+        edges = config.reference_profile.get("edges", {})
         place = {name: i for i, name in enumerate(config.feature_names)}
-        self.features = [name for name in features if name in place]
+        self.features = [name for name in edges if name in place]
         self.codes: list[str] = list(config.codes)
+        self.n_bins = [len(edges[name]) + 1 for name in self.features]
+        self.score_edges: list[float] = config.reference_profile.get("score_edges", [])
         self._columns = np.array([place[name] for name in self.features], dtype=np.int64)
-        most = max((len(features[name]["edges"]) for name in self.features), default=0)
-        self._edges = np.full((len(self.features), most), np.inf)
+        self._edges = np.full((len(self.features), max(self.n_bins, default=1) - 1), np.inf)
         for row, name in zip(self._edges, self.features, strict=True):
-            row[: len(features[name]["edges"])] = features[name]["edges"]
+            row[: len(edges[name])] = edges[name]
 
     def bins(self, features: np.ndarray) -> list[str]:
-        """One text a row of ``features`` (n, n_features): the letter of each watched feature's bin."""
+        """For each row of `features` (n, n_features) a text: the letter of each watched feature's bin, - if empty."""
         if not self.features:
             return [""] * len(features)
         values = features[:, self._columns]
@@ -37,7 +44,7 @@ class Profile:
         return np.ascontiguousarray(letters).view(f"S{len(self.features)}").ravel().astype(str).tolist()
 
     def present(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> tuple[list[str], list[int]]:
-        """For each snapshot which of the model's codes it has (a text of 0 and 1), and how many observations of
+        """For each snapshot which of the model's codes it has (a text of 0 and 1), and the number of observations of
         other codes."""
         place = {code: i for i, code in enumerate(self.codes)}
         column = np.array([place.get(code, -1) for code in observations.codes], dtype=np.int64)
@@ -55,24 +62,43 @@ class Profile:
         unknown = np.bincount(snapshot[own < 0], weights=length, minlength=len(visit)).astype(int)
         return has.view(f"S{has.shape[1]}").ravel().astype(str).tolist(), unknown.tolist()
 
+    def distribution(self, rows: Mapping[str, Sequence[Any]], weights: np.ndarray) -> dict[str, Any]:
+        """Weighted shares of scores and features by bin (the last share is that of empty ones), of snapshots with each
+        code, and of snapshots with codes that the model does not use.
 
-WATCHED = 20
+        `rows` has ``visit``, ``score``, ``bins``, ``codes`` and ``unknown`` of at least one snapshot. Snapshots of one
+        visit are alike, so that they count as fewer than they are: ``n_visits`` is Kish's effective sample size of
+        clusters (Kish, Survey Sampling, Wiley 1965), the number of visits where all have the same weight.
+        """
+
+        def shares(place: np.ndarray, n: int) -> list[float]:
+            return (np.bincount(place, weights=weights, minlength=n) / weights.sum()).round(6).tolist()
+
+        letters = letters_of(rows["bins"], len(self.features))
+        places = {
+            name: np.where(column == ord("-"), n, column.astype(np.int64) - ord("a"))
+            for name, column, n in zip(self.features, letters.T, self.n_bins, strict=True)
+        }
+        has = letters_of(rows["codes"], len(self.codes)) == ord("1")
+        of_visit = np.bincount(np.unique(rows["visit"], return_inverse=True)[1], weights=weights)
+        return {
+            "n_visits": round(float(of_visit.sum() ** 2 / (of_visit**2).sum()), 1),
+            "score": shares(np.searchsorted(self.score_edges, rows["score"], side="right"), len(self.score_edges) + 2),
+            "features": {name: shares(places[name], n + 1) for name, n in zip(self.features, self.n_bins, strict=True)},
+            "codes": {code: shares(column.astype(int), 2)[1] for code, column in zip(self.codes, has.T, strict=True)},
+            "unknown": shares((np.asarray(rows["unknown"]) > 0).astype(int), 2)[1],
+        }
 
 
-_SAMPLE = 50_000
+def letters_of(texts: Sequence[str], width: int) -> np.ndarray:
+    """(n, width) bytes of texts that all have `width` letters."""
+    return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), width)
 
 
-def visit_weights(visit: np.ndarray) -> np.ndarray:
-    """A weight for each row such that every visit counts once, however often it is scored."""
-    _, own, count = np.unique(visit, return_inverse=True, return_counts=True)
-    return 1 / count[own]
-
-
-def bin_shares(letters: np.ndarray, n_bins: int, weights: np.ndarray) -> list[float]:
-    """Weighted shares of the bins, that of the empty ones last. `letters` (n,) are bytes as `Profile.bins` has them."""
-    place = np.where(letters == ord("-"), n_bins, letters.astype(np.int64) - ord("a"))
-    shares = np.bincount(place, weights=weights, minlength=n_bins + 1) / weights.sum()
-    return [round(float(share), 6) for share in shares]
+def last_of_visit(visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
+    """Places of each visit's latest snapshot."""
+    order = np.lexsort([as_of, visit])
+    return np.sort(order[np.append(visit[order][1:] != visit[order][:-1], True)])
 
 
 def make_profile(
@@ -86,14 +112,18 @@ def make_profile(
     """The config's ``reference_profile``: how scores, features and codes are distributed in training.
 
     `features` (n_features, n_snapshots) are not filled yet, `probability` (n_snapshots,) out-of-fold. Watched are the
-    features that go with the score the most (by correlation), and every code's latest value. Bins are tenths; every
-    visit counts once.
+    features that go with the score the most (by correlation), and every code's latest value. Bins are tenths. There is
+    one distribution for each kind of moments: all snapshots, and the last one of each visit.
     """
-    some = np.unique(np.linspace(0, len(visit) - 1, min(len(visit), _SAMPLE)).astype(int))
-    features = features[:, some]
+    visits = np.unique(visit)
+    n_kept = max(1, min(len(visits), len(visits) * _SAMPLE // len(visit)))
+    kept = visits[np.linspace(0, len(visits) - 1, n_kept).astype(int)]
+    some = np.flatnonzero(np.isin(visit, kept))
+    features, visit, as_of, probability = features[:, some], visit[some], as_of[some], probability[some]
     if (fill := config.fill_value) is not None:
         features[np.isnan(features)] = fill
-    score = np.log(np.clip(probability[some], 1e-9, 1 - 1e-9) / (1 - np.clip(probability[some], 1e-9, 1 - 1e-9)))
+    clipped = np.clip(probability, 1e-9, 1 - 1e-9)
+    score = np.log(clipped / (1 - clipped))
     strength = []
     for row in features:
         known = ~np.isnan(row)
@@ -103,7 +133,6 @@ def make_profile(
     strongest = [int(i) for i in np.argsort(-np.array(strength), kind="stable")[:WATCHED] if strength[i] > 0]
     names = config.feature_names
     latest = [i for i, name in enumerate(names) if name.endswith("__last") and strength[i] > 0]
-    chosen = sorted({*strongest, *latest})
     tenths = np.arange(0.1, 0.95, 0.1)
 
     def edges(values: np.ndarray) -> list[float]:
@@ -111,28 +140,11 @@ def make_profile(
         # an edge at the smallest value would leave the first bin empty
         return [float(edge) for edge in np.unique(np.quantile(values, tenths)) if edge > values.min()]
 
-    watched = {names[i]: {"edges": edges(features[i])} for i in chosen}
-    own = Profile(replace(config, reference_profile={"features": watched}))
-    weights = visit_weights(visit[some])
-    letters = letters_of(own.bins(features.T), len(watched))
-    for name, column in zip(own.features, letters.T, strict=True):
-        watched[name]["shares"] = bin_shares(column, len(watched[name]["edges"]) + 1, weights)
-    score_edges = edges(probability[some])
-    score_letters = np.searchsorted(score_edges, probability[some], side="right") + ord("a")
-    present, unknown = own.present(observations, visit[some], as_of[some])
-    has = letters_of(present, len(own.codes)) == ord("1")
-    return {
-        "n_visits": len(np.unique(visit[some])),
-        "features": watched,
-        "score": {"edges": score_edges, "shares": bin_shares(score_letters, len(score_edges) + 1, weights)},
-        "codes": {
-            code: round(float((column * weights).sum() / weights.sum()), 6)
-            for code, column in zip(own.codes, has.T, strict=True)
-        },
-        "unknown": round(float(((np.array(unknown) > 0) * weights).sum() / weights.sum()), 6),
-    }
-
-
-def letters_of(texts: list[str], width: int) -> np.ndarray:
-    """(n, width) bytes of texts that all have `width` letters."""
-    return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), width)
+    watched = {names[i]: edges(features[i]) for i in sorted({*strongest, *latest})}
+    reference = {"edges": watched, "score_edges": edges(probability)}
+    own = Profile(replace(config, reference_profile=reference))
+    codes, unknown = own.present(observations, visit, as_of)
+    rows = {"visit": visit, "score": probability, "bins": own.bins(features.T), "codes": codes, "unknown": unknown}
+    at_end = np.zeros(len(visit))
+    at_end[last_of_visit(visit, as_of)] = 1.0
+    return reference | {DURING: own.distribution(rows, np.ones(len(visit))), AT_END: own.distribution(rows, at_end)}

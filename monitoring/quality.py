@@ -1,4 +1,4 @@
-"""Quality: do the scores hold what they promise, once outcomes are known?"""
+"""Quality: how good were the scores, once outcomes are known?"""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.labels import read_labels
 from common.metrics import calibration_table, figures
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
 from feature_pipeline import BadConfig, BadObservations, Config
 from monitoring.findings import Findings
 
-FEWEST_SEPTIC = 10  # septic visits; below, nothing is said about quality
+FEWEST_SEPTIC = 10  # septic visits; below, quality is not judged
 
 
 def expected_quality(score: np.ndarray) -> dict[str, float]:
-    """What ROC AUC and share of positives calibrated scores promise of themselves: each row counts as positive by its
-    own probability. An estimate that holds only as long as the calibration does."""
+    """The ROC AUC and the share of positives that the scores imply if they are calibrated: each row counts as positive
+    with its own probability."""
     p = np.sort(score[~np.isnan(score)])
     if len(p) < 2:
         return {"expected_roc_auc": float("nan"), "expected_share": float("nan")}
@@ -30,11 +31,13 @@ def expected_quality(score: np.ndarray) -> dict[str, float]:
     }
 
 
-def quality_of(part: pd.DataFrame, threshold: float) -> dict[str, Any]:
-    """Sizes and figures of predictions with ``label``; ``_from`` and ``_to`` bound 95%, whole visits resampled."""
+def quality_of(part: pd.DataFrame) -> dict[str, Any]:
+    """Sizes and figures of predictions with ``label``. ``_from`` and ``_to`` are 95% intervals, resampled by visit."""
     label, score, visit = (part[name].to_numpy() for name in ("label", "score", "visit"))
     _, own = np.unique(visit, return_inverse=True)
-    sums = np.column_stack([np.bincount(own, x) for x in (np.ones(len(own)), score >= threshold, score, label)])
+    alert = part["risk_level"].eq("HIGH").to_numpy()
+    sums = np.column_stack([np.bincount(own, x) for x in (alert, score, label)])
+    sums = np.column_stack([np.ones(len(sums)), sums[:, 0] > 0, sums[:, 1:]])
     n, generator = len(sums), np.random.default_rng(0)
     drawn = np.array([sums.sum(axis=0), *(sums[generator.integers(0, n, n)].sum(axis=0) for _ in range(1000))])
     row = {"visits": n, "septic_visits": int((sums[:, 3] > 0).sum())}
@@ -44,7 +47,7 @@ def quality_of(part: pd.DataFrame, threshold: float) -> dict[str, Any]:
         row.update({name: value, f"{name}_from": interval[0], f"{name}_to": interval[1]})
 
     for name, values in {
-        "alert_rate": drawn[:, 1] / drawn[:, 0],
+        "visits_alerted": drawn[:, 1] / drawn[:, 0],
         "expected_over_observed": drawn[:, 2] / np.maximum(drawn[:, 3], 0.5),
     }.items():
         put(name, float(values[0]), np.percentile(values[1:], [2.5, 97.5]).tolist())
@@ -65,10 +68,10 @@ def look_at_quality(
 ) -> None:
     """Quality by week, where outcomes are known: rows of the log joined to `labels` (``visit, sepsis, onset``).
 
-    A prediction is right about sepsis where onset is within the horizon after it. As in training, septic visits without
-    onset are left out, and predictions after onset unless the model was trained with them. The table has all weeks;
-    alerts are only about those that reach beyond `since`, and about all predictions since then together, which judges
-    also a ward with few septic visits a week. Raises nothing: what cannot be judged is remarked.
+    A prediction is positive if onset is within the horizon after it. As in training, septic visits without an onset are
+    left out, and so are predictions after onset, unless the model was trained with them. The table has all weeks.
+    Warnings are given for the weeks that end after `since`, and for all predictions since then together, so that a
+    ward with few septic visits a week is judged too. What cannot be judged becomes a remark.
     """
     snapshots = config.snapshots
     retrospective = snapshots.retrospective
@@ -95,10 +98,10 @@ def look_at_quality(
     ]
     if sum(looked_at for _, _, looked_at, _ in parts) > 1:
         parts.append(("whole period", "in the whole period", True, joined[joined["time"] > since]))
-    told = config.metrics.get("out_of_fold") or config.metrics.get("test")
+    in_training = config.metrics.get("out_of_fold") or config.metrics.get("test")
     table = []
     for week, when, looked_at, part in parts:
-        row = {"week": week, **quality_of(part, config.decision_threshold)}
+        row = {"week": week, **quality_of(part)}
         table.append(row)
         if not looked_at:
             continue
@@ -106,16 +109,20 @@ def look_at_quality(
             findings.remarks.append(
                 f"quality {when} is not judged: {row['septic_visits']} septic visits; {FEWEST_SEPTIC} are needed"
             )
-        elif told and "roc_auc" in row and row["roc_auc_to"] < min(told["roc_auc"] - 0.02, told["roc_auc_95"][0]):
-            findings.alerts.append(
+        elif (
+            in_training
+            and "roc_auc" in row
+            and row["roc_auc_to"] < min(in_training["roc_auc"] - 0.02, in_training["roc_auc_95"][0])
+        ):
+            findings.warnings.append(
                 f"quality {when}: ROC AUC {row['roc_auc']:.3f} ({row['roc_auc_from']:.3f} to {row['roc_auc_to']:.3f}), "
-                f"{told['roc_auc']:.3f} in training"
+                f"{in_training['roc_auc']:.3f} in training"
             )
-        # where the scores are calibrated, at least as many visits are septic as the visits' mean scores sum to
+        # if the scores are calibrated, at least as many visits are septic as the mean scores of the visits sum to
         promised = part.groupby("visit")["score"].mean().sum()
         low, high = row["expected_over_observed_from"], row["expected_over_observed_to"]
         if row["septic_visits"] + promised >= FEWEST_SEPTIC and (low > 2 or high < 0.5):
-            findings.alerts.append(
+            findings.warnings.append(
                 f"calibration {when}: {part['score'].sum():.0f} positives expected, {row['positives']} seen"
             )
     findings.quality = pd.DataFrame(table)
@@ -127,12 +134,10 @@ def read_outcomes(path: str) -> pd.DataFrame:
     pseudonyms = Pseudonyms.from_environment()
     if not pseudonyms.lasting:
         raise BadConfig(f"{KEY_VARIABLE} is not set: outcomes cannot be joined to the log, which holds pseudonyms")
-    from common.labels import read_labels
-
     table = read_labels(path).drop_duplicates(["client", "visit_id"], keep="last")  # as in training
     table = table[table["sepsis"] >= 0]
     if not len(table):
-        raise BadObservations(f"labels {path!r} hold no outcome")
+        raise BadObservations(f"labels {path!r}: no row has an outcome; expected sepsis 0 or 1")
     visits = [pseudonyms.visit(c, v) for c, v in zip(table["client"], table["visit_id"], strict=True)]
     onset = pd.to_datetime(table["sepsis_onset"].where(table["sepsis_onset"] > 0), unit="us").astype("datetime64[us]")
     return pd.DataFrame({"visit": visits, "sepsis": table["sepsis"].to_numpy(), "onset": onset.to_numpy()})

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.labels import RETROSPECTIVE
 from common.pages import frame_table, heading, image, listing, page, paragraph
 from feature_pipeline import Config
 from monitoring.findings import Findings
@@ -18,8 +19,8 @@ def report_html(findings: Findings, config: Config, until: datetime, days: int) 
     from matplotlib.figure import Figure
 
     parts = [paragraph(f"The {days} days to {until:%Y-%m-%d %H:%M} UTC.")]
-    if not findings.alerts:
-        parts.append(paragraph("Nothing to alert about."))
+    if not findings.warnings:
+        parts.append(paragraph("No warning."))
     if findings.remarks:
         parts.append(listing(findings.remarks))
     parts += [heading("Service"), frame_table(pd.DataFrame(findings.service.items(), columns=["what", "now"]))]
@@ -40,17 +41,17 @@ def report_html(findings: Findings, config: Config, until: datetime, days: int) 
         right.set_xticks(place, [f"< {edge:.3g}" for edge in edges] + [f">= {edges[-1]:.3g}" if edges else "all"])
         right.tick_params(axis="x", rotation=60)
         right.legend()
-    right.set(title="Scores", ylabel="share of visits")
+    right.set(title="Scores", ylabel="share of patient-hours")
     parts.append(image(figure, "Predictions and latency by day; distribution of the scores"))
     if len(findings.quality):
         parts += [heading("Quality by week, with outcomes"), frame_table(with_intervals(findings.quality))]
         parts.append(image(quality_figure(findings), "ROC AUC by week; calibration"))
-    if len(findings.drift):
-        parts += [heading("Drift"), frame_table(findings.drift)]
-        parts += [heading("Codes, share of visits"), frame_table(findings.codes)]
-    title = f"Monitoring of model {config.model_version}"
+    for title, table in findings.drift.items():
+        parts += [heading(title), frame_table(table)]
     notices = ["The model was trained on synthetic patients."] if config.training_source["synthetic"] else []
-    return page(title, notices, *parts, alerts=findings.alerts)
+    if config.snapshots.retrospective:
+        notices.append(RETROSPECTIVE)
+    return page(f"Monitoring of model {config.model_version}", notices, *parts, warnings=findings.warnings)
 
 
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:

@@ -29,11 +29,11 @@ from common.labels import read_labels
 from feature_pipeline import ProductionPipeline, read_observations
 from monitor import main
 from monitoring import log as prediction_log
-from monitoring.drift import jensen_shannon, psi, psi_limit
-from monitoring.findings import Findings, Rows, read_rows
+from monitoring.drift import psi, psi_by_chance, share_by_chance
+from monitoring.findings import Findings, distributions, read_rows
 from monitoring.log import PredictionLog, open_engine, predictions
 from monitoring.look import look
-from monitoring.profile import Profile
+from monitoring.profile import AT_END, DURING, Profile
 from monitoring.quality import look_at_quality, read_outcomes
 from sources.demo_cohort import make_demo_cohort
 from training.snapshots import make_training_data
@@ -97,20 +97,48 @@ def test_a_row_holds_no_name_and_no_value(pipeline, ward, tmp_path, key):
 
 
 def test_bins_are_those_of_the_reference(pipeline, cohort):
-    """The training snapshots themselves give the profile's own shares back."""
+    """The snapshots of training have the shares that the config's profile holds."""
     data = snapshots_of(*cohort, pipeline)
     reference = pipeline.config.reference_profile
     profile = Profile(pipeline.config)
     probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
     codes, unknown = profile.present(data.observations, data.visit, data.as_of)
     frame = pd.DataFrame(
-        {"visit": data.visit, "score": probability, "bins": profile.bins(features), "codes": codes, "unknown": unknown}
+        {
+            **{"visit": data.visit, "score": probability, "bins": profile.bins(features)},
+            **{"codes": codes, "unknown": unknown, "newest": pd.NaT},
+            "as_of": data.as_of.astype("datetime64[us]"),
+        }
     )
-    current = Rows(frame, profile).distribution(reference)
-    assert current["n_visits"] == reference["n_visits"]
-    for name, watched in reference["features"].items():
-        assert current["features"][name] == watched["shares"]
-    assert current["codes"] == pytest.approx(reference["codes"], abs=1e-6)
+    last = frame.groupby("visit")["as_of"].transform("max").eq(frame["as_of"])
+    ended = frame[last].assign(newest=frame["as_of"])
+    for moments, rows in ((DURING, frame), (AT_END, ended)):
+        current = distributions(rows, profile)
+        assert set(current) == {moments}
+        for name in ("features", "codes", "unknown", "n_visits"):
+            assert current[moments][name] == reference[moments][name], name
+
+
+def test_visits_count_by_their_hours(pipeline):
+    """Two visits of 30 h and 10 h: patient-hours count, not how often a visit was scored in an hour."""
+    profile = Profile(pipeline.config)
+    hours = [*range(30), *range(10)]
+    start = datetime(2026, 3, 2)
+    row = {"codes": "0" * len(profile.codes), "unknown": 0, "newest": start - timedelta(days=1)}
+    frame = pd.DataFrame(
+        {
+            "visit": ["a"] * 30 + ["b"] * 10,
+            "as_of": [start + timedelta(hours=hour) for hour in hours],
+            "score": [0.0] * 30 + [1.0] * 10,
+            "bins": ["a" * len(profile.features)] * 40,
+            **row,
+        }
+    )
+    often = pd.concat([frame, frame[frame["visit"] == "b"].assign(as_of=frame["as_of"] + timedelta(minutes=20))])
+    for rows in (frame, often.reset_index(drop=True)):
+        found = distributions(rows, profile)[DURING]
+        assert found["score"][0] == 0.75 and found["score"][-2] == 0.25
+        assert found["n_visits"] == 1.6  # 40^2 / (30^2 + 10^2)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, caplog):
@@ -287,12 +315,12 @@ def test_psi_by_chance_is_what_theory_says():
     generator = np.random.default_rng(0)
     p, n, m = np.full(10, 0.1), 400, 250
     found = [psi(generator.multinomial(n, p) / n, generator.multinomial(m, p) / m) for _ in range(2000)]
-    assert np.mean(np.array(found) > psi_limit(n, m, 10, 1, 0.05)) == pytest.approx(0.05, abs=0.02)
+    assert np.mean([psi_by_chance(index, n, m, 10) < 0.05 for index in found]) == pytest.approx(0.05, abs=0.02)
+    pairs = [(generator.binomial(n, 0.3) / n, generator.binomial(m, 0.3) / m) for _ in range(2000)]
+    assert np.mean([share_by_chance(p, q, n, m) < 0.05 for p, q in pairs]) == pytest.approx(0.05, abs=0.02)
 
 
-def test_distances_of_known_shares():
-    assert jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 1
-    assert jensen_shannon(np.array([0.3, 0.7]), np.array([0.3, 0.7])) == 0
+def test_psi_of_known_shares():
     assert psi(np.array([0.2, 0.8]), np.array([0.4, 0.6])) == pytest.approx(0.2 * np.log(2) - 0.2 * np.log(0.75))
 
 
@@ -305,8 +333,8 @@ def drifts(pipeline, data, tmp_path):
 
 def test_undrifted_data_are_silent(pipeline, ward, tmp_path, key):
     findings = drifts(pipeline, snapshots_of(*ward, pipeline), tmp_path)
-    assert findings.alerts == [] and len(findings.drift) > 21
-    assert "right only while they are calibrated" in findings.service["estimate without outcomes"]
+    assert findings.warnings == [] and max(map(len, findings.drift.values())) > 21
+    assert "right only if they are calibrated" in findings.service["estimate without outcomes"]
 
 
 def without_code(observations):
@@ -333,13 +361,13 @@ def shifted(observations):
 )
 def test_drifted_data_are_named(pipeline, ward, tmp_path, key, change, named):
     findings = drifts(pipeline, snapshots_of(change(ward[0]), ward[1], pipeline), tmp_path)
-    assert any(named in alert for alert in findings.alerts), findings.alerts
+    assert any(named in warning for warning in findings.warnings), findings.warnings
 
 
 def test_unknown_codes_are_named(pipeline, ward, tmp_path, key):
     extra = ward[0].groupby("visit_id").head(1).assign(observation_type_code="NEW", observation_value=1.0)
     findings = drifts(pipeline, snapshots_of(pd.concat([ward[0], extra]), ward[1], pipeline), tmp_path)
-    assert any("does not know" in alert for alert in findings.alerts)
+    assert any("does not use" in warning for warning in findings.warnings)
 
 
 def constant_ward(engine, once, start, days, visits_a_day, versions):
@@ -389,7 +417,7 @@ def test_a_constant_ward_is_silent_from_first_deployment_through_a_promotion(pip
     for until in sorted([*moments, start + timedelta(hours=6), change + timedelta(minutes=1)]):
         version = "20250101_000000" if until <= change else "20260131_000000"
         findings = look(engine, replace(pipeline.config, model_version=version), until, days=days)
-        assert findings.alerts == [], until
+        assert findings.warnings == [], until
     engine.dispose()
 
 
@@ -401,12 +429,12 @@ def test_volume_and_errors_are_those_of_all_versions(pipeline, once, tmp_path):
         row = {**error_row(), "time": start + timedelta(days=29.5)}
         connection.execute(prediction_log.errors.insert(), [row])
     findings = look(engine, config, start + timedelta(days=30), days=1)
-    assert findings.alerts == [] and any("20260130_000000 has no usable score" in line for line in findings.remarks)
+    assert findings.warnings == [] and any("20260130_000000 has no score" in line for line in findings.remarks)
     # a whole outage and a flood are told, whichever version serves
-    assert "no prediction in 1 days" in look(engine, config, start + timedelta(days=32), days=1).alerts
+    assert "no prediction in 1 days" in look(engine, config, start + timedelta(days=32), days=1).warnings
     flood = pd.concat([once.assign(time=start + timedelta(days=30, hours=k), visit=f"f{k}") for k in range(1, 9)])
     flood.drop(columns="id").to_sql("predictions", engine, if_exists="append", index=False)
-    assert any("volume" in alert for alert in look(engine, config, start + timedelta(days=31), days=1).alerts)
+    assert any("volume" in warning for warning in look(engine, config, start + timedelta(days=31), days=1).warnings)
     engine.dispose()
 
 
@@ -418,19 +446,19 @@ def test_volume_is_not_judged_without_history(pipeline, once, tmp_path):
     )
     constant_ward(engine, once, start + timedelta(days=1), 10, 60, [(0, pipeline.model_version)])
     for day in range(2, 11):
-        assert look(engine, pipeline.config, start + timedelta(days=day)).alerts == []
+        assert look(engine, pipeline.config, start + timedelta(days=day)).warnings == []
     engine.dispose()
 
 
 def test_scores_that_are_all_empty_are_told(pipeline, once, tmp_path, config_path, capsys):
     engine = open_engine(f"sqlite:///{tmp_path}/log.db")
-    empty = once.head(40).assign(score=None, risk_level="UNKNOWN").drop(columns="id")
+    empty = once.head(40).assign(score=None, risk_level="UNKNOWN", reason="stale").drop(columns="id")
     empty.to_sql("predictions", engine, if_exists="append", index=False)
     engine.dispose()
     common = ["--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--until", DAY.isoformat()]
     for more in ([], ["--baseline-days", "3"]):
         assert main(["check", *common, *more]) == 1
-        assert capsys.readouterr().out.splitlines() == ["no usable score in 40 predictions"]
+        assert capsys.readouterr().out.splitlines() == ["the risk is UNKNOWN in 40 of 40 predictions: 40 stale"]
     assert main(["report", *common, "--html", str(tmp_path / "page.html")]) == 0
 
 
@@ -489,6 +517,7 @@ def weekly(n_visits, scores_an_hour=6, septic=0.2, seed=0, week=0):
             "time": time,
             "as_of": np.tile(time - pd.to_timedelta(np.arange(n) / scores_an_hour, unit="h"), n_visits),
             "score": np.repeat(risk, n),
+            "risk_level": np.repeat(np.where(risk > 0.5, "HIGH", "LOW"), n),
         }
     )
     onset = pd.Series(time + timedelta(hours=0.5), index=range(n_visits)).where(sick)  # within 6 h of all
@@ -510,7 +539,7 @@ def test_quality_of_small_weeks_that_are_scored_often_is_silent(pipeline, n_visi
     few = partial(metrics.bootstrap_intervals, n_resamples=200)
     monkeypatch.setattr(metrics, "bootstrap_intervals", few)
     told = metrics.figures(*(np.concatenate([part]) for part in _labelled(weekly(3000))))["roc_auc"]
-    alerted = sum(bool(quality(pipeline, [weekly(n_visits, seed=seed)], told=told).alerts) for seed in range(100))
+    alerted = sum(bool(quality(pipeline, [weekly(n_visits, seed=seed)], told=told).warnings) for seed in range(100))
     assert alerted <= 2
 
 
@@ -522,21 +551,21 @@ def _labelled(week):
 def test_quality_has_intervals_that_hold_for_visits(pipeline):
     week = weekly(60)
     row = quality(pipeline, [week]).quality.iloc[0]
-    for name in ("roc_auc", "average_precision", "expected_over_observed", "alert_rate"):
+    for name in ("roc_auc", "average_precision", "expected_over_observed", "visits_alerted"):
         assert row[f"{name}_from"] < row[name] < row[f"{name}_to"], name
     assert (row["visits"], row["septic_visits"], row["predictions"]) == (60, week[1]["sepsis"].sum(), len(week[0]))
     # scoring each visit more often tells nothing new
     rarely = quality(pipeline, [weekly(60, scores_an_hour=1)]).quality.iloc[0]
-    for name in ("roc_auc_from", "roc_auc_to", "expected_over_observed_from", "alert_rate_to"):
+    for name in ("roc_auc_from", "roc_auc_to", "expected_over_observed_from", "visits_alerted_to"):
         assert row[name] == pytest.approx(rarely[name], abs=1e-9), name
 
 
 def test_scores_that_promise_too_much_are_told_also_where_nobody_is_septic(pipeline):
     rows, labels = weekly(60)
     nobody = labels.assign(sepsis=0, onset=pd.NaT)
-    assert any("0 seen" in alert for alert in quality(pipeline, [(rows, nobody)]).alerts)
+    assert any("0 seen" in warning for warning in quality(pipeline, [(rows, nobody)]).warnings)
     timid = rows.assign(score=rows["score"] / 10)
-    assert any("calibration" in alert for alert in quality(pipeline, [(timid, labels)]).alerts)
+    assert any("calibration" in warning for warning in quality(pipeline, [(timid, labels)]).warnings)
 
 
 def test_only_weeks_of_the_period_are_alerted_about(pipeline):
@@ -544,17 +573,17 @@ def test_only_weeks_of_the_period_are_alerted_about(pipeline):
     bad = (rows.assign(score=1 - rows["score"]), labels)
     weeks = [bad, *(weekly(100, seed=k, week=k) for k in range(1, 5))]
     everything = quality(pipeline, weeks)
-    assert any("week of 2026-03-02" in alert for alert in everything.alerts)
+    assert any("week of 2026-03-02" in warning for warning in everything.warnings)
     recent = quality(pipeline, weeks, since=datetime(2026, 3, 29, 12))
-    assert recent.alerts == [] and "2026-03-02" in set(recent.quality["week"])
+    assert recent.warnings == [] and "2026-03-02" in set(recent.quality["week"])
 
 
 def test_few_septic_visits_a_week_are_judged_together(pipeline):
     weeks = [weekly(20, seed=k, week=k) for k in range(8)]
     good = quality(pipeline, weeks)
-    assert good.alerts == [] and any("is not judged: 2 septic visits" in remark for remark in good.remarks)
+    assert good.warnings == [] and any("is not judged: 2 septic visits" in remark for remark in good.remarks)
     fallen = [(rows.assign(score=1 - rows["score"]), labels) for rows, labels in weeks]
-    assert any(alert.startswith("quality in the whole period") for alert in quality(pipeline, fallen).alerts)
+    assert any(warning.startswith("quality in the whole period") for warning in quality(pipeline, fallen).warnings)
 
 
 def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
@@ -570,7 +599,7 @@ def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
     labels = read_outcomes(files_of(tmp_path, table))
     assert len(labels) == labels["visit"].nunique() == 4
     times = {"time": datetime(2026, 3, 2, 12), "as_of": datetime(2026, 3, 2, 12)}
-    rows = labels[["visit"]].assign(**times, score=[0.1, 0.2, 0.3, 0.4])
+    rows = labels[["visit"]].assign(**times, score=[0.1, 0.2, 0.3, 0.4], risk_level="LOW")
     findings = quality(pipeline, [(rows, labels)])
     row = findings.quality.iloc[0]
     assert (row["predictions"], row["positives"]) == (3, 2)
@@ -584,10 +613,10 @@ def test_outcomes_are_those_of_training(pipeline, tmp_path, key):
     ("arguments", "said"),
     [
         (["check", "--monitor", "off"], "no prediction log to read"),
-        (["check", "--monitor", "postgresql+psycopg://u:geheim@127.0.0.1:1/x"], "is the server there"),
+        (["check", "--monitor", "postgresql+psycopg://u:geheim@127.0.0.1:1/x"], "check that the server runs"),
         (["check", "--monitor", "postgresql+psycopg://u:geheim@127.0.0.1:geheim/x"], "URL of the prediction log"),
         (["check", "--monitor", "geheim"], "URL of the prediction log"),
-        (["check", "--monitor", "nosuch://u:geheim@h/x"], "no driver"),
+        (["check", "--monitor", "nosuch://u:geheim@h/x"], "needs a driver"),
         (["export", "--monitor", "sqlite:///{tmp}/text.db"], "text.db: file is not a database"),
         (["check", "--monitor", "sqlite:///{tmp}/torn.db"], "torn.db: database disk image is malformed"),
         (["export", "--monitor", "sqlite:///{tmp}/torn.db"], "torn.db: database disk image is malformed"),
@@ -696,14 +725,14 @@ def test_slow_and_failing_services_are_told(pipeline, ward, tmp_path, key):
     log = PredictionLog(engine, pipeline, "api", clock=lambda: DAY - timedelta(hours=1))
     log.record(*logged(pipeline, data, seconds=3.0))
     log.record_error("unusable", 50)
-    alerts = look(engine, pipeline.config, DAY).alerts
-    assert any("latency" in alert for alert in alerts) and any("errors" in alert for alert in alerts)
+    alerts = look(engine, pipeline.config, DAY).warnings
+    assert any("latency" in warning for warning in alerts) and any("errors" in warning for warning in alerts)
 
 
 def test_a_fallen_volume_is_told(pipeline, ward, tmp_path, key):
     data = snapshots_of(*ward, pipeline)
     engine = log_of(tmp_path / "log.db", pipeline, data, days=28, until=DAY)
-    assert any("volume" in alert for alert in look(engine, pipeline.config, DAY + timedelta(days=6)).alerts)
+    assert any("volume" in warning for warning in look(engine, pipeline.config, DAY + timedelta(days=6)).warnings)
 
 
 def test_a_model_without_a_reference_profile_is_logged_without_bins(config_path, model_path, tmp_path, ward, key):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.labels import read_labels
+from common.labels import RETROSPECTIVE, read_labels
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
@@ -69,10 +69,7 @@ class TrainingData:
         if self.synthetic:
             lines.append(f"Data: {DEMO_NOTICE}.")
         if self.settings.retrospective:
-            lines.append(
-                "RETROSPECTIVE: the labels have no onset times, so each visit was scored once, at its end. "
-                "The figures do not tell how early sepsis is seen."
-            )
+            lines.append(RETROSPECTIVE)
         if self.grouped_by == "visit":
             lines.append(
                 "Too few clients to keep each on one side of a split: visits are split, and figures may be flattered "
