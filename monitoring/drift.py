@@ -109,9 +109,6 @@ def look_for_drift(findings: Findings, before: Distribution, now: Distribution, 
     for title, table in tables.items():
         drifted = table.pop("large") & (table["by_chance"] < limit)
         for row in table[drifted].to_dict("records"):
-            extent = (
-                f"PSI {row['psi']:.3f}" if "psi" in row else f"{row['now']:.0%} of the snapshots, {row['before']:.0%}"
-            )
-            extent += "" if "psi" in row else " before"
+            extent = f"PSI {row['psi']:.3f}" if "psi" in row else f"from {row['before']:.0%} to {row['now']:.0%}"
             findings.warnings.append(f"drift of {row['what']} {moments}: {extent}")
         findings.drift[f"{title}, {moments}"] = table.assign(verdict=np.where(drifted, "drift", ""))

@@ -8,7 +8,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from feature_pipeline import Config
-from monitoring.drift import look_for_drift
+from monitoring.drift import FEWEST_VISITS, look_for_drift
 from monitoring.findings import Findings, distributions, look_at_service, read_counts, read_rows
 from monitoring.log import predictions
 from monitoring.profile import Profile
@@ -42,10 +42,12 @@ def look(
             with engine.connect() as connection:
                 first = connection.scalar(sa.select(sa.func.min(predictions.c.time)).where(own))
             reference = distributions(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
-        for moments, now in sorted(current.items(), key=lambda item: -item[1]["n_visits"]):
+        most = max(current, key=lambda moments: current[moments]["n_visits"])
+        for moments, now in current.items():
             before = reference.get(moments, {"n_visits": 0})
-            look_for_drift(findings, before, now, moments)
-            if findings.score is None and "score" in before:
+            if moments == most or now["n_visits"] >= FEWEST_VISITS:
+                look_for_drift(findings, before, now, moments)
+            if moments == most and "score" in before:
                 findings.score = (profile.score_edges, before["score"], now["score"])
         promised = expected_quality(rows["score"].to_numpy())
         findings.service["estimate without outcomes"] = (

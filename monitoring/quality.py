@@ -98,7 +98,7 @@ def look_at_quality(
     ]
     if sum(looked_at for _, _, looked_at, _ in parts) > 1:
         parts.append(("whole period", "in the whole period", True, joined[joined["time"] > since]))
-    in_training = config.metrics.get("out_of_fold") or config.metrics.get("test")
+    trained = config.metrics.get("out_of_fold") or config.metrics.get("test")
     table = []
     for week, when, looked_at, part in parts:
         row = {"week": week, **quality_of(part)}
@@ -110,13 +110,13 @@ def look_at_quality(
                 f"quality {when} is not judged: {row['septic_visits']} septic visits; {FEWEST_SEPTIC} are needed"
             )
         elif (
-            in_training
+            trained
             and "roc_auc" in row
-            and row["roc_auc_to"] < min(in_training["roc_auc"] - 0.02, in_training["roc_auc_95"][0])
+            and row["roc_auc_to"] < min(trained["roc_auc"] - 0.02, trained["roc_auc_95"][0])
         ):
             findings.warnings.append(
                 f"quality {when}: ROC AUC {row['roc_auc']:.3f} ({row['roc_auc_from']:.3f} to {row['roc_auc_to']:.3f}), "
-                f"{in_training['roc_auc']:.3f} in training"
+                f"{trained['roc_auc']:.3f} in training"
             )
         # if the scores are calibrated, at least as many visits are septic as the mean scores of the visits sum to
         promised = part.groupby("visit")["score"].mean().sum()
