@@ -118,5 +118,8 @@ def moments_of(observations: Observations, as_of: str = LAST, now: float | None 
     `now` (seconds since 1970; the clock's where None), else `as_of` is a time. Raises `BadObservations`."""
     if as_of == LAST:
         return observations.last_time
-    micros = int((time.time() if now is None else now) * 1e6) if as_of == NOW else to_micros(as_of)
-    return np.full(observations.n_visits, micros, dtype=np.int64)
+    if as_of != NOW:
+        return np.full(observations.n_visits, to_micros(as_of), dtype=np.int64)
+    moment = int((time.time() if now is None else now) * 1e6)
+    # what a clock ahead of ours has sent was kept, up to the tolerance, and counts
+    return np.maximum(observations.last_time, moment)
