@@ -1,9 +1,9 @@
 """Scores every file of a directory: made for an hourly cron job that never loses or doubles a visit.
 
 ``data/incoming/ward.csv`` becomes ``data/predictions/predictions_ward.csv`` (likewise ``.csv.gz`` and ``.parquet``,
-each in its own format) with the columns ``visit_id, client, sepsis_probability, risk_level, processed_at`` (UTC),
-``model_version``: one row a visit, in order of first appearance. A file that cannot be used goes to ``data/failed/``
-with its reason beside it.
+each in its own format) with the columns ``visit_id, client, sepsis_probability, risk_level, reason`` (of UNKNOWN),
+``as_of, hours_since_newest, processed_at, model_version``: one row a visit, in order of first appearance. Times are
+UTC. A file that cannot be used goes to ``data/failed/`` with its reason beside it.
 
 What a run has finished stands in ``manifest.jsonl`` of the output directory, a line a file, written after the
 predictions are in place. A run killed at any moment leaves whole files and whole lines only; the next run does the
@@ -28,11 +28,21 @@ from common.command_line import (
     log,
     make_parser,
     number,
+    read_site_codes,
     run,
     run_every,
 )
 from monitoring.log import url_of
-from serving.batch.directory import CHUNK_ROWS, INPUT_DIR, OUTPUT_DIR, SETTLE_SECONDS, BatchProcessor, BatchResult
+from serving.batch.directory import (
+    CHUNK_ROWS,
+    INPUT_DIR,
+    LAST,
+    NOW,
+    OUTPUT_DIR,
+    SETTLE_SECONDS,
+    BatchProcessor,
+    BatchResult,
+)
 
 CRONTAB = """5 * * * * set -a && . /etc/sepsis-risk.env && cd "$HOME/sepsis-risk" && \
 .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1"""
@@ -43,7 +53,12 @@ CRONTAB = """5 * * * * set -a && . /etc/sepsis-risk.env && cd "$HOME/sepsis-risk
 
 def watch(processor: BatchProcessor, seconds: float, once: Callable[[], BatchResult], stop: threading.Event) -> None:
     """Runs `once` every so many seconds until `stop`; a new config or model is taken up between runs."""
-    run_every(seconds, processor, lambda: report(once(), quiet=processor.quiet), stop)
+
+    def work() -> None:
+        processor.deployed.renew()
+        report(once(), quiet=processor.quiet)
+
+    run_every(seconds, work, stop)
 
 
 def report(result: BatchResult, quiet: bool) -> int:
@@ -58,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         f"python batch_processor.py --jobs 2\n\ncrontab, every hour:\n  {CRONTAB}",
         "config",
         "model",
+        "codes",
         "jobs",
     )
     parser.set_defaults(jobs=max(1, available_cores() // 2))  # a process reads with threads of its own
@@ -74,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "--chunk-rows", type=number(int, 1), default=CHUNK_ROWS, help="rows that a process holds at once"
     )
     parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument(
+        "--as-of",
+        metavar="MOMENT",
+        help="score visits for 'last' (their last observation), 'now', or an ISO 8601 time; last, with --watch now, "
+        "if not given",
+    )
     parser.add_argument("--backend", choices=("local", "dask"), default="local", help="this machine or a Dask cluster")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
     parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
@@ -92,6 +114,8 @@ def _work(arguments: argparse.Namespace) -> int:
         chunk_rows=arguments.chunk_rows,
         settle_seconds=arguments.settle_seconds,
         quiet=arguments.quiet,
+        as_of=arguments.as_of or (LAST if arguments.watch is None else NOW),
+        codes=read_site_codes(arguments.codes),
         monitor=url_of(arguments.monitor),
     )
 

@@ -4,13 +4,15 @@ Tables (another hospital's names can be mapped, see `read_mapping`):
 
 ==========================  ==========================================================================================
 ``patient_observations``    ``visit_id, client, observation_date, observation_type_code, observation_value,
-                            reference_range_min, reference_range_max``; filled by the hospital
+                            reference_range_min, reference_range_max, unit``; filled by the hospital
 ``visits``                  ``visit_id, client, sepsis_score, risk_level, scored_at``; the hospital adds visits, this
-                            script fills the other three. Pending is a visit without ``sepsis_score``
+                            script fills the other three. A visit without ``sepsis_score`` is pending. A visit without
+                            enough evidence gets the level UNKNOWN and no score: it is pending again when new
+                            observations come, or another model, or its ``risk_level`` is emptied
 ``sepsis_predictions``      ``visit_id, client, sepsis_score, risk_level, model_version, scored_at, observations,
-                            newest_observation``: every score ever given, with the number of observation rows that it
-                            was made from and the newest one's date as the database writes it. A later score by the
-                            same model from as many rows takes the place of the earlier one
+                            newest_observation, reason, as_of, hours_since_newest``: every result, with the number of
+                            observation rows that it was made from and the date of the newest row as the database
+                            writes it. A later result by the same model from as many rows replaces the earlier one
 ==========================  ==========================================================================================
 
 A batch of visits is one transaction: claim (``FOR UPDATE SKIP LOCKED`` where the database has it), read, score,
@@ -29,13 +31,23 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from common.command_line import COULD_NOT_START, DONE, SOME_FAILED, log, make_parser, number, progress, run
+from common.command_line import (
+    COULD_NOT_START,
+    DONE,
+    SOME_FAILED,
+    log,
+    make_parser,
+    number,
+    progress,
+    read_site_codes,
+    run,
+)
 from feature_pipeline import (
     SET_ASIDE_REASONS,
 )
 from monitoring.log import url_of
 from serving.db.connection import DEFAULT_URL, URL_VARIABLE, BatchUndone, connect, safe_url
-from serving.db.predictor import BATCH_SIZE, MOST_VISITS, DatabasePredictor, RunResult
+from serving.db.predictor import BATCH_SIZE, MOST_VISITS, NOW, DatabasePredictor, RunResult
 from serving.db.tables import make_tables, read_mapping
 
 # ---------------------------------------------------------------------------------------------- the script
@@ -48,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "python db_predictor.py --watch 60",
         "config",
         "model",
+        "codes",
     )
     parser.add_argument(
         "--db-url", help=f"database; {URL_VARIABLE} of the environment, else {DEFAULT_URL}, if not given"
@@ -59,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rescore", action="store_true", help="also visits with new observations since their score")
     parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument(
+        "--as-of",
+        metavar="MOMENT",
+        default=NOW,
+        help="score visits for 'now', 'last' (their last observation), or an ISO 8601 time",
+    )
     parser.add_argument("--dry-run", action="store_true", help="compute, but claim and write nothing")
     parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
     return parser
@@ -82,6 +101,8 @@ def _work(arguments: argparse.Namespace) -> int:
         arguments.model,
         tables=mapping,
         batch_size=arguments.batch_size,
+        as_of=arguments.as_of,
+        codes=read_site_codes(arguments.codes),
         monitor=url_of(arguments.monitor),
     )
 

@@ -213,21 +213,9 @@ def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
-def run_every(seconds: float, processor: Any, work: Callable[[], Any], stop: threading.Event) -> None:
-    """Runs `work` every so many seconds until `stop`, whatever error the last time had.
-
-    Before it `processor` takes up what was deployed since (its ``load_if_changed``); where that fails it is told once,
-    and its ``pipeline`` goes on.
-    """
-    problem = ""
+def run_every(seconds: float, work: Callable[[], Any], stop: threading.Event) -> None:
+    """Runs `work` every so many seconds until `stop`, also after an error."""
     while not stop.is_set():
-        try:
-            processor.load_if_changed()
-            problem = ""
-        except FeaturePipelineError as error:
-            if str(error) != problem:
-                problem = str(error)
-                log.error("error: %s; model %s goes on", error, processor.pipeline.model_version)
         try:
             work()
         except (FeaturePipelineError, OSError) as error:

@@ -37,10 +37,11 @@ class ServedModel:
         self.log = PredictionLog.open(monitor, pipeline, source)
         weakref.finalize(self, self.log.close).atexit = False
 
-    def read(self, source: Any) -> Observations:
-        """Observations as the model reads them. Raises `BadObservations`, which the log counts."""
+    def read(self, source: Any, now: float | None = None) -> Observations:
+        """Observations as the model reads them; rows later than `now` (seconds since 1970) are set aside. Raises
+        `BadObservations`, which the log counts."""
         try:
-            return self.pipeline.reproducer.read(source)
+            return self.pipeline.reproducer.read(source, None if now is None else int(now * 1e6))
         except BadObservations:
             self.log.record_error("unusable")
             raise

@@ -32,11 +32,13 @@ from common.pseudonyms import Pseudonyms
 from feature_pipeline import COLUMNS, BadObservations, ProductionPipeline
 from serving.batch import backends, directory, scoring
 from serving.batch.backends import Processes
-from serving.batch.directory import LOCK, MANIFEST, BadDirectories, BatchProcessor, Manifest
+from serving.batch.directory import LOCK, BadDirectories, BatchProcessor
+from serving.batch.manifest import MANIFEST, Manifest
 from serving.batch.reading import Chunks
 
 ROOT = Path(batch_processor.__file__).parent
-COLUMNS_OUT = ["visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version"]
+COLUMNS_OUT = ["visit_id", "client", "sepsis_probability", "risk_level", "reason", "as_of", "hours_since_newest"]
+COLUMNS_OUT += ["processed_at", "model_version"]
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +139,9 @@ def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
         ("7", " a ", "2024-01-01T03:00", "Temp", "370", "", ""),
         ("9", "b", "2024-01-01T05:00+02:00", "Temp", "100.4", "97", "99"),
         ("7", "b", "2024-01-01T05:00", "SBP", "1e2", "", ""),
+        ("7", "b", "2024-01-01T05:00", "Temp", "98.6", "", ""),
     ]
+    cells = [(*cell, "[degF]" if cell[3:5] == ("Temp", "98.6") else "") for cell in cells]
     frame = pd.DataFrame(cells, columns=COLUMNS)
     path = put(frame, place / "incoming" / f"dirt.{suffix}")
     result = BatchProcessor(config_path, model_path, settle_seconds=0, chunk_rows=chunk_rows).process_directory()
@@ -322,7 +326,7 @@ def test_models_for_the_processes_lie_where_the_next_run_finds_them(place, rows,
     monkeypatch.setattr("tempfile.tempdir", str(place / "tmp"))
     put(rows.head(200), place / "incoming/ward.csv")
     assert processor.process_directory().ok
-    backend = Processes(processor.deployment, 2, place / "predictions")
+    backend = Processes(processor.deployment(), 2, place / "predictions")
     left = list((place / "predictions").glob(".model.*"))
     assert left and not list((place / "tmp").iterdir())
     processor.process_directory()  # the run of `backend` has been killed
@@ -442,10 +446,10 @@ def test_a_surprise_in_one_file_stops_no_other(place, rows, processor, caplog, m
         put(rows.head(200 if name == "b.csv" else 300), place / "incoming" / name)
     original = scoring.score_table
 
-    def surprised(key, table, row):
+    def surprised(key, moment, table, row):
         if len(table) == 200:
             raise RuntimeError(f"visit {table['visit_id'][0]}")
-        return original(key, table, row)
+        return original(key, moment, table, row)
 
     monkeypatch.setattr(scoring, "score_table", surprised)
     result = processor.process_directory()
@@ -796,7 +800,7 @@ def test_watch_takes_new_files_and_a_new_model(place, rows, deployed, tmp_path, 
 
     watch(processor, 0.01, once, stop)
     assert seen == [[], ["a.csv"], [], ["a.csv"]]
-    assert len(told) == 1 and "cannot be read as JSON" in told[0] and told[0].endswith("; model one goes on")
+    assert len(told) == 1 and "cannot be read as JSON" in told[0] and told[0].endswith("; model one stays in use")
     assert processor.pipeline.model_version == "two"
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from common.pseudonyms import Pseudonyms
 from db_predictor import main
 from serving.db import predictor as scoring
 from serving.db.connection import BatchUndone, DatabaseError, connect, driver_words, safe_url
-from serving.db.predictor import DatabasePredictor, RunResult, skips_locked
+from serving.db.predictor import DatabasePredictor, skips_locked
 from serving.db.tables import make_tables, read_mapping, schema
 
 ROOT = Path(db_predictor.__file__).parent
+Predictor = partial(DatabasePredictor, as_of="last")  # of past stays
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +42,7 @@ def rows(cohort):
 
 @pytest.fixture
 def predictor(url, config_path, model_path):
-    predictor = DatabasePredictor(url, config_path, model_path, batch_size=7)
+    predictor = Predictor(url, config_path, model_path, batch_size=7)
     predictor.init_db()
     yield predictor
     predictor.close()
@@ -68,6 +70,32 @@ def predict(pipeline, source) -> pd.DataFrame:
         warnings.simplefilter("ignore")
         table = pipeline.predict(source)
     return table.sort_values(["client", "visit_id"]).reset_index(drop=True)
+
+
+def with_minimum(models_dir: Path, folder: Path) -> tuple[Path, Path]:
+    """The model with a minimum of evidence in its config: two of three vital signs within 24 h, the newest of 12 h."""
+    shutil.copytree(models_dir, folder)
+    config = folder / "best_model_config.json"
+    minimum = {"inputs": ["heart_rate", "respiratory_rate", "temperature"], "at_least": 2}
+    minimum |= {"within_hours": 24, "newest_hours": 12}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"minimum_evidence": minimum}))
+    return config, folder / "best_model.pkl"
+
+
+def at(visits: dict[str, list[tuple[str, float | None, float]]], moment: pd.Timestamp) -> pd.DataFrame:
+    """Observations of visits: code, value, hours before `moment`."""
+    rows = [
+        {
+            "visit_id": visit,
+            "client": "a",
+            "observation_date": moment - pd.Timedelta(hours=hours),
+            "observation_type_code": code,
+            "observation_value": value,
+        }
+        for visit, observations in visits.items()
+        for code, value, hours in observations
+    ]
+    return pd.DataFrame(rows)
 
 
 VISITS = "SELECT * FROM visits ORDER BY client, visit_id"
@@ -135,11 +163,11 @@ def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipe
     mapping = tmp_path / "tables.json"
     mapping.write_text(json.dumps(names))
     assert main(["--db-url", url, "--tables", str(mapping), "--init-db"]) == 0  # makes the missing one only
-    predictor = DatabasePredictor(url, config_path, model_path, tables=read_mapping(mapping))
+    predictor = Predictor(url, config_path, model_path, tables=read_mapping(mapping))
     result = predictor.process_pending_visits()
-    assert (result.scored, result.unusable, result.without_observations) == (2, 1, 1)
+    assert (result.scored, result.unknown, result.without_observations) == (2, {"nothing_usable": 1}, 1)
     assert result.set_aside == {"bad_date": 1, "no_date": 1, "bad_value": 1}
-    found = frame(engine, "SELECT * FROM scores ORDER BY visit_id")
+    found = frame(engine, "SELECT * FROM scores WHERE reason IS NULL ORDER BY visit_id")
     raw = frame(engine, "SELECT * FROM results")
     raw.columns = ["visit_id", "client", "observation_date", "observation_type_code", "observation_value"]
     expected = predict(pipeline, raw).dropna()
@@ -152,7 +180,7 @@ def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipe
 
 
 def test_a_date_that_python_lacks_is_set_aside(postgres, rows, config_path, model_path, pipeline):
-    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor = Predictor(postgres, config_path, model_path)
     predictor.init_db()
     load(predictor.engine, rows)
     first = rows.iloc[0]
@@ -220,7 +248,7 @@ def test_keys_are_equal_where_the_database_says_so(
             connection.execute(sa.insert(tables.tables["patient_observations"]), records.to_dict("records"))
         pending = [{"visit_id": visit, "client": client} for visit, client in visits]
         connection.execute(sa.insert(tables.tables["visits"]), pending)
-    predictor = DatabasePredictor(engine.url, config_path, model_path, monitor=f"sqlite:///{tmp_path}/log.db")
+    predictor = Predictor(engine.url, config_path, model_path, monitor=f"sqlite:///{tmp_path}/log.db")
     predictor.init_db()
     result = predictor.process_pending_visits()
     assert (result.scored, result.without_observations) == (len(visits), 0)
@@ -250,7 +278,7 @@ def test_observations_that_go_meanwhile_are_none(predictor, rows, when, monkeypa
     monkeypatch.setattr(DatabasePredictor, when, purged)
     monkeypatch.setattr(predictor, "batch_size", 3)
     result = predictor.process_pending_visits()
-    assert (result.scored, result.unusable, result.without_observations) == (37, 0, 3)
+    assert (result.scored, result.unknown, result.without_observations) == (37, {}, 3)
 
 
 def test_visits_without_observations_are_reported_and_left(predictor, rows):
@@ -300,7 +328,7 @@ def test_rescore_takes_visits_whose_newest_observation_is_another(predictor, row
 
 @pytest.mark.parametrize("how", ["null", "absent"])
 def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path, model_path, tmp_path, how):
-    """A predictions table from before, or of the hospital's own."""
+    """A predictions table of the hospital's own."""
     mapping = tmp_path / "tables.json"
     mapping.write_text(json.dumps({"predictions": {"columns": {"newest_observation": None}}}))
     without = read_mapping(mapping)
@@ -309,19 +337,13 @@ def test_without_the_newest_date_rescore_goes_by_numbers(url, rows, config_path,
         Path(engine.url.database).parent.mkdir()
     make_tables(engine, without)
     load(engine, rows)
-    predictor = DatabasePredictor(url, config_path, model_path, tables=without if how == "null" else None)
+    predictor = Predictor(url, config_path, model_path, tables=without if how == "null" else None)
     assert predictor.process_pending_visits().scored == 40
     assert predictor.process_pending_visits(rescore=True).batches == 0
     late = rows.head(1).assign(observation_date=rows["observation_date"].max() + pd.Timedelta(days=1))
     load(engine, late, rows.head(0)[["client", "visit_id"]])
     assert predictor.process_pending_visits(rescore=True).rescored == 1
     predictor.close()
-    if how == "absent":  # brought up to date, it is not scored again for that
-        predictor = DatabasePredictor(url, config_path, model_path)
-        predictor.init_db()
-        assert "newest_observation" in frame(engine, PREDICTIONS).columns
-        assert predictor.process_pending_visits(rescore=True).batches == 0
-        predictor.close()
     engine.dispose()
 
 
@@ -332,6 +354,65 @@ def test_a_visit_made_pending_by_hand_is_scored_again(predictor, rows):
         connection.execute(sa.text("UPDATE visits SET sepsis_score = NULL"))
     assert predictor.process_pending_visits().scored == 40
     assert len(frame(predictor.engine, PREDICTIONS)) == 40
+
+
+def test_visits_without_enough_evidence_are_kept_apart_until_something_new_comes(url, rows, tmp_path, models_dir):
+    """A score is due only where what the model needs was measured, and recently."""
+    files = with_minimum(models_dir, tmp_path / "models")
+    moment = rows["observation_date"].max() + pd.Timedelta(hours=1)
+    clock = lambda: moment.timestamp()  # noqa: E731
+    predictor = DatabasePredictor(url, *files, clock=clock, monitor=f"sqlite:///{tmp_path}/log.db")
+    predictor.init_db()
+    visits = {
+        "heights": [("8302-2", 170.0, 1), ("8302-2", 171.0, 2)],
+        "stale": [("HR", 90.0, 40), ("Resp", 18.0, 40), ("Temp", 37.0, 40)],
+        "known": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1)],
+        "words": [("HR", None, 1)],
+        "ahead": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1), ("HR", 80.0, -48)],
+    }
+    load(predictor.engine, at(visits, moment))
+    result = predictor.process_pending_visits()
+    assert (result.scored, result.set_aside) == (2, {"no_value": 1, "future": 1})
+    assert result.unknown == {"insufficient_evidence": 1, "stale": 1, "nothing_usable": 1}
+    assert result.unused_codes == {"8302-2": 2} and "'8302-2' (2 rows)" in str(result)
+    found = frame(predictor.engine, PREDICTIONS).set_index("visit_id")
+    reasons = {visit: found["reason"][visit] for visit in ("heights", "stale", "words")}
+    assert reasons == {"heights": "insufficient_evidence", "stale": "stale", "words": "nothing_usable"}
+    assert found["hours_since_newest"]["known"] == found["hours_since_newest"]["ahead"] == 1.0
+    assert found["hours_since_newest"]["stale"] == 40.0 and pd.isna(found["hours_since_newest"]["heights"])
+    assert (pd.to_datetime(found["as_of"]) == moment).all()
+    state = frame(predictor.engine, VISITS).set_index("visit_id")
+    assert state["risk_level"][["heights", "stale", "words"]].tolist() == ["UNKNOWN"] * 3
+    assert state["sepsis_score"].notna().sum() == 2 and state["sepsis_score"]["known"] == state["sepsis_score"]["ahead"]
+    assert predictor.count_pending() == 0
+    assert (again := predictor.process_pending_visits()).batches == 0 and not again.unknown
+    new = at({"heights": visits["known"], "stale": visits["heights"]}, moment)
+    load(predictor.engine, new, pd.DataFrame(columns=["client", "visit_id"]))
+    third = predictor.process_pending_visits()
+    assert third.scored == 1 and third.unknown == {"stale": 1}
+    assert frame(predictor.engine, VISITS).set_index("visit_id")["sepsis_score"]["heights"] > 0
+    predictor.close()
+
+
+def test_a_site_map_of_codes_makes_foreign_codes_count(url, rows, tmp_path, models_dir, monkeypatch):
+    files = with_minimum(models_dir, tmp_path / "models")
+    moment = pd.Timestamp("2024-05-01")
+    visits = {
+        "own": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1)],
+        "theirs": [("x-pulse", 90.0, 1), ("x-breaths", 18.0, 1), ("x-temp", 98.6, 1)],
+    }
+    (tmp_path / "codes.csv").write_text(
+        "code,concept,unit\nx-pulse,heart_rate,\nx-breaths,respiratory_rate,\nx-temp,temperature,[degF]\n"
+    )
+    monkeypatch.setenv("SEPSIS_CODES", str(tmp_path / "codes.csv"))
+    engine = connect(url)
+    make_tables(engine)
+    load(engine, at(visits, moment))
+    arguments = ["--config", str(files[0]), "--model", str(files[1]), "--db-url", url, "--as-of", str(moment)]
+    assert main(arguments) == 0
+    scores = frame(engine, VISITS)["sepsis_score"]
+    assert scores[0] == scores[1] and scores.notna().all()
+    engine.dispose()
 
 
 def test_a_dry_run_writes_nothing(predictor, rows, config_path, model_path, url, capsys):
@@ -357,7 +438,7 @@ def test_a_dry_run_waits_for_no_writer(tmp_path, rows, config_path, model_path, 
 
 def test_the_prediction_log_needs_a_file_of_its_own(tmp_path, config_path, model_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = ["--config", str(config_path), "--model", str(model_path)]
+    model = ["--config", str(config_path), "--model", str(model_path), "--as-of", "last"]
     assert main(["--init-db", "--db-url", "sqlite:///sepsis.db"]) == 0
     assert main([*model, "--db-url", "sqlite:///sepsis.db", "--monitor", f"sqlite:///{tmp_path}/sepsis.db"]) == 2
     err = capsys.readouterr().err
@@ -366,7 +447,7 @@ def test_the_prediction_log_needs_a_file_of_its_own(tmp_path, config_path, model
 
 
 def test_statements_do_not_grow_with_the_visits(url, rows, config_path, model_path):
-    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor = Predictor(url, config_path, model_path)
     predictor.init_db()
     load(predictor.engine, rows)
     statements = []
@@ -417,7 +498,7 @@ def test_tables_that_the_hospital_made_are_left_as_they_are(url, rows, config_pa
                 "risk_level VARCHAR(10), scored_at TIMESTAMP)"
             )
         )
-    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor = Predictor(url, config_path, model_path)
     predictor.init_db()
     load(engine, rows)
     assert predictor.process_pending_visits().scored == 40
@@ -530,7 +611,7 @@ def test_missing_tables_and_columns_are_named(url, config_path, model_path):
         Path(engine.url.database).parent.mkdir()
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE TABLE something (a INTEGER)"))
-    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor = Predictor(url, config_path, model_path)
     with pytest.raises(DatabaseError, match="no table 'patient_observations'; --init-db"):
         predictor.process_pending_visits()
     with engine.begin() as connection:
@@ -585,7 +666,7 @@ def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, m
                 "risk_level VARCHAR(10), scored_at TIMESTAMP)"
             )
         )
-    predictor = DatabasePredictor(url, config_path, model_path)
+    predictor = Predictor(url, config_path, model_path)
     predictor.init_db()
     load(engine, rows)
     load(engine, rows.head(1), rows.head(1)[["client", "visit_id"]])
@@ -625,6 +706,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(
         return made
 
     arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "7"]
+    arguments += ["--as-of", "last"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "connect", watched)
         assert main(arguments) == 1
@@ -640,7 +722,7 @@ def test_a_lost_connection_in_mid_batch_loses_nothing(
 
 def test_errors_quote_no_data(postgres, rows, config_path, model_path):
     """What PostgreSQL says of a violated constraint holds the row."""
-    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor = Predictor(postgres, config_path, model_path)
     predictor.init_db()
     load(predictor.engine, rows)
     with predictor.engine.begin() as connection:
@@ -655,7 +737,7 @@ def test_errors_quote_no_data(postgres, rows, config_path, model_path):
 
 
 def test_what_a_trigger_says_is_not_told(postgres, rows, config_path, model_path):
-    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor = Predictor(postgres, config_path, model_path)
     predictor.init_db()
     load(predictor.engine, rows)
     with predictor.engine.begin() as connection:
@@ -702,7 +784,7 @@ def test_two_predictors_claim_different_visits(postgres, rows, config_path, mode
     engine = connect(postgres)
     make_tables(engine)
     load(engine, rows)
-    predictors = [DatabasePredictor(postgres, config_path, model_path, batch_size=15) for _ in range(2)]
+    predictors = [Predictor(postgres, config_path, model_path, batch_size=15) for _ in range(2)]
     claims = []
     with predictors[0].engine.begin() as one, predictors[1].engine.begin() as two:
         for predictor, connection in zip(predictors, (one, two), strict=True):
@@ -715,7 +797,7 @@ def test_two_predictors_claim_different_visits(postgres, rows, config_path, mode
 
 def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_path, model_path):
     """The second predictor has found the visits before the first one's commit, and gets their locks after it."""
-    first, second = (DatabasePredictor(postgres, config_path, model_path) for _ in range(2))
+    first, second = (Predictor(postgres, config_path, model_path) for _ in range(2))
     first.init_db()
     late = rows.groupby("visit_id").tail(1)
     load(first.engine, rows.drop(late.index))
@@ -725,8 +807,7 @@ def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_pa
         claims = second._claim(connection, second.tables, None, True, lock=False)
         assert len(claims) == 40
         assert first.process_pending_visits(rescore=True).rescored == 40
-        result = RunResult("v")
-        assert second._score(connection, second.tables, claims, result, set()) == []
+        assert second._score(connection, second.tables, claims).rows == []
     for predictor in (first, second):
         predictor.close()
 
@@ -736,7 +817,7 @@ def test_watch_goes_on_with_the_old_model_where_the_new_one_cannot_be_loaded(
 ):
     shutil.copytree(models_dir, tmp_path / "models")
     config = tmp_path / "models/best_model_config.json"
-    predictor = DatabasePredictor(url, config, config.with_name("best_model.pkl"))
+    predictor = Predictor(url, config, config.with_name("best_model.pkl"))
     predictor.init_db()
     load(predictor.engine, rows)
     config.write_text("{")
@@ -751,7 +832,7 @@ def test_watch_goes_on_with_the_old_model_where_the_new_one_cannot_be_loaded(
 
     predictor.watch(0.01, stop, told=told)
     assert results == [40, 0]
-    assert len(lines) == 1 and lines[0].endswith(f"; model {predictor.pipeline.model_version} goes on")
+    assert len(lines) == 1 and lines[0].endswith(f"; model {predictor.pipeline.model_version} stays in use")
     predictor.close()
 
 
@@ -812,6 +893,7 @@ def test_killed_before_any_statement_nothing_is_half_done(url, rows, config_path
     make_tables(engine)
     load(engine, rows)
     arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", url, "--batch-size", "5"]
+    arguments += ["--as-of", "last"]
     codes = []
     for die_at in range(8, 40, 2):  # the first ones look at the tables
         process = fork.Process(target=_run, args=(arguments, die_at))
@@ -840,6 +922,7 @@ def test_four_predictors_killed_at_random_score_20_000_visits_once(
     engine = connect(postgres)
     make_tables(engine)
     arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "200"]
+    arguments += ["--as-of", "last"]
 
     def start() -> multiprocessing.Process:
         process = fork.Process(target=_run, args=(arguments,))
@@ -890,7 +973,7 @@ def test_four_predictors_killed_at_random_score_20_000_visits_once(
                 running[number] = start(), doom()
     assert not running, "not done in time"
     assert kills >= 4
-    predictor = DatabasePredictor(postgres, config_path, model_path)
+    predictor = Predictor(postgres, config_path, model_path)
     assert predictor.count_pending() == 0
     visits = frame(engine, "SELECT count(*) AS n, count(sepsis_score) AS scored FROM visits").iloc[0]
     assert (visits["n"], visits["scored"]) == (20_000, 20_000)
@@ -916,7 +999,7 @@ def test_four_predictors_killed_at_random_score_20_000_visits_once(
 def test_the_script_from_the_shell(tmp_path, rows, config_path, model_path, monkeypatch, capsys):
     """The embedded default, and the URL from the environment."""
     monkeypatch.chdir(tmp_path)
-    model = ["--config", str(config_path), "--model", str(model_path)]
+    model = ["--config", str(config_path), "--model", str(model_path), "--as-of", "last"]
     assert main(model) == 2
     assert "--init-db makes it" in capsys.readouterr().err
     assert main(["--init-db"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -18,9 +19,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from feature_pipeline import (
-    ProductionPipeline,
-)
 from serving.batch.scoring import Deployment, Scores, install
 
 MODEL_PREFIX = ".model."
@@ -51,13 +49,13 @@ class Here:
         pass
 
 
-def _start_worker(monitor: str, config: Path, model: Path) -> None:
+def _start_worker(deployment: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
     # a worker of a killed parent would wait for work forever
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    install(Deployment(config.read_bytes(), model.read_bytes(), monitor), ProductionPipeline(config, model))
+    install(pickle.loads(deployment.read_bytes()))
 
 
 class Processes(Here):
@@ -70,12 +68,13 @@ class Processes(Here):
         # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first;
         # in the output directory, where the next run finds what a killed one has left
         self.folder = tempfile.TemporaryDirectory(dir=output_dir, prefix=MODEL_PREFIX)
-        self.initargs = (deployment.monitor, *deployment.save(self.folder.name))
+        self.deployment = Path(self.folder.name, "deployment.pickle")
+        self.deployment.write_bytes(pickle.dumps(deployment))
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=self.initargs)
+        self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=(self.deployment,))
 
     def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
         try:

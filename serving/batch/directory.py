@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 import os
 import shutil
 import time
@@ -33,31 +32,44 @@ from feature_pipeline import (
     BadObservations,
     FeaturePipelineError,
     ProductionPipeline,
+    SiteCodes,
+    iso_times,
     listed,
+    to_micros,
 )
 from monitoring.log import OFF
 from serving.batch.backends import MODEL_PREFIX, Dask, Here, Processes, in_order
+from serving.batch.manifest import MANIFEST, Manifest
 from serving.batch.reading import UNPACKED, Chunks, kind_of
 from serving.batch.scoring import (
     Deployment,
+    Moment,
     Scores,
     described,
     install,
-    logs,
-    pipelines,
+    models,
     score_blocks,
     score_chunks,
     score_file,
     score_table,
 )
+from serving.deployed import LAST, NOW, Deployed
+from serving.evidence import unused_text
 
 INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
 
 
-OUTPUT_COLUMNS = ("visit_id", "client", "sepsis_probability", "risk_level", "processed_at", "model_version")
-
-
-MANIFEST = "manifest.jsonl"
+OUTPUT_TYPES = {
+    "visit_id": pa.string(),
+    "client": pa.string(),
+    "sepsis_probability": pa.float64(),
+    "risk_level": pa.string(),
+    "reason": pa.string(),  # of UNKNOWN
+    "as_of": pa.string(),
+    "hours_since_newest": pa.float64(),  # from the newest observation that the model uses
+    "processed_at": pa.string(),
+    "model_version": pa.string(),
+}
 
 
 LOCK = ".lock"
@@ -75,43 +87,7 @@ WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the wor
 SETTLE_SECONDS = 10.0
 
 
-class Manifest:
-    """What is finished: a JSON line a file, the last one counts. A torn last line is an unfinished file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.entries: dict[str, dict[str, Any]] = {}
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                self.entries[entry["file"]] = {"state": None, "config": None} | entry
-        self._n_lines = len(lines)
-
-    def other_input(self, input_dir: Path) -> str | None:
-        """A directory other than `input_dir` that has a file of which the predictions lie here."""
-        for entry in self.entries.values():
-            place = entry.get("input_dir", "")
-            if place not in ("", str(input_dir.resolve())) and Path(place, entry["file"]).exists():
-                return place
-        return None
-
-    def keep(self, names: set[str]) -> None:
-        """Forgets files that are gone, and writes the rest anew where much of it is old."""
-        self.entries = {name: entry for name, entry in self.entries.items() if name in names}
-        if self._n_lines > 2 * len(self.entries) + 100:
-            text = "".join(json.dumps(entry) + "\n" for entry in self.entries.values())
-            write_atomic(self.path, text)
-            self._n_lines = len(self.entries)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.entries[entry["file"]] = entry
-        with open(self.path, "ab+") as file:
-            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._n_lines += 1
+UNUSED_CODES = 100  # in the manifest, for each file
 
 
 class BadDirectories(FeaturePipelineError):
@@ -130,6 +106,7 @@ class FileResult:
     visits: int
     risk_levels: dict[str, int]
     set_aside: dict[str, int]
+    unused_codes: dict[str, int]  # rows by code, the most frequent codes only
 
 
 @dataclass
@@ -166,8 +143,10 @@ class BatchResult:
 class BatchProcessor:
     """Scores the files of a directory with one config and model.
 
-    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. `clock`
-    gives the time in seconds since 1970; `monitor` is the URL of the prediction log. Raises `BadConfig`, `BadModel`.
+    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. `as_of` is
+    the moment that visits are scored for: ``last`` (the last observation of each), ``now``, or a time. `codes` is the
+    site's map of codes, `clock` returns the time in seconds since 1970, `monitor` is the URL of the prediction log.
+    Raises `BadConfig`, `BadModel`, `BadObservations` (for `as_of`).
     """
 
     def __init__(
@@ -180,25 +159,31 @@ class BatchProcessor:
         chunk_rows: int = CHUNK_ROWS,
         settle_seconds: float = SETTLE_SECONDS,
         quiet: bool = True,
+        as_of: str = LAST,
+        codes: SiteCodes | None = None,
         clock: Callable[[], float] = time.time,
         monitor: str = OFF,
     ):
+        if as_of not in (NOW, LAST):
+            to_micros(as_of)  # raises `BadObservations`
         self.jobs, self.scheduler, self.chunk_rows, self.monitor = jobs, scheduler, chunk_rows, monitor
-        self.settle_seconds, self.quiet, self.clock = settle_seconds, quiet, clock
-        self._use(ProductionPipeline(config_path, model_path))
+        self.settle_seconds, self.quiet, self.as_of, self.clock = settle_seconds, quiet, as_of, clock
+        self.deployed = Deployed(ProductionPipeline(config_path, model_path, codes), "batch", monitor)
 
-    def _use(self, pipeline: ProductionPipeline) -> None:
-        config = pipeline.config.text().encode()
-        self.pipeline, self.deployment = pipeline, Deployment(config, pipeline.model_file, self.monitor)
-        pipelines.clear()
-        logs.clear()
-        install(self.deployment, pipeline)
+    @property
+    def pipeline(self) -> ProductionPipeline:
+        return self.deployed.pipeline
 
-    def load_if_changed(self) -> None:
-        """Takes up what was deployed since; after an error what was there goes on. Raises `BadConfig`, `BadModel`."""
-        if successor := self.pipeline.successor():
-            self._use(successor)
-            log.info("model %s is loaded", successor.model_version)
+    def deployment(self) -> Deployment:
+        """The present version, ready to score in this process."""
+        pipeline = self.pipeline
+        deployment = Deployment(
+            pipeline.config.text().encode(), pipeline.model_file, dict(pipeline.site_codes or {}), self.monitor
+        )
+        if deployment.key not in models:
+            models.clear()
+            install(deployment, self.deployed.current)
+        return deployment
 
     def process_directory(
         self,
@@ -246,19 +231,23 @@ class BatchProcessor:
                 f"output directory {str(output_dir)!r} holds the predictions of {other!r}; files of one name would "
                 "overwrite each other: give each input directory an --output-dir of its own"
             )
-        todo = self._new_files(input_dir, manifest, result)
+        deployment = self.deployment()
+        todo = self._new_files(input_dir, manifest, f"{deployment.key} {self.as_of}", result)
         if not todo:
             return
-        run_ = _Run(self, output_dir, failed_dir, manifest, result)
+        moment = Moment(self.as_of, self.clock() if self.as_of == NOW else None)
+        run_ = _Run(self, deployment, moment, output_dir, failed_dir, manifest, result)
         large = [path for path, stat in todo if self._is_large(path, stat)]
-        backend = self._backend(todo, large, output_dir)
+        backend = self._backend(deployment, todo, large, output_dir)
         try:
             with progress([], sum(s.st_size for _, s in todo), self.quiet, unit="B", unit_scale=True) as bar:
                 run_.work(todo, large, backend, bar)
         finally:
             backend.close()
 
-    def _new_files(self, input_dir: Path, manifest: Manifest, result: BatchResult) -> list[tuple[Path, os.stat_result]]:
+    def _new_files(
+        self, input_dir: Path, manifest: Manifest, scored_by: str, result: BatchResult
+    ) -> list[tuple[Path, os.stat_result]]:
         """The files to score with their state, oldest first."""
         found = []
         for path in sorted(input_dir.iterdir()):
@@ -270,7 +259,7 @@ class BatchProcessor:
         for path, stat in found:
             known = manifest.entries.get(path.name)
             # its predictions may be gone: somebody has fetched them
-            if known and (known["state"], known["config"]) == (_state(stat), self.deployment.key):
+            if known and (known["state"], known["config"]) == (_state(stat), scored_by):
                 result.unchanged.append(path.name)
                 continue
             if abs(self.clock() - stat.st_mtime) < self.settle_seconds:
@@ -282,13 +271,15 @@ class BatchProcessor:
     def _is_large(self, path: Path, stat: os.stat_result) -> bool:
         return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"] > LARGE_BYTES
 
-    def _backend(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path) -> Here:
+    def _backend(
+        self, deployment: Deployment, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path
+    ) -> Here:
         if self.scheduler:
-            return Dask(self.deployment, self.scheduler)
+            return Dask(deployment, self.scheduler)
         work = sum(stat.st_size for _, stat in todo)
         if self.jobs > 1 and (large or (len(todo) > 1 and work > WORTH_A_POOL)):
-            return Processes(self.deployment, self.jobs, output_dir)
-        return Here(self.deployment)
+            return Processes(deployment, self.jobs, output_dir)
+        return Here(deployment)
 
 
 def _state(stat: os.stat_result) -> list[int]:
@@ -300,6 +291,8 @@ class _Run:
     """One run over the files of a directory, by the process that holds the lock: only it writes."""
 
     processor: BatchProcessor
+    deployment: Deployment
+    moment: Moment
     output_dir: Path
     failed_dir: Path
     manifest: Manifest
@@ -349,21 +342,21 @@ class _Run:
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
 
-    def _call(self, path: Path, source: str | bytes) -> tuple[str, str | bytes, str, int, str | None]:
+    def _call(self, path: Path, source: str | bytes) -> tuple[str, Moment, str | bytes, str, int, str | None]:
         """The arguments of `score_file`."""
         spill = None if isinstance(source, bytes) else str(self.output_dir)
-        return self.processor.deployment.key, source, path.name, self.processor.chunk_rows, spill
+        return self.deployment.key, self.moment, source, path.name, self.processor.chunk_rows, spill
 
     def _score_large(self, path: Path, backend: Here, advance: Callable[[int], Any]) -> Scores:
         """The file is read and cut here, its parts are scored where `backend` says."""
-        key = self.processor.deployment.key
+        how = self.deployment.key, self.moment
 
         def score_parts(parts: Iterable[list[bytes]]) -> Iterator[Scores]:
-            return (future.result() for future in in_order(backend, ((score_blocks, key, part) for part in parts)))
+            return (future.result() for future in in_order(backend, ((score_blocks, *how, part) for part in parts)))
 
         with open(path, "rb") as file:
             chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, self.processor.chunk_rows)
-            return score_chunks(chunks, partial(score_table, key), score_parts, self.output_dir, advance)
+            return score_chunks(chunks, partial(score_table, *how), score_parts, self.output_dir, advance)
 
     def _finish(
         self, path: Path, stat: os.stat_result, get: Callable[[], Scores], lost: tuple[type[Exception], ...]
@@ -375,7 +368,8 @@ class _Run:
                 self.result.still_written.append(path.name)
                 return
             result = self._write(path, scores)
-            deployed = {"config": self.processor.deployment.key, "model_version": self.processor.pipeline.model_version}
+            config = f"{self.deployment.key} {self.moment.as_of}"
+            deployed = {"config": config, "model_version": self.processor.pipeline.model_version}
             origin = {"input_dir": str(path.parent.resolve()), "state": _state(stat)}
             self.manifest.add(asdict(result) | origin | deployed)
         except BadObservations as error:
@@ -407,11 +401,11 @@ class _Run:
         with atomic_file(output) as raw, _table_writer(raw, kind_of(path.name)) as write:
             for start in range(0, scores.visits.num_rows, 100_000):
                 frame = scores.visits.slice(start, 100_000).drop_columns("row").to_pandas()
-                frame["risk_level"] = pipeline.risk_level(frame["sepsis_probability"].to_numpy())
+                frame["as_of"] = iso_times(frame["as_of"].to_numpy())
                 frame["processed_at"] = moment
                 frame["model_version"] = pipeline.model_version
                 levels.update(frame["risk_level"])
-                write(frame[list(OUTPUT_COLUMNS)])
+                write(frame[list(OUTPUT_TYPES)])
         return FileResult(
             path.name,
             output.name,
@@ -419,14 +413,15 @@ class _Run:
             scores.visits.num_rows,
             dict(sorted(levels.items())),
             dict(sorted(scores.set_aside.items())),
+            dict(scores.unused_codes.most_common(UNUSED_CODES)),
         )
 
     def _told(self, result: FileResult) -> str:
         levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in ("HIGH", "MEDIUM", "LOW", "UNKNOWN"))
         aside = described(Counter(result.set_aside))
-        return f"{result.visits:,} visits ({levels}), {result.observations:,} observations" + (
-            f"; set aside: {aside}" if aside else ""
-        )
+        told = f"{result.visits:,} visits ({levels}), {result.observations:,} observations"
+        told += f"; set aside: {aside}" if aside else ""
+        return told + (f"; {unused_text(result.unused_codes)}" if result.unused_codes else "")
 
     def _fail(self, path: Path, stat: os.stat_result, error: BadObservations) -> None:
         """Moves a bad file away, its reason first: killed in between, the next run does both again."""
@@ -443,11 +438,13 @@ class _Run:
                 path, f"{error}; and it cannot be moved to {str(self.failed_dir)!r}: {problem.strerror or problem}"
             )
             return
+        self.processor.deployed.current.log.record_error("bad_file")
         self.result.failed[path.name] = str(error)
         log.error("failed: %s; it is in %s now", error, self.failed_dir)
 
     def _keep(self, path: Path, problem: OSError | str) -> None:
         text = problem if isinstance(problem, str) else problem.strerror or type(problem).__name__
+        self.processor.deployed.current.log.record_error("file_kept")
         self.result.kept[path.name] = text
         log.error("%s: not scored, kept for the next run: %s", path.name, text)
 
@@ -478,13 +475,12 @@ def _move(source: Path, target: Path) -> None:
 def _table_writer(raw: BinaryIO, kind: str | None) -> Iterator[Callable[[pd.DataFrame], Any]]:
     """A function that appends frames to `raw` in the format of `kind`; equal frames give equal bytes."""
     if kind == ".parquet":
-        types = {name: pa.float64() if name == "sepsis_probability" else pa.string() for name in OUTPUT_COLUMNS}
-        schema = pa.schema(list(types.items()))
+        schema = pa.schema(list(OUTPUT_TYPES.items()))
         with pq.ParquetWriter(raw, schema) as writer:
             yield lambda frame: writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
         return
     with contextlib.ExitStack() as stack:
         if kind == ".csv.gz":
             raw = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0))  # type: ignore[assignment]
-        raw.write((",".join(OUTPUT_COLUMNS) + "\n").encode())
+        raw.write((",".join(OUTPUT_TYPES) + "\n").encode())
         yield lambda frame: raw.write(frame.to_csv(index=False, header=False, lineterminator="\n").encode())

@@ -5,44 +5,56 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
     SET_ASIDE_REASONS,
     BadObservations,
     ProductionPipeline,
-    resolve_snapshots,
+    SiteCodes,
     text_places,
 )
-from monitoring.log import OFF, PredictionLog
+from monitoring.log import OFF
 from serving.batch.reading import Chunks
+from serving.deployed import LAST, ServedModel, moments_of
 
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once: 80 MB
 
 
+class Moment(NamedTuple):
+    """What a run scores for, see `moments_of`; rows later than `now` (seconds since 1970) are set aside."""
+
+    as_of: str = LAST
+    now: float | None = None
+
+
 @dataclass
 class Scores:
-    """What a table gives: `visits` with the columns ``row`` (of its first observation), ``visit_id``, ``client``,
-    ``sepsis_probability`` (NaN where nothing is usable); `rows` read; rows not used by reason; codes with a usable
-    value; visits with one."""
+    """The scores of a table: `visits` with the columns ``row`` (of its first observation), ``visit_id``, ``client``,
+    ``sepsis_probability``, ``risk_level``, ``reason``, ``as_of`` (microseconds), ``hours_since_newest``; number of
+    `rows` read; rows not used by reason; the codes with a usable value; rows of codes that the model does not use; the
+    number of visits with a usable row."""
 
     visits: pa.Table
     rows: int
     set_aside: Counter[str]
     codes: set[str]
+    unused_codes: Counter[str]
     usable_visits: int
 
     @classmethod
@@ -52,47 +64,43 @@ class Scores:
             sum(part.rows for part in parts),
             sum((part.set_aside for part in parts), Counter()),
             set().union(*(part.codes for part in parts)),
+            sum((part.unused_codes for part in parts), Counter()),
             sum(part.usable_visits for part in parts),
         )
 
 
-def score_table(key: str, table: pd.DataFrame, row: np.ndarray) -> Scores:
+def score_table(key: str, moment: Moment, table: pd.DataFrame, row: np.ndarray) -> Scores:
     """Scores whole visits with the deployment `key`. `row` numbers the rows of `table` in the file, ascending."""
-    pipeline, prediction_log = pipelines[key], logs.get(key)
-    visit_index, visits = text_places(table["visit_id"])
-    client_index, clients = text_places(table["client"])
-    named = np.flatnonzero((visit_index >= 0) & (client_index >= 0))
-    pair = client_index[named] * max(len(visits), 1) + visit_index[named]
-    first = named[~pd.Series(pair).duplicated().to_numpy()]  # rows in which a visit appears first
-    probability = np.full(len(first), np.nan)
-    codes: set[str] = set()
-    usable = 0
-    try:
-        observations = pipeline.reproducer.read(table)
-        set_aside = observations.set_aside
-    except BadObservations as error:  # no usable row here; the file's other parts may have some
-        set_aside = error.set_aside
-    else:
-        visit, moments, _ = resolve_snapshots(observations)
-        block = max(1, FEATURE_CELLS // len(pipeline.feature_names))
-        for start in range(0, len(visit), block):
-            some = slice(start, start + block)
-            began = time.perf_counter()
-            found = pipeline.assess(observations, visit[some], moments[some])
-            probability[some] = found.probability
-            if prediction_log:
-                prediction_log.record(observations, visit[some], moments[some], found, time.perf_counter() - began)
-        codes = {observations.codes[code] for code in np.unique(observations.group_code)}
-        usable = int((~np.isnan(probability)).sum())
+    model = models[key]
+    observations = model.read(table, moment.now)
+    visit, moments = np.arange(observations.n_visits), moments_of(observations, *moment)
+    block = max(1, FEATURE_CELLS // len(model.pipeline.feature_names))
+    parts = [
+        model.score(observations, visit[start : start + block], moments[start : start + block])
+        for start in range(0, max(len(visit), 1), block)
+    ]
+    newest = np.concatenate([part.newest for part in parts])
+    known = newest != NO_TIME
     scored = pa.table(
         {
-            "row": pa.array(row[first], pa.int64()),
-            "visit_id": pa.array(np.array(visits, dtype=object)[visit_index[first]], pa.string()),
-            "client": pa.array(np.array(clients, dtype=object)[client_index[first]], pa.string()),
-            "sepsis_probability": pa.array(probability, pa.float64()),
+            "row": pa.array(row[observations.first_row], pa.int64()),
+            "visit_id": pa.array(observations.visit_text, pa.string()),
+            "client": pa.array(observations.client_text, pa.string()),
+            "sepsis_probability": pa.array(np.concatenate([part.probability for part in parts]), pa.float64()),
+            "risk_level": pa.array(np.concatenate([part.level for part in parts]), pa.string()),
+            "reason": pa.array(np.concatenate([part.reason for part in parts]), pa.string()),
+            "as_of": pa.array(moments, pa.int64()),
+            "hours_since_newest": pa.array((moments - newest) / MICROSECONDS_PER_HOUR, pa.float64(), mask=~known),
         }
     )
-    return Scores(scored, len(table), Counter(set_aside), codes, usable)
+    return Scores(
+        scored,
+        len(table),
+        Counter(observations.set_aside),
+        {observations.codes[code] for code in np.unique(observations.group_code)},
+        Counter(model.pipeline.unused_codes(observations)),
+        int((observations.first_time != NO_TIME).sum()),
+    )
 
 
 class Parts:
@@ -194,49 +202,45 @@ def described(set_aside: Counter[str]) -> str:
 
 @dataclass(frozen=True)
 class Deployment:
-    """Config and model as bytes: what one run uses everywhere, also when the files are replaced meanwhile."""
+    """What one run uses everywhere, also when the files are replaced meanwhile: config and model as bytes."""
 
     config: bytes
     model: bytes
+    site_codes: SiteCodes = field(default_factory=dict)
     monitor: str = OFF  # URL of the prediction log
 
     @cached_property
     def key(self) -> str:
-        return hashlib.sha256(self.config).hexdigest()  # the config names the model's SHA-256
-
-    def save(self, folder: str) -> tuple[Path, Path]:
-        """The paths of config and model, written to `folder`."""
-        config, model = Path(folder, "config.json"), Path(folder, "model.pkl")
-        config.write_bytes(self.config)
-        model.write_bytes(self.model)
-        return config, model
+        """The config names the model's SHA-256."""
+        return hashlib.sha256(self.config + json.dumps(sorted(self.site_codes.items())).encode()).hexdigest()
 
 
-pipelines: dict[str, ProductionPipeline] = {}  # of this process, by deployment
+models: dict[str, ServedModel] = {}  # of this process, by deployment
 
 
-logs: dict[str, PredictionLog] = {}
+def install(deployment: Deployment, model: ServedModel | None = None) -> None:
+    """Makes the deployment ready in this process, once: `model` where it is loaded already."""
+    if deployment.key in models:
+        return
+    if model is None:
+        with tempfile.TemporaryDirectory() as folder:
+            config, file = Path(folder, "config.json"), Path(folder, "model.pkl")
+            config.write_bytes(deployment.config)
+            file.write_bytes(deployment.model)
+            pipeline = ProductionPipeline(config, file, deployment.site_codes)
+        model = ServedModel(pipeline, "batch", deployment.monitor)
+    models[deployment.key] = model
 
 
-def install(deployment: Deployment, pipeline: ProductionPipeline | None = None) -> None:
-    """Makes the deployment's pipeline ready in this process, once: `pipeline` where it is loaded already."""
-    if deployment.key not in pipelines:
-        if pipeline is None:
-            with tempfile.TemporaryDirectory() as folder:
-                pipeline = ProductionPipeline(*deployment.save(folder))
-        pipelines[deployment.key] = pipeline
-    if deployment.monitor != OFF and deployment.key not in logs:
-        logs[deployment.key] = PredictionLog.open(deployment.monitor, pipelines[deployment.key], "batch")
-
-
-def score_blocks(key: str, blocks: list[bytes]) -> Scores:
+def score_blocks(key: str, moment: Moment, blocks: list[bytes]) -> Scores:
     """The scores of one part."""
     table = _unpacked(blocks)
-    return score_table(key, table, table.pop("row").to_numpy())
+    return score_table(key, moment, table, table.pop("row").to_numpy())
 
 
 def score_file(
     key: str,
+    moment: Moment,
     source: str | bytes,
     name: str,
     chunk_rows: int,
@@ -248,8 +252,8 @@ def score_file(
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         return score_chunks(
             Chunks(file, name, size, chunk_rows),
-            partial(score_table, key),
-            lambda parts: (score_blocks(key, blocks) for blocks in parts),
+            partial(score_table, key, moment),
+            lambda parts: (score_blocks(key, moment, blocks) for blocks in parts),
             spill_dir,
             advance,
         )

@@ -16,27 +16,32 @@ import pandas as pd
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from common.command_line import log, run_every
+from common.command_line import run_every
 from feature_pipeline import (
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
-    BadObservations,
-    Observations,
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
+    NOTHING_USABLE,
+    UNKNOWN_REASONS,
     ProductionPipeline,
+    SiteCodes,
     as_text,
-    resolve_snapshots,
+    to_micros,
 )
-from monitoring.log import OFF, PredictionLog
+from monitoring.log import OFF
 from serving.db.connection import DEFAULT_URL, BatchUndone, DatabaseError, check_monitor, connect, in_words
 from serving.db.tables import DEFAULT_MAPPING, NEWEST, Tables, make_tables
+from serving.deployed import LAST, NOW, Deployed, moments_of
+from serving.evidence import unused_text
 
 BATCH_SIZE, MOST_VISITS = 500, 10_000  # in a transaction; SQLite takes 32,766 parameters a statement
 
 
 @dataclass
 class RunResult:
-    """What a run did. `without_observations` visits are pending but have no observation yet, `unusable` ones have
-    none that can be used; both stay pending."""
+    """What a run did. `unknown` counts visits without enough evidence by reason: they are written as UNKNOWN, and are
+    pending again when new observations come. `without_observations` visits stay pending."""
 
     model_version: str
     scored: int = 0
@@ -44,9 +49,10 @@ class RunResult:
     batches: int = 0
     observations: int = 0
     risk_levels: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     set_aside: Counter[str] = field(default_factory=Counter)
+    unused_codes: Counter[str] = field(default_factory=Counter)
     without_observations: int = 0
-    unusable: int = 0
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -58,18 +64,33 @@ class RunResult:
         )
         if self.rescored:
             text += f"; {self.rescored:,} of them again, for new observations"
+        if self.unknown:
+            told = ", ".join(f"{n:,} x {UNKNOWN_REASONS[reason]}" for reason, n in sorted(self.unknown.items()))
+            text += f"; {self.unknown.total():,} more are UNKNOWN: {told}"
         if self.without_observations:
             text += f"; {self.without_observations:,} pending visits have no observations"
-        if self.unusable:
-            text += f"; {self.unusable:,} have none that can be used"
+        if self.unused_codes:
+            text += f"; {unused_text(self.unused_codes)}"
         return text
+
+    def add(self, batch: Batch, scored_before: set[Key]) -> None:
+        """Counts a batch that is committed."""
+        scored = [row for row in batch.rows if row["sepsis_score"] is not None]
+        self.batches += 1
+        self.scored += len(scored)
+        self.observations += sum(row["observations"] for row in scored)
+        self.risk_levels.update(row["risk_level"] for row in scored)
+        self.rescored += sum((row["client"], row["visit_id"]) in scored_before for row in scored)
+        self.unknown.update(batch.unknown)
+        self.set_aside.update(batch.set_aside)
+        self.unused_codes.update(batch.unused_codes)
 
 
 Key = tuple[Any, Any]  # (client, visit_id) as the database gives them
 
 
 class Claim(NamedTuple):
-    """A visit to score, whether it has a score already, and whether this model ever gave it one."""
+    """A visit to score, whether it has a score already, and whether this model ever assessed it."""
 
     client: Any
     visit_id: Any
@@ -77,11 +98,42 @@ class Claim(NamedTuple):
     known: bool
 
 
+class Batch(NamedTuple):
+    """The result of one batch of visits: rows for the predictions table, visits without a score by reason, rows set
+    aside and unused codes; `record` writes it to the prediction log."""
+
+    rows: list[dict[str, Any]]
+    unknown: Counter[str]
+    set_aside: Counter[str]
+    unused_codes: Counter[str]
+    record: Callable[[], Any]
+
+
+_NONE = NO_TIME, NO_TIME
+
+
+def _when(micros: int) -> datetime | None:
+    return (
+        None
+        if micros == NO_TIME
+        else datetime.fromtimestamp(int(micros) // 1_000_000, UTC).replace(
+            tzinfo=None, microsecond=int(micros) % 1_000_000
+        )
+    )
+
+
+def _pending(visits: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:
+    """A visit without a score that is not known to lack evidence."""
+    return sa.and_(visits["sepsis_score"].is_(None), visits["risk_level"].is_distinct_from("UNKNOWN"))
+
+
 class DatabasePredictor:
     """Scores the pending visits of a database with one config and model.
 
-    `tables` maps other table and column names (see `read_mapping`). `clock` gives the time in seconds since 1970,
-    `monitor` is the URL of the prediction log. Raises `DatabaseError`, `BadConfig`, `BadModel`.
+    `tables` maps other table and column names (see `read_mapping`). `as_of` is the moment that visits are scored for:
+    ``now``, ``last`` (the last observation of each), or a time. `codes` is the site's map of codes, `clock` returns the
+    time in seconds since 1970, `monitor` is the URL of the prediction log. Raises `DatabaseError`, `BadConfig`,
+    `BadModel`, `BadObservations` (for `as_of`).
     """
 
     def __init__(
@@ -92,28 +144,26 @@ class DatabasePredictor:
         *,
         tables: Mapping[str, Mapping[str, Any]] | None = None,
         batch_size: int = BATCH_SIZE,
+        as_of: str = NOW,
+        codes: SiteCodes | None = None,
         clock: Callable[[], float] = time.time,
         monitor: str = OFF,
     ):
         if not 1 <= batch_size <= MOST_VISITS:
             raise ValueError(f"batch_size is {batch_size}, expected 1 to {MOST_VISITS}")
+        if as_of not in (NOW, LAST):
+            to_micros(as_of)  # raises `BadObservations`
         self.mapping = tables or DEFAULT_MAPPING
-        self.batch_size, self.clock, self.monitor = batch_size, clock, monitor
+        self.batch_size, self.as_of, self.clock = batch_size, as_of, clock
         self.engine = connect(db_url)
         self.reading = self.engine.execution_options(only_reads=True)
         check_monitor(monitor, self.engine.url)
-        self._use(ProductionPipeline(config_path, model_path))
+        self.deployed = Deployed(ProductionPipeline(config_path, model_path, codes), "database", monitor)
         self._tables: Tables | None = None
 
-    def _use(self, pipeline: ProductionPipeline) -> None:
-        self.pipeline = pipeline
-        self.prediction_log = PredictionLog.open(self.monitor, pipeline, "database")
-
-    def load_if_changed(self) -> None:
-        """Takes up what was deployed since. Raises `BadConfig`, `BadModel`."""
-        if successor := self.pipeline.successor():
-            self._use(successor)
-            log.info("model %s is loaded", successor.model_version)
+    @property
+    def pipeline(self) -> ProductionPipeline:
+        return self.deployed.pipeline
 
     @property
     def tables(self) -> Tables:
@@ -139,6 +189,8 @@ class DatabasePredictor:
     ) -> RunResult:
         """Scores every pending visit that has observations, a batch a transaction.
 
+        A visit without enough evidence for a score is written as UNKNOWN. It is no longer pending until it has more
+        observations, or another newest one, or another model is deployed; empty its ``risk_level`` to try it again.
         `rescore`: visits count as pending too that have more observations than any score was made from, or another
         newest one. A value that was corrected in place, or an older row that came in exchange for one that went, is not
         seen: empty the visit's ``sepsis_score`` to have it scored again.
@@ -151,11 +203,11 @@ class DatabasePredictor:
         tables = self.tables
         try:
             with in_words(self.engine.url, BatchUndone):
-                unusable: set[Key] = set()
-                while self._pass(tables, result, unusable, rescore, dry_run, advance):
+                while self._pass(tables, result, rescore, advance):
                     pass  # for visits that others claimed and gave up meanwhile
                 result.without_observations = self._count_without_observations(tables)
         except BatchUndone as error:
+            self.deployed.current.log.record_error("batch_undone")
             raise BatchUndone(
                 f"{error}; {result.scored:,} visits were scored before and are kept, run again to go on"
             ) from None
@@ -165,7 +217,7 @@ class DatabasePredictor:
     def count_pending(self) -> int:
         """Pending visits, with observations or without."""
         visits = self.tables.visits
-        query = sa.select(sa.func.count()).where(visits["sepsis_score"].is_(None)).select_from(visits["client"].table)
+        query = sa.select(sa.func.count()).where(_pending(visits)).select_from(visits["client"].table)
         with in_words(self.engine.url), self.reading.connect() as connection:
             return connection.execute(query).scalar_one()
 
@@ -174,40 +226,27 @@ class DatabasePredictor:
         alone = ~sa.exists().where(_same_visit(tables.observations, visits))
         query = sa.select(sa.func.count()).select_from(visits["client"].table)
         with self.reading.connect() as connection:
-            return connection.execute(query.where(visits["sepsis_score"].is_(None), alone)).scalar_one()
+            return connection.execute(query.where(_pending(visits), alone)).scalar_one()
 
-    def _pass(
-        self,
-        tables: Tables,
-        result: RunResult,
-        unusable: set[Key],
-        rescore: bool,
-        dry_run: bool,
-        advance: Callable[[int], Any],
-    ) -> bool:
+    def _pass(self, tables: Tables, result: RunResult, rescore: bool, advance: Callable[[int], Any]) -> bool:
         """Goes once through all visits in the order of their keys; says whether another pass may find more."""
         after: Claim | None = None
         before = result.scored
         while True:
-            with (self.reading if dry_run else self.engine).begin() as connection:
-                claims = self._claim(connection, tables, after, rescore, lock=not dry_run)
+            with (self.reading if result.dry_run else self.engine).begin() as connection:
+                claims = self._claim(connection, tables, after, rescore, lock=not result.dry_run)
                 if not claims:
                     break
                 after = claims[-1]
-                claims = [claim for claim in claims if claim[:2] not in unusable]
-                scored = self._score(connection, tables, claims, result, unusable)
-                if scored and not dry_run:
-                    self._write(connection, tables, scored, {claim[:2] for claim in claims if claim.known})
-            # counted only when it is committed
-            result.batches += 1
-            result.scored += len(scored)
-            result.observations += sum(row["observations"] for row in scored)
-            result.risk_levels.update(row["risk_level"] for row in scored)
-            rescored = {(claim.client, claim.visit_id) for claim in claims if claim.scored}
-            result.rescored += sum((row["client"], row["visit_id"]) in rescored for row in scored)
+                batch = self._score(connection, tables, claims)
+                if batch.rows and not result.dry_run:
+                    self._write(connection, tables, batch.rows, {claim[:2] for claim in claims if claim.known})
+            # counted and logged only when it is committed
+            result.add(batch, {claim[:2] for claim in claims if claim.scored})
+            if not result.dry_run:
+                batch.record()
             advance(len(claims))
-        result.unusable = len(unusable)
-        return result.scored > before and not dry_run and not rescore
+        return result.scored > before and not result.dry_run and not rescore
 
     def _claim(
         self, connection: sa.Connection, tables: Tables, after: Claim | None, rescore: bool, lock: bool
@@ -215,82 +254,83 @@ class DatabasePredictor:
         """The next pending visits that have observations, locked until the transaction ends."""
         visits, observations = tables.visits, tables.observations
         own = _same_visit(observations, visits)
-        pending = sa.and_(visits["sepsis_score"].is_(None), sa.exists().where(own))
+        predictions, table = tables.predictions, visits["client"].table
+        of_version = predictions["model_version"] == self.pipeline.model_version
+        count = sa.select(sa.func.count()).where(own).correlate(table).scalar_subquery()
+        up_to_date = predictions["observations"] >= count
+        if "newest_observation" in predictions:
+            newest = sa.select(_newest(observations)).where(own).correlate(table).scalar_subquery()
+            known_newest = predictions["newest_observation"]
+            up_to_date = sa.and_(up_to_date, sa.or_(known_newest.is_(None), known_newest == newest))
+
+        def without(*more: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+            return ~sa.exists().where(_same_visit(predictions, visits), up_to_date, *more)
+
+        is_unknown = sa.and_(visits["sepsis_score"].is_(None), visits["risk_level"] == "UNKNOWN")
+        due = [_pending(visits), sa.and_(is_unknown, without(of_version))]
         if rescore:
-            predictions, table = tables.predictions, visits["client"].table
-            count = sa.select(sa.func.count()).where(own).correlate(table).scalar_subquery()
-            up_to_date = predictions["observations"] >= count
-            if "newest_observation" in predictions:
-                newest = sa.select(_newest(observations)).where(own).correlate(table).scalar_subquery()
-                known_newest = predictions["newest_observation"]
-                up_to_date = sa.and_(up_to_date, sa.or_(known_newest.is_(None), known_newest == newest))
-            new = ~sa.exists().where(_same_visit(predictions, visits), up_to_date)
-            pending = sa.or_(pending, sa.and_(visits["sepsis_score"].is_not(None), sa.exists().where(own), new))
+            due.append(sa.and_(visits["sepsis_score"].is_not(None), without()))
         key = visits["client"], visits["visit_id"]
-        of_version = tables.predictions["model_version"] == self.pipeline.model_version
-        known = sa.exists().where(_same_visit(tables.predictions, visits), of_version)
-        query = sa.select(*map(_raw, key), visits["sepsis_score"].is_not(None), known).where(pending).order_by(*key)
+        known = sa.exists().where(_same_visit(predictions, visits), of_version)
+        query = sa.select(*map(_raw, key), visits["sepsis_score"].is_not(None), known)
+        query = query.where(sa.exists().where(own), sa.or_(*due)).order_by(*key)
         if after is not None:
             query = query.where(sa.tuple_(*key) > (after.client, after.visit_id))
         if lock:  # SQLite ignores it: there BEGIN IMMEDIATE has locked all
             query = query.with_for_update(skip_locked=skips_locked(connection))
         return [Claim(*row) for row in connection.execute(query.limit(self.batch_size))]
 
-    def _score(
-        self, connection: sa.Connection, tables: Tables, claims: list[Claim], result: RunResult, unusable: set[Key]
-    ) -> list[dict[str, Any]]:
-        """Rows of the predictions table for the claimed visits that can be scored; adds the others to `unusable`."""
-        if not claims:
-            return []
+    def _score(self, connection: sa.Connection, tables: Tables, claims: list[Claim]) -> Batch:
+        """What the claimed visits give, with rows for the predictions table."""
         keys = [claim[:2] for claim in claims]
-        newest = self._newest(connection, tables, keys)  # first: what comes in between is found next time
+        newest_date = self._newest(connection, tables, keys)  # first: what comes in between is found next time
         place, table = self._read(connection, tables, keys)
         rows = np.bincount(place, minlength=len(keys))
-        probability = np.full(len(keys), np.nan)
-        try:
-            observations = self.pipeline.reproducer.read(table)
-        except BadObservations as error:  # no usable row, or the rows were deleted since the claim
-            result.set_aside.update(error.set_aside)
-        else:
-            result.set_aside.update(observations.set_aside)
-            own = observations.visit_id.astype(np.int64)
-            probability[own] = self._evaluate(observations, [keys[i] for i in own], record=not result.dry_run)
-        usable = ~np.isnan(probability)
-        unusable.update(keys[i] for i in np.flatnonzero(~usable & (rows > 0)))
-        again = [i for i, claim in enumerate(claims) if claim.scored and usable[i]]
+        model, now = self.deployed.current, self.clock()
+        observations = model.read(table, now if self.as_of == NOW else None)
+        own = observations.visit_id.astype(np.int64)
+        texts = np.array([[as_text(part) for part in keys[i]] for i in own], dtype=object).reshape(-1, 2)
+        observations = replace(observations, client_text=texts[:, 0], visit_text=texts[:, 1])
+        visit, moments = np.arange(len(own)), moments_of(observations, self.as_of, now)
+        began = time.perf_counter()
+        assessed = model.score(observations, visit, moments, record=False)
+        seconds = time.perf_counter() - began
+        place_of = np.full(len(keys), -1)
+        place_of[own] = visit
+        to_write = rows > 0  # else they were deleted since the claim
+        again = [i for i, claim in enumerate(claims) if claim.scored]
         if again:  # another predictor may have done it between our search and our lock
             seen = self._seen(connection, tables, [keys[i] for i in again])
-            usable[again] = [
-                not any(n >= rows[i] and last in (None, newest.get(keys[i])) for n, last in seen.get(keys[i], []))
+            to_write[again] &= [
+                not any(n >= rows[i] and last in (None, newest_date.get(keys[i])) for n, last in seen.get(keys[i], []))
                 for i in again
             ]
-        levels = self.pipeline.risk_level(probability)
-        moment = datetime.fromtimestamp(self.clock(), UTC).replace(tzinfo=None)
-        return [
-            {
+        written = []
+        for i in np.flatnonzero(to_write).tolist():
+            j = place_of[i]  # -1: no row names it
+            p, as_of, newest = (assessed.probability[j], moments[j], assessed.newest[j]) if j >= 0 else (np.nan, *_NONE)
+            row = {
                 "client": keys[i][0],
                 "visit_id": keys[i][1],
-                "sepsis_score": float(probability[i]),
-                "risk_level": str(levels[i]),
-                "model_version": self.pipeline.model_version,
-                "scored_at": moment,
+                "sepsis_score": None if np.isnan(p) else float(p),
+                "risk_level": str(assessed.level[j]) if j >= 0 else "UNKNOWN",
+                "model_version": model.pipeline.model_version,
+                "scored_at": datetime.fromtimestamp(now, UTC).replace(tzinfo=None),
                 "observations": int(rows[i]),
-                **({"newest_observation": newest.get(keys[i])} if "newest_observation" in tables.predictions else {}),
+                "newest_observation": newest_date.get(keys[i]),
+                "reason": assessed.reason[j] if j >= 0 else NOTHING_USABLE,
+                "as_of": _when(as_of),
+                "hours_since_newest": None if newest == NO_TIME else float((as_of - newest) / MICROSECONDS_PER_HOUR),
             }
-            for i in np.flatnonzero(usable)
-        ]
-
-    def _evaluate(self, observations: Observations, keys: list[Key], record: bool) -> np.ndarray:
-        """Probabilities of the visits, whose keys are `keys`; they go to the prediction log if `record`."""
-        visit, moments, _ = resolve_snapshots(observations)
-        began = time.perf_counter()
-        found = self.pipeline.assess(observations, visit, moments)
-        if record and self.monitor != OFF:
-            seconds = time.perf_counter() - began
-            texts = np.array([[as_text(part) for part in key] for key in keys], dtype=object)
-            named = replace(observations, client_text=texts[:, 0], visit_text=texts[:, 1])
-            self.prediction_log.record(named, visit, moments, found, seconds)
-        return found.probability
+            written.append({name: value for name, value in row.items() if name in tables.predictions})
+        return Batch(
+            written,
+            Counter(assessed.reason[j] if j >= 0 else NOTHING_USABLE for j in place_of[to_write])
+            - Counter({None: len(keys)}),
+            Counter(observations.set_aside),
+            Counter(model.pipeline.unused_codes(observations)),
+            lambda: model.log.record(observations, visit, moments, assessed, seconds),
+        )
 
     def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> tuple[np.ndarray, pd.DataFrame]:
         """(place in `keys` of each row's visit, the visits' observations as the driver gives them): dates and numbers
@@ -395,7 +435,12 @@ class DatabasePredictor:
         self, seconds: float, stop: threading.Event, rescore: bool = False, told: Callable[[RunResult], Any] = print
     ) -> None:
         """Scores what is pending every so many seconds until `stop`; takes up a new config or model in between."""
-        run_every(seconds, self, lambda: told(self.process_pending_visits(rescore)), stop)
+
+        def work() -> None:
+            self.deployed.renew()
+            told(self.process_pending_visits(rescore))
+
+        run_every(seconds, work, stop)
 
 
 def _same_visit(a: Mapping[str, sa.Column[Any]], b: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:

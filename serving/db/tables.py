@@ -15,6 +15,7 @@ from sqlalchemy.dialects import mysql
 from feature_pipeline import (
     COLUMNS,
     RANGE_COLUMNS,
+    UNIT_COLUMN,
     listed,
 )
 from serving.db.connection import DatabaseError, in_words
@@ -41,15 +42,20 @@ DEFAULT_MAPPING: dict[str, dict[str, Any]] = {
                 "scored_at",
                 "observations",
                 "newest_observation",
+                "reason",
+                "as_of",
+                "hours_since_newest",
             )
         },
     },
 }
 
 
-OPTIONAL_COLUMNS = (*RANGE_COLUMNS, "newest_observation")  # without the last --rescore goes by numbers of rows alone
+# without the newest observation --rescore goes by numbers of rows alone
+OPTIONAL_COLUMNS = (*RANGE_COLUMNS, UNIT_COLUMN, "newest_observation", "reason", "as_of", "hours_since_newest")
 
 
+RISK_LEVELS = ("LOW", "MEDIUM", "HIGH", "UNKNOWN")
 _WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 
 
@@ -57,6 +63,14 @@ NEWEST = sa.String(64)
 
 
 _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
+
+
+_DETAILS = {
+    "newest_observation": NEWEST,
+    "reason": sa.String(32),
+    "as_of": _WHEN,
+    "hours_since_newest": sa.Double(),
+}
 
 
 def schema(
@@ -93,6 +107,7 @@ def schema(
         sa.Column(c["observation_type_code"], sa.String(64), nullable=False),
         sa.Column(c["observation_value"], sa.Double()),
         *(sa.Column(c[name], sa.Double()) for name in RANGE_COLUMNS if name in c),
+        *(sa.Column(c[name], sa.String(64)) for name in (UNIT_COLUMN,) if name in c),
         sa.Index(f"ix_{table}_visit", c["client"], c["visit_id"]),
         schema=space,
     )
@@ -106,7 +121,7 @@ def schema(
         sa.Column(c["risk_level"], sa.String(16)),
         sa.Column(c["scored_at"], _WHEN),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
-        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["LOW", "MEDIUM", "HIGH"]), name="level"),
+        sa.CheckConstraint(sa.column(c["risk_level"]).in_(RISK_LEVELS), name="level"),
         schema=space,
     )
     pending = visits.c[c["sepsis_score"]].is_(None)
@@ -126,16 +141,16 @@ def schema(
         sa.Column("id", _SERIAL, primary_key=True, autoincrement=True),
         sa.Column(c["visit_id"], types["visit_id"], nullable=False),
         sa.Column(c["client"], types["client"], nullable=False),
-        sa.Column(c["sepsis_score"], sa.Double(), nullable=False),
+        sa.Column(c["sepsis_score"], sa.Double()),  # empty where the risk is UNKNOWN
         sa.Column(c["risk_level"], sa.String(16), nullable=False),
         sa.Column(c["model_version"], sa.String(64), nullable=False),
         sa.Column(c["scored_at"], _WHEN, nullable=False),
         sa.Column(c["observations"], sa.Integer(), nullable=False),
-        *(sa.Column(c[name], NEWEST) for name in ("newest_observation",) if name in c),
+        *(sa.Column(c[name], kind) for name, kind in _DETAILS.items() if name in c),
         *([sa.ForeignKeyConstraint(key, visit_key)] if foreign_visits is None else []),
         sa.UniqueConstraint(*key, c["model_version"], c["observations"]),
         sa.CheckConstraint(sa.column(c["sepsis_score"]).between(0, 1), name="score"),
-        sa.CheckConstraint(sa.column(c["risk_level"]).in_(["LOW", "MEDIUM", "HIGH"]), name="level"),
+        sa.CheckConstraint(sa.column(c["risk_level"]).in_(RISK_LEVELS), name="level"),
         sa.CheckConstraint(sa.column(c["observations"]) > 0, name="observations"),
         schema=space,
     )

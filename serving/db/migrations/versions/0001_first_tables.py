@@ -11,7 +11,7 @@ depends_on = None
 
 WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-LEVELS = "risk_level IN ('LOW', 'MEDIUM', 'HIGH')"
+LEVELS = "risk_level IN ('LOW', 'MEDIUM', 'HIGH', 'UNKNOWN')"
 
 
 def upgrade() -> None:
@@ -31,6 +31,7 @@ def upgrade() -> None:
             sa.Column("observation_value", sa.Double()),
             sa.Column("reference_range_min", sa.Double()),
             sa.Column("reference_range_max", sa.Double()),
+            sa.Column("unit", sa.String(64)),
             sa.PrimaryKeyConstraint("id", name="pk_patient_observations"),
         )
         op.create_index("ix_patient_observations_visit", "patient_observations", ["client", "visit_id"])
@@ -56,11 +57,15 @@ def upgrade() -> None:
             sa.Column("id", SERIAL, autoincrement=True, nullable=False),
             sa.Column("visit_id", types["visit_id"], nullable=False),
             sa.Column("client", types["client"], nullable=False),
-            sa.Column("sepsis_score", sa.Double(), nullable=False),
+            sa.Column("sepsis_score", sa.Double()),
             sa.Column("risk_level", sa.String(16), nullable=False),
             sa.Column("model_version", sa.String(64), nullable=False),
             sa.Column("scored_at", WHEN, nullable=False),
             sa.Column("observations", sa.Integer(), nullable=False),
+            sa.Column("newest_observation", sa.String(64)),
+            sa.Column("reason", sa.String(32)),
+            sa.Column("as_of", WHEN),
+            sa.Column("hours_since_newest", sa.Double()),
             sa.PrimaryKeyConstraint("id", name="pk_sepsis_predictions"),
             # a visits table that is the hospital's own may have another key
             *(
