@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -2043,6 +2043,7 @@ class Config:
     trained_at: str | None = _key(_is_text, "a time, ISO 8601", default=None)
     trained_on: dict[str, Any] = _key(_is_table, "the data of the training", default_factory=dict)
     retrained_with: list[str] = _key(_are_texts, "fingerprints of data", default_factory=list)
+    adapted: dict[str, Any] = _key(_is_table, "the parent, and how it was adapted", default_factory=dict)
     reference_profile: dict[str, Any] = _key(_is_table, "the distributions in training", default_factory=dict)
 
     @property
@@ -2326,21 +2327,37 @@ def names_sha256(names: Sequence[str]) -> str:
 class ScoreModel:
     """What ``best_model.pkl`` holds: fitted members, whose log-odds are averaged, and a calibration.
 
-    The calibrated log-odds are ``slope * log_odds + intercept`` (Platt 1999, on out-of-fold log-odds).
+    The calibrated log-odds are ``slope * log_odds + intercept`` (Platt 1999, on out-of-fold log-odds). `weights` of the
+    members add up to 1; None: all count alike.
     """
 
-    def __init__(self, members: Sequence[Any], slope: float = 1.0, intercept: float = 0.0, metadata=None):
+    def __init__(
+        self,
+        members: Sequence[Any],
+        slope: float = 1.0,
+        intercept: float = 0.0,
+        metadata=None,
+        weights: Sequence[float] | None = None,
+    ):
         self.members = list(members)
         self.slope, self.intercept = float(slope), float(intercept)
         self.metadata = dict(metadata or {})
+        self.weights = None if weights is None else [float(weight) for weight in weights]
+        if self.weights and (len(self.weights) != len(self.members) or abs(sum(self.weights) - 1) > 1e-9):
+            raise ValueError(f"{len(self.members)} members need as many weights that add up to 1")
+
+    def _mean(self, of_member: Callable[[Any], np.ndarray], times: float | None = None) -> np.ndarray:
+        """The mean over the members, summed in their order, times a number."""
+        weights = self.weights or [None] * len(self.members)
+        parts = (of_member(m) if w is None else w * of_member(m) for w, m in zip(weights, self.members, strict=True))
+        total = reduce(np.add, parts)
+        total = total if times is None else times * total
+        return total if self.weights else total / len(self.members)
 
     def log_odds(self, features: np.ndarray) -> np.ndarray:
         """(n_rows,) before calibration."""
         features = np.ascontiguousarray(features)
-        total = self.members[0].log_odds(features)
-        for member in self.members[1:]:
-            total = total + member.log_odds(features)
-        return total / len(self.members)
+        return self._mean(lambda member: member.log_odds(features))
 
     def probability(self, features: np.ndarray) -> np.ndarray:
         """(n_rows,) calibrated probability of sepsis within the horizon."""
@@ -2362,10 +2379,7 @@ class ScoreModel:
         features = np.ascontiguousarray(features)
         if not len(features):  # LightGBM refuses them
             return np.empty_like(features)
-        total = self.members[0].contributions(features)
-        for member in self.members[1:]:
-            total = total + member.contributions(features)
-        return self.slope * total / len(self.members)
+        return self._mean(lambda member: member.contributions(features), self.slope)
 
 
 INSUFFICIENT_EVIDENCE, STALE, NOTHING_USABLE = "insufficient_evidence", "stale", "nothing_usable"

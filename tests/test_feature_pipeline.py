@@ -194,6 +194,24 @@ def test_linear_models_explain_and_forests_say_they_cannot():
         ScoreModel([Classifier(forest)]).contributions(features)
 
 
+def test_members_may_weigh_differently():
+    generator = np.random.default_rng(3)
+    features = generator.normal(size=(50, 4))
+    a, b, c = (LinearModel(np.zeros(4), np.ones(4), generator.normal(size=4), 0.1 * k) for k in range(3))
+    alike, weighted = ScoreModel([a, b, c], 1.5, 0.2), ScoreModel([a, b, c], 1.5, 0.2, weights=[0.5, 0.2, 0.3])
+    before = (a.log_odds(features) + b.log_odds(features) + c.log_odds(features)) / 3
+    assert np.array_equal(alike.log_odds(features), before)  # to the bit
+    total = a.contributions(features) + b.contributions(features) + c.contributions(features)
+    assert np.array_equal(alike.contributions(features), 1.5 * total / 3)
+    expected = 0.5 * a.log_odds(features) + 0.2 * b.log_odds(features) + 0.3 * c.log_odds(features)
+    assert np.allclose(weighted.log_odds(features), expected, rtol=1e-12)
+    inner = 1.5 * (expected - 0.1 * (0.2 + 2 * 0.3))  # without the intercepts
+    assert np.allclose(weighted.contributions(features).sum(axis=1), inner, rtol=1e-9)
+    for weights in ([0.5, 0.5], [0.5, 0.5, 0.5]):
+        with pytest.raises(ValueError, match="add up to 1"):
+            ScoreModel([a, b, c], weights=weights)
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 7, 8, 9, 64, 1000])
 def test_every_kind_of_model_scores_a_row_alone_as_in_a_batch(n_rows):
     generator = np.random.default_rng(n_rows)
