@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ ROOMS = {
     "db_predictor": ("serving.db", "monitoring.log", *CORE),
     "stream_processor": ("serving.stream", "monitoring.log", *CORE),
 }
+REQUIREMENTS = {  # beside requirements.txt
+    "serving.api": ("requirements-api.txt",),
+    "api_server": ("requirements-api.txt",),
+    "gunicorn.conf": ("requirements-api.txt",),
+    "serving.batch": ("requirements-dask.txt",),
+    "training": ("requirements-dask.txt",),
+    "serving.db": ("requirements-database.txt",),
+    "serving.stream": ("requirements-stream.txt",),
+}
 MOST_LINES = 500
 LONGER = {"feature_pipeline.py", "sources/demo_cohort.py"}
 MOST_DOORS = 12  # *.py files at the top level
@@ -69,6 +79,10 @@ FREE = ("tests", "benchmarks", "examples")  # may import anything
 MODULES = {
     module_name(path): path for path in FILES if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in FREE
 }
+
+
+TESTS = [path for path in FILES if path.suffix == ".py" and path.parent.name == "tests"]
+PACKAGES = packages_distributions()
 
 
 def within(name: str, rooms: tuple[str, ...]) -> bool:
@@ -112,6 +126,35 @@ def test_every_module_is_in_a_room():
 def test_modules_import_only_what_their_room_may(module):
     room = room_of(module)
     assert {name for name in own_imports(module) if not within(name, (room, *ROOMS[room]))} == set()
+
+
+def required(*files: str) -> set[str]:
+    """Names of the packages in requirements files, as the index spells them."""
+    found = set()
+    for line in "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files).splitlines():
+        if line.startswith("-r "):
+            found |= required(line[3:].strip())
+        elif name := re.match(r"[A-Za-z0-9._-]+", line):
+            found.add(re.sub(r"[-_.]+", "-", name[0]).lower())
+    return found
+
+
+def packages_of(path: Path) -> set[str]:
+    """The packages that a file imports, neither Python's nor the project's."""
+    own = {module.partition(".")[0] for module in MODULES} | set(FREE)
+    names = top_names(imports_of(path)) - sys.stdlib_module_names - own - {path.stem for path in TESTS}
+    return {re.sub(r"[-_.]+", "-", PACKAGES.get(name, [name])[0]).lower() for name in names}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_imported_package_is_required(module):
+    assert packages_of(MODULES[module]) - required("requirements.txt", *REQUIREMENTS.get(room_of(module), ())) == set()
+
+
+def test_every_package_that_tests_benchmarks_and_examples_import_is_required():
+    paths = [path for path in FILES if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in FREE]
+    missing = {path.name: packages_of(path) - required("requirements-test.txt") for path in paths}
+    assert {name: packages for name, packages in missing.items() if packages} == {}
 
 
 def test_no_module_is_imported_in_a_circle():
