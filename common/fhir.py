@@ -18,6 +18,8 @@ NOT_A_RESULT = {"entered-in-error", "cancelled", "registered", "unknown"}
 NOT_USED = {
     "bad_resource": "not a valid R4 Observation",
     "no_result": "its status says that it is no result",
+    "not_understood": "it has a modifierExtension or implicitRules, which may change what it means",
+    "other_focus": "it is about another one than its subject (focus)",
     "no_subject": "no subject that says which Patient: Patient/ID, its URL, urn:uuid or an identifier",
     "no_encounter": "its encounter does not say which: Encounter/ID, its URL, urn:uuid or an identifier",
     "no_date": "no effective time of day",
@@ -77,6 +79,12 @@ def _readings(resource: Mapping[str, Any], base: str, kinds: Mapping[str, Any]) 
     if resource.get("status") in NOT_A_RESULT:
         yield NotUsed("", "no_result", code)
         return
+    if resource.get("implicitRules") or resource.get("modifierExtension"):
+        yield NotUsed("", "not_understood", code)
+        return
+    if resource.get("focus"):
+        yield NotUsed("", "other_focus", code)
+        return
     patient = identity(resource.get("subject"), "Patient", base, kinds)
     if patient is None:
         yield NotUsed("", "no_subject", code)
@@ -94,6 +102,9 @@ def _readings(resource: Mapping[str, Any], base: str, kinds: Mapping[str, Any]) 
         where = f".component[{place - 1}]" if place else ""
         quantity = part.get("valueQuantity")
         codes = _codes(part)
+        if place and part.get("modifierExtension"):
+            yield NotUsed(where, "not_understood", codes[0] if codes else "")
+            continue
         number = quantity.get("value") if quantity is not None else part.get("valueInteger")
         if number is None:
             if place or not components:  # a panel has no value of its own
@@ -124,7 +135,14 @@ def _codes(part: Mapping[str, Any]) -> tuple[str, ...]:
     codings = [coding for coding in concept.get("coding") or [] if (coding.get("code") or "").strip()]
     codings.sort(key=lambda coding: coding.get("system") != LOINC)
     text = (concept.get("text") or "").strip()
-    return tuple(coding["code"] for coding in codings) or ((text,) if text else ())
+    return tuple(map(_code, codings)) or ((text,) if text else ())
+
+
+def _code(coding: Mapping[str, Any]) -> str:
+    """The code, with its system in front where it looks like LOINC's and the system is another one."""
+    code, system = coding["code"].strip(), coding.get("system")
+    alike = system not in (None, "", LOINC) and re.fullmatch(r"\d{1,7}-\d", code, re.ASCII)
+    return f"{system}|{code}" if alike else code
 
 
 def identity(reference: Any, kind: str, base: str, kinds: Mapping[str, Any]) -> Identity | None:

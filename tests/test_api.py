@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 
 from common.artifacts import write_atomic
 from common.command_line import log
-from feature_pipeline import BadConfig, ProductionPipeline
+from feature_pipeline import CONCEPTS, BadConfig, ProductionPipeline, Unit
 from monitoring.log import PredictionLog
 from serving.api import fhir
 from serving.api.app import create_app
@@ -31,11 +32,32 @@ from serving.api.security import keep_keys, new_key, read_keys
 from serving.api.settings import Settings
 from tests.test_api_server import until
 
+pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
 LOCAL = {"REMOTE_ADDR": "127.0.0.1"}
+PREDICT, FHIR = "/predict?as_of=last", "/fhir/predict?as_of=last"  # the example patients are of 2024
 LOINC, UCUM = "http://loinc.org", "http://unitsofmeasure.org"
 AFAR = {"REMOTE_ADDR": "192.0.2.7"}
+
+
+def model_with(models_dir, folder, minimum):
+    """The paths of the session's model with another minimum of evidence."""
+    shutil.copytree(models_dir, folder)
+    config = json.loads((folder / "best_model_config.json").read_text())
+    (folder / "best_model_config.json").write_text(json.dumps({**config, "minimum_evidence": minimum}))
+    return folder / "best_model_config.json", folder / "best_model.pkl"
+
+
+@pytest.fixture(scope="module")
+def config_path(models_dir, tmp_path_factory):
+    """A config without a minimum of evidence: most tests send a few rows only."""
+    return model_with(models_dir, tmp_path_factory.mktemp("lenient") / "models", None)[0]
+
+
+@pytest.fixture(scope="module")
+def pipeline(config_path, model_path):
+    return ProductionPipeline(config_path, model_path)
 
 
 @pytest.fixture
@@ -69,7 +91,7 @@ def lines_of(path):
 
 
 def test_every_visit_is_answered_with_the_pipelines_own_number(client, pipeline):
-    answer = client.post("/predict", json=EXAMPLE).get_json()
+    answer = client.post(PREDICT, json=EXAMPLE).get_json()
     expected = pipeline.predict(EXAMPLE)
     assert answer["status"] == "success" and answer["model_version"] == pipeline.model_version
     assert [p["sepsis_probability"] for p in answer["predictions"]] == expected["sepsis_probability"].tolist()
@@ -84,14 +106,10 @@ def test_rows_set_aside_and_visits_without_anything_usable_are_told(client):
         {**EXAMPLE[3], "visit_id": 77, "observation_value": "high"},
         "not a row",
     ]
-    answer = client.post("/predict", json=rows).get_json()
+    answer = client.post(PREDICT, json=rows).get_json()
     last = answer["predictions"][-1]
-    assert (last["visit_id"], last["sepsis_probability"], last["risk_level"], last["as_of"]) == (
-        77,
-        None,
-        "UNKNOWN",
-        None,
-    )
+    assert (last["visit_id"], last["sepsis_probability"], last["as_of"]) == (77, None, None)
+    assert (last["risk_level"], last["reason"], last["num_observations"]) == ("UNKNOWN", "nothing_usable", 0)
     assert {r["reason"]: (r["count"], r["first_rows"]) for r in answer["set_aside"]["reasons"]} == {
         "malformed": (1, []),
         "no_value": (1, [30]),
@@ -101,7 +119,7 @@ def test_rows_set_aside_and_visits_without_anything_usable_are_told(client):
 
 
 def test_reasons_are_those_of_the_pipeline(client, pipeline):
-    answer = client.post("/predict?explain=3", json=EXAMPLE).get_json()
+    answer = client.post(f"{PREDICT}&explain=3", json=EXAMPLE).get_json()
     expected = pipeline.explain(EXAMPLE, top=3)
     told = [reason for p in answer["predictions"] for reason in p["reasons"]]
     assert [r["feature"] for r in told] == expected["feature"].tolist()
@@ -109,13 +127,14 @@ def test_reasons_are_those_of_the_pipeline(client, pipeline):
 
 
 def test_a_trajectory_is_what_was_known_at_each_moment(client, pipeline):
-    answer = client.post("/predict?trajectory=5", json=EXAMPLE).get_json()
+    answer = client.post(f"{PREDICT}&trajectory=5", json=EXAMPLE).get_json()
     for prediction in answer["predictions"]:
         points = prediction["trajectory"]
         assert 1 < len(points) <= 5 and [p["as_of"] for p in points] == sorted(p["as_of"] for p in points)
-        assert points[-1] == {"as_of": prediction["as_of"], "sepsis_probability": prediction["sepsis_probability"]}
+        assert points[-1] == {name: prediction[name] for name in ("as_of", "sepsis_probability", "reason")}
     first = answer["predictions"][0]
-    then = pipeline.predict(EXAMPLE, as_of=first["trajectory"][1]["as_of"])
+    own = [row for row in EXAMPLE if row["visit_id"] == first["visit_id"]]
+    then = pipeline.predict(own, as_of=first["trajectory"][1]["as_of"])
     assert then["sepsis_probability"].iloc[0] == first["trajectory"][1]["sepsis_probability"]
 
 
@@ -133,7 +152,7 @@ def test_a_trajectory_is_what_was_known_at_each_moment(client, pipeline):
         (b"[" + b"9" * 5000 + b"]", "application/json", 400, "not JSON"),
         (b"[]", "text/csv", 415, "expected application/json"),
         (b"[]", "application/json", 422, "missing column"),
-        (json.dumps([{**EXAMPLE[0], "observation_value": "?"}]).encode(), "application/json", 422, "no usable"),
+        (json.dumps([{**EXAMPLE[0], "visit_id": ""}]).encode(), "application/json", 422, "no usable"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(client, body, kind, status, said):
@@ -143,11 +162,11 @@ def test_bad_requests_say_what_is_wrong(client, body, kind, status, said):
 
 
 def test_unusable_observations_name_their_rows(client):
-    rows = [{**EXAMPLE[0], "observation_value": "?"}, {**EXAMPLE[1], "observation_date": "soon"}]
-    answer = client.post("/predict", json=rows).get_json()
+    rows = [{**EXAMPLE[0], "visit_id": None}, {**EXAMPLE[1], "client": ""}]
+    answer = client.post(PREDICT, json=rows).get_json()
     assert [(r["reason"], r["first_rows"]) for r in answer["set_aside"]["reasons"]] == [
-        ("bad_date", [1]),
-        ("bad_value", [0]),
+        ("no_visit", [0]),
+        ("no_client", [1]),
     ]
     assert "observation_value" in answer["expected"]
 
@@ -156,15 +175,15 @@ def test_unusable_observations_name_their_rows(client):
     "changes", [{"max_bytes": 1000}, {"max_rows": 10}, {"max_visits": 2}], ids=["bytes", "rows", "visits"]
 )
 def test_too_large_requests_are_refused(make_client, changes):
-    answer = make_client(**changes).post("/predict", json=EXAMPLE)
+    answer = make_client(**changes).post(PREDICT, json=EXAMPLE)
     assert answer.status_code == 413 and answer.get_json()["status"] == "error"
 
 
 @pytest.mark.parametrize("query", ["explain=3", "trajectory=3"])
 def test_more_details_than_the_limit_allows_are_refused(make_client, query):
     client = make_client(max_visits=20)  # the request has 8
-    assert client.post(f"/predict?{query}", json=EXAMPLE).status_code == 413
-    assert client.post(f"/predict?{query.replace('3', '2')}", json=EXAMPLE).status_code == 200
+    assert client.post(f"{PREDICT}&{query}", json=EXAMPLE).status_code == 413
+    assert client.post(f"{PREDICT}&{query.replace('3', '2')}", json=EXAMPLE).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["visit_id", "client"])
@@ -181,13 +200,13 @@ def test_visits_are_named_by_text_or_numbers(client, name, value):
 
 @pytest.mark.parametrize("query", ["explain=-1", "explain=21", "explain=a", "trajectory=101"])
 def test_options_out_of_range_are_refused(client, query):
-    assert client.post(f"/predict?{query}", json=EXAMPLE).status_code == 422
+    assert client.post(f"{PREDICT}&{query}", json=EXAMPLE).status_code == 422
 
 
 def test_without_a_model_the_service_lives_but_is_not_ready(make_client, tmp_path):
     client = make_client(config=str(tmp_path / "none.json"))
     assert client.get("/health").status_code == 200
-    for answer in (client.get("/ready"), client.post("/predict", json=EXAMPLE)):
+    for answer in (client.get("/ready"), client.post(PREDICT, json=EXAMPLE)):
         assert answer.status_code == 503 and "Retry-After" in answer.headers
         assert str(tmp_path) not in answer.get_data(as_text=True)  # no path leaves the process
 
@@ -199,7 +218,7 @@ def asked_together(client, bodies, monkeypatch):
     score = service._score
     monkeypatch.setattr(service, "_score", lambda batch: scored.append(len(batch)) or score(batch))
     with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = [pool.submit(client.application.test_client().post, "/predict", json=body) for body in bodies]
+        answers = [pool.submit(client.application.test_client().post, PREDICT, json=body) for body in bodies]
         until(lambda: len(service._waiting) == len(bodies), "all requests wait")
         assert not turn.settled
         service.leave()
@@ -221,28 +240,28 @@ def test_requests_that_wait_are_scored_together_and_alike(client, pipeline, tmp_
     logged = sqlite3.connect(tmp_path / "log.db").execute("select count(*) from predictions").fetchone()
     assert logged == (len(bodies),)
     assert len(lines_of(tmp_path / "audit.jsonl")) == len(bodies)
-    assert client.post("/predict", json=EXAMPLE).status_code == 200  # no turn is left over
+    assert client.post(PREDICT, json=EXAMPLE).status_code == 200  # no turn is left over
 
 
 def test_the_fault_of_one_request_is_not_the_others(client, monkeypatch):
     one, two, *_ = visits_of(EXAMPLE)
-    bodies = [one, [{**two[0], "observation_value": "?"}], "not a list", two, [{"a": 1}]]
+    bodies = [one, [{**two[0], "visit_id": "?", "client": None}], "not a list", two, [{"a": 1}]]
     answers, scored = asked_together(client, bodies, monkeypatch)
     assert [answer.status_code for answer in answers] == [200, 422, 400, 200, 422]
     assert scored == [2] or scored == [0, 2]  # whoever came first, by the threads' chance
-    assert client.post("/predict", json=EXAMPLE).status_code == 200
+    assert client.post(PREDICT, json=EXAMPLE).status_code == 200
 
 
 def test_a_visit_that_cannot_be_scored_does_not_take_others_with_it(client, pipeline, monkeypatch):
     bodies = visits_of(EXAMPLE)[:3]
-    evaluate = ProductionPipeline.evaluate
+    assess = ProductionPipeline.assess
 
     def failing(self, observations, visit, as_of):
         if bodies[1][0]["client"] in observations.client:
             raise RuntimeError("a fault in the features")
-        return evaluate(self, observations, visit, as_of)
+        return assess(self, observations, visit, as_of)
 
-    monkeypatch.setattr(ProductionPipeline, "evaluate", failing)
+    monkeypatch.setattr(ProductionPipeline, "assess", failing)
     answers, _ = asked_together(client, bodies, monkeypatch)
     assert [answer.status_code for answer in answers] == [200, 500, 200]
 
@@ -256,7 +275,7 @@ def test_another_model_is_taken_up_while_the_service_runs(make_client, models_di
     client = make_client(config=str(path), model=str(folder / "best_model.pkl"))
 
     def answered():
-        answer = client.post("/predict", json=EXAMPLE)
+        answer = client.post(PREDICT, json=EXAMPLE)
         assert answer.status_code == 200
         return answer.get_json()["model_version"]
 
@@ -279,8 +298,8 @@ def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch, caplog):
 
     monkeypatch.setattr(log, "propagate", True)
     client.get("/ready")
-    monkeypatch.setattr(ProductionPipeline, "evaluate", fail)
-    answer = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "abc-1"})
+    monkeypatch.setattr(ProductionPipeline, "assess", fail)
+    answer = client.post(PREDICT, json=EXAMPLE, headers={"X-Request-ID": "abc-1"})
     assert answer.status_code == 500 and answer.get_json()["request_id"] == "abc-1"
     assert "secret" not in answer.get_data(as_text=True) + caplog.text
     assert re.search(r"abc-1 failed: KeyError at test_api.py:\d+ fail", caplog.text)
@@ -296,24 +315,24 @@ def test_unknown_pages_and_methods_are_json_too(client):
 
 
 def test_without_keys_only_this_machine_is_answered(client):
-    assert client.post("/predict", json=EXAMPLE, environ_base=LOCAL).status_code == 200
-    answer = client.post("/predict", json=EXAMPLE, environ_base=AFAR)
+    assert client.post(PREDICT, json=EXAMPLE, environ_base=LOCAL).status_code == 200
+    answer = client.post(PREDICT, json=EXAMPLE, environ_base=AFAR)
     assert answer.status_code == 401 and "--new-key" in answer.get_json()["message"]
     assert client.get("/health", environ_base=AFAR).status_code == 200
 
 
 @pytest.mark.parametrize("header", [{"X-Forwarded-For": "192.0.2.7"}, {"Forwarded": "for=x"}, {"Host": "evil.example"}])
 def test_a_proxy_or_a_rebound_name_does_not_make_a_client_local(client, header):
-    assert client.post("/predict", json=EXAMPLE, headers=header, environ_base=LOCAL).status_code == 401
+    assert client.post(PREDICT, json=EXAMPLE, headers=header, environ_base=LOCAL).status_code == 401
 
 
 def test_a_request_as_nginx_makes_it_by_itself_is_not_local(client):
     asked = {**LOCAL, "SERVER_PROTOCOL": "HTTP/1.0"}
-    assert client.post("/predict", json=EXAMPLE, environ_overrides=asked).status_code == 401
+    assert client.post(PREDICT, json=EXAMPLE, environ_overrides=asked).status_code == 401
 
 
 def test_insecure_answers_everybody(make_client):
-    assert make_client(insecure=True).post("/predict", json=EXAMPLE, environ_base=AFAR).status_code == 200
+    assert make_client(insecure=True).post(PREDICT, json=EXAMPLE, environ_base=AFAR).status_code == 200
 
 
 def test_keys_open_the_service_from_anywhere(make_client, tmp_path):
@@ -322,9 +341,9 @@ def test_keys_open_the_service_from_anywhere(make_client, tmp_path):
     keys.write_text(f"# the wards\n{line}\n")
     client = make_client(api_keys=str(keys))
     for header in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
-        assert client.post("/predict", json=EXAMPLE, headers=header, environ_base=AFAR).status_code == 200
-    assert client.post("/predict", json=EXAMPLE, environ_base=LOCAL).status_code == 401
-    wrong = client.post("/predict", json=EXAMPLE, headers={"X-API-Key": key + "x"}, environ_base=AFAR)
+        assert client.post(PREDICT, json=EXAMPLE, headers=header, environ_base=AFAR).status_code == 200
+    assert client.post(PREDICT, json=EXAMPLE, environ_base=LOCAL).status_code == 401
+    wrong = client.post(PREDICT, json=EXAMPLE, headers={"X-API-Key": key + "x"}, environ_base=AFAR)
     assert wrong.status_code == 403
     assert [entry["client"] for entry in lines_of(tmp_path / "access.jsonl")] == ["ward-3", "ward-3", None, None]
     assert key not in (tmp_path / "access.jsonl").read_text() + keys.read_text()
@@ -361,7 +380,7 @@ def test_kept_keys_outlast_a_damaged_file(make_client, tmp_path, monkeypatch):
     with pytest.raises(BadConfig):
         keep_keys(str(keys))
     client = make_client(api_keys=str(keys))
-    assert client.post("/predict", json=EXAMPLE, headers={"X-API-Key": key}).status_code == 200
+    assert client.post(PREDICT, json=EXAMPLE, headers={"X-API-Key": key}).status_code == 200
 
 
 @pytest.mark.parametrize("changes", [{"rate_limit": x} for x in ("abc", "", "2")] + [{"rate_storage": "none://x"}])
@@ -372,7 +391,7 @@ def test_a_rate_limit_that_would_be_none_is_refused(make_client, changes):
 
 def test_too_many_requests_are_told_when_to_come_back(make_client):
     client = make_client(rate_limit="2/hour")
-    answers = [client.post("/predict", json=EXAMPLE) for _ in range(3)]
+    answers = [client.post(PREDICT, json=EXAMPLE) for _ in range(3)]
     assert [a.status_code for a in answers] == [200, 200, 429]
     assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == "error"
 
@@ -413,12 +432,12 @@ def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch)
 
     client = make_client(rate_limit="2/hour")
     monkeypatch.setattr(ThreadSafeMemory, "incr", broken)
-    assert [client.post("/predict", json=EXAMPLE).status_code for _ in range(3)] == [200] * 3
+    assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200] * 3
 
 
 def test_logs_hold_no_value_and_no_name(client, tmp_path):
-    client.post("/predict", json=EXAMPLE)
-    client.post("/predict", json=[{**EXAMPLE[0], "observation_value": "?"}])
+    client.post(PREDICT, json=EXAMPLE)
+    client.post(PREDICT, json=[{name: value for name, value in EXAMPLE[0].items() if name != "observation_value"}])
     text = (tmp_path / "access.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
     for row in EXAMPLE:
         assert str(row["visit_id"]) not in re.findall(r"[\w-]+", text) and row["client"] not in text
@@ -522,12 +541,11 @@ def plain(code, value, low=None, high=None, time="2024-07-02T08:00:00Z"):
     }
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_fhir_gives_the_same_number_to_the_last_bit(client, pipeline):
     bundle = bundle_of(
         fhir_observation(), blood_pressure(), lab("8310-5", 101.3, "[degF]"), lab("2160-0", 176.84, "umol/L")
     )
-    answer = client.post("/fhir/predict", json=bundle)
+    answer = client.post(FHIR, json=bundle)
     assert answer.mimetype == "application/fhir+json"
     assessment = answer.get_json()["entry"][0]["resource"]
     own = pipeline.own_code
@@ -544,7 +562,7 @@ def test_fhir_gives_the_same_number_to_the_last_bit(client, pipeline):
     prediction = assessment["prediction"][0]
     expected = pipeline.predict(rows)["sepsis_probability"][0]
     assert prediction["probabilityDecimal"] == expected
-    assert client.post("/predict", json=rows).get_json()["predictions"][0]["sepsis_probability"] == expected
+    assert client.post(PREDICT, json=rows).get_json()["predictions"][0]["sepsis_probability"] == expected
     assert prediction["outcome"]["coding"][0]["code"] == "91302008"
     assert prediction["whenRange"]["high"]["value"] == 6
     assert assessment["subject"] == {"reference": "Patient/example"}
@@ -575,7 +593,7 @@ def test_all_example_patients_as_fhir(client, pipeline):
     for observation in observations:
         if not observation["referenceRange"]:
             del observation["referenceRange"]
-    entries = client.post("/fhir/predict", json=bundle_of(*observations)).get_json()["entry"]
+    entries = client.post(FHIR, json=bundle_of(*observations)).get_json()["entry"]
     given = [e["resource"]["prediction"][0]["probabilityDecimal"] for e in entries if "prediction" in e["resource"]]
     usable = [row for row in EXAMPLE if row["observation_value"] is not None]
     assert given == pipeline.predict(usable)["sepsis_probability"].tolist()
@@ -594,7 +612,7 @@ def test_all_example_patients_as_fhir(client, pipeline):
 )
 def test_fhir_observations_that_cannot_be_used_are_named_and_the_rest_go_on(client, resource, said):
     resource = {name: value for name, value in resource.items() if value is not None}
-    entries = client.post("/fhir/predict", json=bundle_of(resource, fhir_observation())).get_json()["entry"]
+    entries = client.post(FHIR, json=bundle_of(resource, fhir_observation())).get_json()["entry"]
     assert entries[0]["resource"]["resourceType"] == "RiskAssessment"
     issues = entries[1]["resource"]["issue"]
     assert any(
@@ -602,7 +620,7 @@ def test_fhir_observations_that_cannot_be_used_are_named_and_the_rest_go_on(clie
         for issue in issues
         if "expression" in issue
     )
-    alone = client.post("/fhir/predict", json=bundle_of(resource))
+    alone = client.post(FHIR, json=bundle_of(resource))
     assert alone.status_code == 422 and alone.get_json()["resourceType"] == "OperationOutcome"
 
 
@@ -622,10 +640,9 @@ def without_encounter(subject, value, **changes):
     ],
     ids=["servers", "systems", "identifier", "uuid"],
 )
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_fhir_patients_of_one_number_are_not_one_patient(client, pipeline, tmp_path, subjects):
     bundle = bundle_of(without_encounter(subjects[0], 70), without_encounter(subjects[1], 170))
-    entries = client.post("/fhir/predict", json=bundle).get_json()["entry"]
+    entries = client.post(FHIR, json=bundle).get_json()["entry"]
     given = [e["resource"] for e in entries if e["resource"]["resourceType"] == "RiskAssessment"]
     assert [g["subject"] for g in given] == list(subjects)
     alone = [pipeline.predict([plain("HR", v, 60, 100)])["sepsis_probability"].item() for v in (70, 170)]
@@ -635,20 +652,18 @@ def test_fhir_patients_of_one_number_are_not_one_patient(client, pipeline, tmp_p
     assert len(set(entry["visit_pseudonyms"])) == 2
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_fhir_references_without_a_server_are_on_that_of_their_observation(client):
     bundle = bundle_of(*[without_encounter({"reference": "Patient/1"}, 70) for _ in range(3)])
     for entry, server in zip(bundle["entry"], "aba", strict=True):
         entry["fullUrl"] = f"http://{server}.org/fhir/Observation/x"
     bundle["entry"][2]["resource"]["subject"] = {"reference": "http://a.org/fhir/Patient/1/_history/2"}
-    entries = client.post("/fhir/predict", json=bundle).get_json()["entry"]
+    entries = client.post(FHIR, json=bundle).get_json()["entry"]
     assert sum(e["resource"]["resourceType"] == "RiskAssessment" for e in entries) == 2
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_fhir_an_encounter_of_the_patients_number_is_not_the_patient(client):
     with_one = fhir_observation(subject={"reference": "Patient/1"}, encounter={"reference": "Encounter/1"})
-    entries = client.post("/fhir/predict", json=bundle_of(with_one, without_encounter({"reference": "Patient/1"}, 70)))
+    entries = client.post(FHIR, json=bundle_of(with_one, without_encounter({"reference": "Patient/1"}, 70)))
     assert sum(e["resource"]["resourceType"] == "RiskAssessment" for e in entries.get_json()["entry"]) == 2
 
 
@@ -664,25 +679,24 @@ def test_fhir_an_encounter_of_the_patients_number_is_not_the_patient(client):
     ],
 )
 def test_fhir_whom_an_observation_is_of_is_never_guessed(client, changes):
-    answer = client.post("/fhir/predict", json=bundle_of(fhir_observation(**changes), fhir_observation(**changes)))
+    answer = client.post(FHIR, json=bundle_of(fhir_observation(**changes), fhir_observation(**changes)))
     assert answer.status_code == 422 and " which" in answer.get_data(as_text=True)
 
 
 def test_fhir_a_uuid_in_the_bundle_must_be_a_patients(client):
     bundle = bundle_of(fhir_observation(subject={"reference": "urn:uuid:1"}), {"resourceType": "Device"})
-    assert client.post("/fhir/predict", json=bundle).status_code == 422
+    assert client.post(FHIR, json=bundle).status_code == 422
     bundle["entry"][1]["resource"] = {"resourceType": "Patient"}
-    assert client.post("/fhir/predict", json=bundle).status_code == 200
+    assert client.post(FHIR, json=bundle).status_code == 200
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 def test_fhir_odd_numbers_and_names_are_no_fault_of_ours(client):
     spaces = fhir_observation(subject={"identifier": {"value": " 4711 "}})
     plain_name = fhir_observation(subject={"identifier": {"value": "4711"}})
-    answer = client.post("/fhir/predict", json=bundle_of(spaces, plain_name))
+    answer = client.post(FHIR, json=bundle_of(spaces, plain_name))
     assert answer.status_code == 200 and len(answer.get_json()["entry"]) <= 2
     long = fhir_observation(valueQuantity={"value": 10**400, "unit": "/min"})
-    answer = client.post("/fhir/predict", json=bundle_of(long, fhir_observation()))
+    answer = client.post(FHIR, json=bundle_of(long, fhir_observation()))
     assert answer.status_code == 200 and "infinite" in answer.get_data(as_text=True)
 
 
@@ -702,15 +716,23 @@ def test_fhir_ranges_have_units_of_their_own_and_are_those_of_healthy_people(pip
 
 def test_fhir_errors_are_operation_outcomes(client, monkeypatch):
     for body, status in (([], 400), ({"resourceType": "Patient"}, 400), ({"resourceType": "Bundle"}, 422)):
-        answer = client.post("/fhir/predict", json=body)
+        answer = client.post(FHIR, json=body)
         assert answer.status_code == status and answer.get_json()["resourceType"] == "OperationOutcome"
-    assert client.post("/fhir/predict", json={}, environ_base=AFAR).get_json()["issue"][0]["code"] == "login"
-    monkeypatch.setattr(ProductionPipeline, "evaluate", lambda *_: 1 / 0)
-    answer = client.post("/fhir/predict", json=bundle_of(fhir_observation()), headers={"X-Request-ID": "abc-1"})
+    assert client.post(FHIR, json={}, environ_base=AFAR).get_json()["issue"][0]["code"] == "login"
+    monkeypatch.setattr(ProductionPipeline, "assess", lambda *_: 1 / 0)
+    answer = client.post(FHIR, json=bundle_of(fhir_observation()), headers={"X-Request-ID": "abc-1"})
     assert answer.status_code == 500 and "abc-1" in answer.get_json()["issue"][0]["diagnostics"]
 
 
 CDS = "/cds-services/sepsis-risk"
+NOW = datetime(2024, 7, 2, 9, 30, tzinfo=UTC)
+
+
+@pytest.fixture
+def viewed(client):
+    """The service on the day of the observations."""
+    client.application.service.clock = NOW.timestamp
+    return client
 
 
 def cds_call(*resources, **context):
@@ -729,26 +751,26 @@ def at(time, encounter="Encounter/e1", value=104.5, **changes):
     )
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
-def test_cds_hooks_discovery_and_cards(client, pipeline):
-    service = client.get("/cds-services").get_json()["services"][0]
+def test_cds_hooks_discovery_and_cards(viewed, pipeline):
+    service = viewed.get("/cds-services").get_json()["services"][0]
     assert {"hook", "id", "description", "prefetch"} <= service.keys()
-    assert all("_sort=-date" in query for query in service["prefetch"].values())
-    cards = client.post(f"/cds-services/{service['id']}", json=cds_call(fhir_observation())).get_json()["cards"]
+    assert service["prefetch"].keys() == {"patient", "vitals", "laboratory"}
+    assert all("_sort=-date" in service["prefetch"][name] for name in ("vitals", "laboratory"))
+    cards = viewed.post(f"/cds-services/{service['id']}", json=cds_call(fhir_observation())).get_json()["cards"]
     assert len(cards) == 1 and len(cards[0]["summary"]) < 140
-    level = pipeline.risk_level(pipeline.predict([plain("HR", 104.5, 60, 100)])["sepsis_probability"][0])
+    level = pipeline.risk_level(pipeline.predict([plain("HR", 104.5, 60, 100)], as_of=NOW)["sepsis_probability"][0])
     assert cards[0]["indicator"] == {"LOW": "info", "MEDIUM": "warning", "HIGH": "critical"}[level]
-    assert pipeline.model_version in cards[0]["source"]["label"] and "HR" in cards[0]["detail"]
-    assert "2024-07-02 08:00 UTC" in cards[0]["summary"] and "Not used" not in cards[0]["detail"]
+    assert pipeline.model_version in cards[0]["source"]["label"]
+    assert "2024-07-02 09:30 UTC" in cards[0]["summary"] and "Not used" not in cards[0]["detail"]
+    assert "is 2 h old" in cards[0]["detail"] and "__" not in cards[0]["detail"]
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
-def test_cds_cards_are_of_the_encounter_that_is_viewed_else_of_the_latest(client):
+def test_cds_cards_are_of_the_encounter_that_is_viewed_else_of_the_latest(viewed):
     old, now = at("2015-03-01T08:00:00Z", "Encounter/old"), at("2024-07-02T08:00:00Z", "Encounter/now")
 
     def times(*resources, **context):
-        cards = client.post(CDS, json=cds_call(*resources, **context)).get_json()["cards"]
-        return [re.search(r"\d{4}", card["summary"])[0] for card in cards]
+        cards = viewed.post(CDS, json=cds_call(*resources, **context)).get_json()["cards"]
+        return ["2024" if "is 2 h old" in card["detail"] else "2015" for card in cards]
 
     assert times(old, now) == ["2024"] and times(now, old) == ["2024"]
     assert times(old, now, encounterId="old") == ["2015"] and times(old, now, encounterId="now") == ["2024"]
@@ -758,15 +780,15 @@ def test_cds_cards_are_of_the_encounter_that_is_viewed_else_of_the_latest(client
     assert times(nameless, encounterId="now") == ["2024"]
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
-def test_cds_cards_are_of_the_patient_that_is_viewed(client):
+def test_cds_cards_are_of_the_patient_that_is_viewed(viewed):
     other = at("2024-07-02T09:00:00Z", subject={"reference": "Patient/somebody-else"})
-    assert client.post(CDS, json=cds_call(other)).status_code == 422
-    (card,) = client.post(CDS, json=cds_call(other, at("2024-07-02T08:00:00Z"))).get_json()["cards"]
-    assert "08:00" in card["summary"] and "Not used: 1 x of another patient" in card["detail"]
+    (card,) = viewed.post(CDS, json=cds_call(other)).get_json()["cards"]
+    assert "UNKNOWN" in card["summary"] and "of another patient" in card["detail"]
+    (card,) = viewed.post(CDS, json=cds_call(other, at("2024-07-02T08:00:00Z"))).get_json()["cards"]
+    assert "is 2 h old" in card["detail"] and "Not used: 1 x of another patient" in card["detail"]
     one, two = (at("2024-07-02T09:00:00Z", subject={"reference": f"http://{x}.org/Patient/example"}) for x in "ab")
-    assert client.post(CDS, json=cds_call(one)).status_code == 200
-    assert client.post(CDS, json=cds_call(one, two)).status_code == 422
+    assert viewed.post(CDS, json=cds_call(one)).status_code == 200
+    assert viewed.post(CDS, json=cds_call(one, two)).status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -779,32 +801,357 @@ def test_cds_cards_are_of_the_patient_that_is_viewed(client):
         {"hook": "order-sign"},
     ],
 )
-def test_cds_calls_must_say_whom_they_are_about(client, changes):
-    assert client.post(CDS, json={**cds_call(fhir_observation()), **changes}).status_code == 400
-    assert client.post(CDS, json=[]).status_code == 400
+def test_cds_calls_must_say_whom_they_are_about(viewed, changes):
+    assert viewed.post(CDS, json={**cds_call(fhir_observation()), **changes}).status_code == 400
+    assert viewed.post(CDS, json=[]).status_code == 400
 
 
-@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
-def test_cds_failures_are_no_advice_that_all_is_well(client, tmp_path):
+def test_cds_failures_are_no_advice_that_all_is_well(viewed, tmp_path):
     def answered(vitals, status):
-        answer = client.post(CDS, json={**cds_call(), "prefetch": {"vitals": vitals}})
+        answer = viewed.post(CDS, json={**cds_call(), "prefetch": {"vitals": vitals}})
         entry = lines_of(tmp_path / "audit.jsonl")[-1]
         assert answer.status_code == status
         return answer.get_json(), entry["outcome"]
 
     failure = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "exception"}]}
-    assert answered(None, 412)[1] == answered(failure, 412)[1] == answered(bundle_of(failure), 412)[1] == "error 412"
-    body, outcome = answered(bundle_of(lab("2345-7", 5.5, "furlong")), 422)
-    assert "unit" in body["message"] and outcome == "error 422"
-    assert answered(bundle_of(), 200) == ({"cards": []}, "no observations")  # the patient has none
+    assert answered(failure, 412)[1] == answered(bundle_of(failure), 412)[1] == "error 412"
+    assert viewed.post(CDS, json={**cds_call(), "prefetch": {}}).status_code == 412
+    body, outcome = answered(bundle_of(lab("2345-7", 5.5, "furlong")), 200)
+    assert outcome == "no observations" and "unit" in body["cards"][0]["detail"]
+    assert "UNKNOWN" in body["cards"][0]["summary"]
+    for none in (None, bundle_of()):
+        assert answered(none, 200) == ({"cards": []}, "no observations")  # the patient has none
     partly = bundle_of(fhir_observation(), lab("2345-7", 5.5, "furlong"), failure)
     partly["link"] = [{"relation": "next", "url": "http://a.org/next"}]
     body, _ = answered(partly, 200)
     detail = body["cards"][0]["detail"]
     for said in ("1 x its unit cannot be converted", "1 x the source reports an error", "more observations than"):
         assert said in detail
-    metrics = client.get("/metrics").get_data(as_text=True)
+    metrics = viewed.get("/metrics").get_data(as_text=True)
     assert 'sepsis_rows_set_aside_total{reason="bad_unit"}' in metrics
+
+
+# ------------------------------------------------------------------------------------- evidence and moments
+
+MINIMUM = {
+    "inputs": ["heart_rate", "respiratory_rate", "systolic_bp", "temperature"],
+    "at_least": 3,
+    "within_hours": 24.0,
+    "newest_hours": 8.0,
+}
+VITALS = {"8867-4": (124, "/min"), "9279-1": (29, "/min"), "8480-6": (84, "mm[Hg]"), "8310-5": (39.2, "Cel")}
+
+
+@pytest.fixture
+def strict(models_dir, tmp_path, make_client):
+    """A service whose model needs three of four vital signs, none of them older than 8 h."""
+    config, model = model_with(models_dir, tmp_path / "strict", MINIMUM)
+    client = make_client(config=str(config), model=str(model))
+    client.application.service.clock = NOW.timestamp
+    return client
+
+
+def vital(code, time="2024-07-02T09:00:00Z", **changes):
+    value, unit = VITALS[code]
+    return {**lab(code, value, unit), "id": f"v{code}", "effectiveDateTime": time, **changes}
+
+
+def rows_of(*resources):
+    """The same as rows of a table."""
+    return [
+        {
+            **plain(r["code"]["coding"][0]["code"], r["valueQuantity"]["value"], time=r["effectiveDateTime"]),
+            "unit": r["valueQuantity"]["unit"],
+        }
+        for r in resources
+    ]
+
+
+def answers_of(client, *resources):
+    """(the prediction, the RiskAssessment, the card) of the same observations."""
+    prediction = client.post("/predict?explain=3", json=rows_of(*resources)).get_json()["predictions"][0]
+    assessment = client.post("/fhir/predict", json=bundle_of(*resources)).get_json()["entry"][0]["resource"]
+    (card,) = client.post(CDS, json=cds_call(*resources)).get_json()["cards"]
+    return prediction, assessment, card
+
+
+HEIGHT = {"code": {"coding": [{"system": LOINC, "code": "8302-2"}]}, "valueQuantity": {"value": 180, "unit": "cm"}}
+
+
+@pytest.mark.parametrize(
+    ("resources", "reason", "missing", "said"),
+    [
+        ([{**vital("8867-4"), **HEIGHT}], "insufficient_evidence", 4, "too little"),
+        ([vital("8867-4"), vital("8480-6")], "insufficient_evidence", 2, "missing: respiratory rate, temperature"),
+        ([vital(code, "2024-07-02T01:00:00Z") for code in VITALS], "stale", 0, "8 h old"),
+        ([vital(code, "2017-07-02T09:00:00Z") for code in VITALS], "stale", 0, "2,557 days old"),
+        ([vital(code, "2024-07-04T09:00:00Z") for code in VITALS], "nothing_usable", 0, "no observation can be used"),
+    ],
+    ids=["height alone", "two vital signs", "of last night", "seven years old", "from the future"],
+)
+def test_without_enough_evidence_no_route_gives_a_number(strict, resources, reason, missing, said, tmp_path):
+    prediction, assessment, card = answers_of(strict, *resources)
+    assert (prediction["risk_level"], prediction["sepsis_probability"]) == ("UNKNOWN", None)
+    assert (prediction["reason"], len(prediction["missing"])) == (reason, missing) and prediction["reasons"] == []
+    assert "prediction" not in assessment and reason in assessment["note"][0]["text"]
+    assert said in assessment["note"][0]["text"]
+    assert "UNKNOWN" in card["summary"] and said in card["detail"] and card["indicator"] == "info"
+    assert "does not mean that it is low" in card["detail"] and "%" not in card["summary"]
+    logged = sqlite3.connect(tmp_path / "log.db").execute("select risk_level, reason, score from predictions")
+    assert set(logged) == {("UNKNOWN", reason, None)}
+    assert f'sepsis_unknown_risk_total{{reason="{reason}"}}' in strict.get("/metrics").get_data(as_text=True)
+
+
+def test_the_same_quantities_in_other_codes_and_units_give_the_same_number(strict, pipeline):
+    """A shock: oximeter's heart rate, invasive pressure, oral temperature in Fahrenheit."""
+    others = {"8867-4": ("8889-8", 124, "{beats}/min"), "8480-6": ("76215-3", 11.199022, "kPa")}
+    others["8310-5"] = ("8331-1", 102.56, "[degF]")
+    usual = [vital(code) for code in VITALS]
+    foreign = [{**lab(*others[code]), "effectiveDateTime": "2024-07-02T09:00:00Z"} for code in others]
+    foreign.append(vital("9279-1"))
+    expected = pipeline.predict(rows_of(*usual), as_of=NOW)["sepsis_probability"].item()
+    for resources in (usual, foreign):
+        prediction, assessment, card = answers_of(strict, *resources)
+        assert prediction["sepsis_probability"] == pytest.approx(expected, rel=1e-9)
+        assert assessment["prediction"][0]["probabilityDecimal"] == prediction["sepsis_probability"]
+        assert prediction["risk_level"] in card["summary"]
+        assert prediction["num_observations"] == len(assessment["basis"]) == 4
+
+
+def every_spelling(pipeline):
+    """(code, value, unit, the model's code, its value) of every code and unit of every concept that the model uses."""
+    codes = pipeline.reproducer.codes
+    for concept in CONCEPTS:
+        own = codes.own_code(concept.name)
+        if concept.static or not pipeline.reproducer.is_used(own) or concept.unit in ("code", "0/1"):
+            continue
+        low, high = max(concept.low, 0.0), concept.high
+        value = round(low + 0.37 * (min(high, 200) - low), 3)
+        named = [*concept.units, Unit(concept.unit)]
+        for default, listed_codes in ((concept.unit, concept.codes), *concept.coded_in.items()):
+            for code in map(str.strip, listed_codes.split(",")):
+                if not re.fullmatch(r"\d+-\d", code):
+                    continue  # a table's names are the reader's business
+                for unit in named:
+                    sent = (value - unit.offset) / unit.factor
+                    yield code, sent, unit.spellings.partition(",")[0], own, value
+                if default == concept.unit:
+                    yield code, value, None, own, value
+                else:
+                    other = concept.unit_named(default)
+                    yield code, (value - other.offset) / other.factor, None, own, value
+
+
+def test_every_code_and_unit_of_every_concept_gives_the_number_of_the_models_own(client, pipeline):
+    spellings = list(every_spelling(pipeline))
+    assert len(spellings) > 100
+    rows, resources, own = [], [], []
+    for i, (code, value, unit, own_code, own_value) in enumerate(spellings):
+        rows.append({**plain(code, value), "visit_id": f"v{i}", "unit": unit})
+        own.append({**plain(own_code, own_value), "visit_id": f"v{i}"})
+        quantity = {"value": value, **({"unit": unit} if unit else {})}
+        resources.append(
+            fhir_observation(
+                code={"coding": [{"system": LOINC, "code": code}]},
+                encounter={"reference": f"Encounter/v{i}"},
+                valueQuantity=quantity,
+                referenceRange=[],
+            )
+        )
+        del resources[-1]["referenceRange"]
+    expected = pipeline.predict(own)["sepsis_probability"].to_numpy()
+    answer = client.post(PREDICT, json=rows).get_json()
+    assert answer["unused_codes"] == {} and not answer["set_aside"]["reasons"]
+    found = [p["sepsis_probability"] for p in answer["predictions"]]
+    assert found == pytest.approx(expected, rel=1e-6)
+    entries = client.post(FHIR, json=bundle_of(*resources)).get_json()["entry"]
+    of_fhir = [e["resource"]["prediction"][0]["probabilityDecimal"] for e in entries if "prediction" in e["resource"]]
+    assert of_fhir == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_the_model_does_not_use_is_named_and_is_no_evidence(strict):
+    used, height = [vital(code) for code in VITALS], {**vital("8867-4"), **HEIGHT}
+    note = {**height, "code": {"coding": [{"system": "http://example.org/codes", "code": "8867-4"}]}}
+    body = strict.post("/predict", json=rows_of(*used, height, {**height, "effectiveDateTime": "2024-07-02T08:00Z"}))
+    assert (
+        body.get_json()["unused_codes"] == {"8302-2": 2} and body.get_json()["predictions"][0]["num_observations"] == 4
+    )
+    entries = strict.post("/fhir/predict", json=bundle_of(*used, height, note)).get_json()["entry"]
+    assert [b["reference"] for b in entries[0]["resource"]["basis"]] == [f"urn:uuid:{i}" for i in range(4)]
+    told = " ".join(issue["diagnostics"] for issue in entries[1]["resource"]["issue"])
+    assert "'8302-2' (1 row)" in told and "'http://example.org/codes|8867-4' (1 row)" in told
+    (card,) = strict.post(CDS, json=cds_call(*used, height)).get_json()["cards"]
+    assert "'8302-2' (1 row)" in card["detail"]
+    assert "sepsis_unused_observations_total" in strict.get("/metrics").get_data(as_text=True)
+
+
+def test_a_row_from_the_future_changes_no_number_and_is_named(strict):
+    used = [vital(code) for code in VITALS]
+    late = {**vital("8867-4", "2024-07-04T09:30:00Z"), **HEIGHT, "id": "late"}
+    for before, after in zip(answers_of(strict, *used), answers_of(strict, *used, late), strict=True):
+        for told in (before, after):
+            told.pop("uuid", None)
+            told.pop("detail", None)
+        assert before == after
+    (reason,) = strict.post("/predict", json=rows_of(*used, late)).get_json()["set_aside"]["reasons"]
+    assert (reason["reason"], reason["count"], reason["first_rows"]) == ("future", 1, [4])
+    (card,) = strict.post(CDS, json=cds_call(*used, late)).get_json()["cards"]
+    assert "later than now" in card["detail"]
+    soon = vital("8867-4", "2024-07-02T09:34:00Z")  # clocks differ
+    assert not strict.post("/predict", json=rows_of(*used, soon)).get_json()["set_aside"]["reasons"]
+
+
+def test_live_answers_are_of_now_and_past_stays_of_the_moment_that_is_asked_for(strict, pipeline):
+    used = [vital(code) for code in VITALS]
+    predicted = {}
+    for query in ("", "?as_of=now", "?as_of=last", "?as_of=2024-07-02T12:00:00Z"):
+        (prediction,) = strict.post(f"/predict{query}", json=rows_of(*used)).get_json()["predictions"]
+        predicted[query] = prediction["as_of"], prediction["hours_since_newest"]
+        own = strict.post(f"/fhir/predict{query}", json=bundle_of(*used)).get_json()["entry"][0]["resource"]
+        assert own["occurrenceDateTime"] == prediction["as_of"]
+        assert own["prediction"][0]["probabilityDecimal"] == prediction["sepsis_probability"]
+        assert prediction["newest_observation"] == "2024-07-02T09:00:00Z" in own["note"][0]["text"]
+    assert predicted[""] == predicted["?as_of=now"] == ("2024-07-02T09:30:00Z", 0.5)
+    assert predicted["?as_of=last"] == ("2024-07-02T09:00:00Z", 0)
+    assert predicted["?as_of=2024-07-02T12:00:00Z"] == ("2024-07-02T12:00:00Z", 3)
+    for query in ("?as_of=yesterday", "?as_of=2400-01-01"):
+        assert strict.post(f"/predict{query}", json=rows_of(*used)).status_code == 422
+        assert strict.post(f"/fhir/predict{query}", json=bundle_of(*used)).status_code == 422
+
+
+def test_a_trajectory_tells_where_the_risk_was_unknown(strict):
+    times = [f"2024-07-02T0{hour}:00:00Z" for hour in (1, 2)]
+    used = [vital("8867-4", times[0]), *(vital(code, times[1]) for code in VITALS)]
+    (prediction,) = strict.post("/predict?trajectory=9", json=rows_of(*used)).get_json()["predictions"]
+    assert [(p["as_of"], p["reason"]) for p in prediction["trajectory"]] == [
+        (times[0], "insufficient_evidence"),
+        (times[1], None),
+        ("2024-07-02T09:30:00Z", None),
+    ]
+
+
+def test_series_are_the_observations_as_the_model_reads_them(strict):
+    rows = [plain("8889-8", 90), {**plain("Temp", 100.4), "unit": "[degF]"}, plain("blood pressure", "120/80")]
+    rows += [plain("8302-2", 180), {**plain("HR", 80, 60, 100), "observation_date": "2024-07-02T07:00:00Z"}]
+    (prediction,) = strict.post("/predict?series=1", json=rows).get_json()["predictions"]
+    series = {own["code"]: own for own in prediction["series"]}
+    assert (series["HR"]["name"], series["HR"]["unit"], series["HR"]["used"]) == ("heart rate", "1/min", True)
+    assert series["HR"]["points"] == [
+        ["2024-07-02T07:00:00Z", 80, 60, 100],
+        ["2024-07-02T08:00:00Z", 90, None, None],
+    ]
+    assert series["Temp"]["points"][0][1] == 38 and series["8302-2"]["used"] is False
+    assert {own["name"] for own in prediction["series"]} >= {"systolic blood pressure", "diastolic blood pressure"}
+
+
+def test_a_site_map_of_codes_takes_effect_without_a_new_search(make_client, pipeline, tmp_path):
+    site = tmp_path / "codes.csv"
+    site.write_text("code,concept,unit\nPO-SAT,spo2,\nTEMPERATUR,temperature,[degF]\n")
+    rows = [plain("PO-SAT", 71), plain("TEMPERATUR", 102.2), plain("HR", 120)]
+    own = [plain("O2Sat", 71), plain("Temp", 39), plain("HR", 120)]
+    without = make_client().post(PREDICT, json=rows).get_json()
+    assert without["unused_codes"] == {"PO-SAT": 1, "TEMPERATUR": 1}
+    client = make_client(codes=str(site))
+    answer = client.post(PREDICT, json=rows).get_json()
+    expected = pipeline.predict(own)["sepsis_probability"].item()
+    assert answer["predictions"][0]["sepsis_probability"] == pytest.approx(expected, rel=1e-9)
+    assert answer["unused_codes"] == {}
+    digests = (
+        sqlite3.connect(tmp_path / "log.db").execute("select codes_sha256 from predictions order by id").fetchall()
+    )
+    assert digests[0] == (None,) and digests[1][0]
+    assert client.get("/model").get_json()["site_codes"] == {
+        "PO-SAT": ["spo2", ""],
+        "TEMPERATUR": ["temperature", "[degF]"],
+    }
+
+
+def test_a_site_map_that_contradicts_the_training_is_refused(make_client, tmp_path):
+    (tmp_path / "codes.csv").write_text("code,concept\nHR,temperature\n")
+    assert make_client(codes=str(tmp_path / "codes.csv")).get("/ready").status_code == 503
+
+
+# ------------------------------------------------------------------------- FHIR: versions, people, what is said
+
+
+def basis_of(client, bundle):
+    entries = client.post(FHIR, json=bundle).get_json()["entry"]
+    told = " ".join(i["diagnostics"] for e in entries for i in e["resource"].get("issue", []))
+    return [b["reference"] for b in entries[0]["resource"].get("basis", [])], told
+
+
+def test_fhir_a_newer_version_replaces_the_older(client, pipeline):
+    def version(value, number, **changes):
+        return {**lab("8867-4", value, "/min"), "meta": {"versionId": str(number)}, **changes}
+
+    url = "http://a.org/fhir/Observation/heart-rate"
+    for versions in ([version(70, 1), version(170, 2)], [version(170, 10), version(70, 9)]):
+        bundle = bundle_of(*versions)
+        for entry, more in zip(bundle["entry"], ("", "/_history/2"), strict=True):
+            entry["fullUrl"] = url + more
+        entries = client.post(FHIR, json=bundle).get_json()["entry"]
+        expected = pipeline.predict([plain("HR", 170, 60, 100)])["sepsis_probability"].item()
+        assert entries[0]["resource"]["prediction"][0]["probabilityDecimal"] == expected
+        assert "a newer version" in basis_of(client, bundle)[1]
+    bundle["entry"][0]["resource"]["status"] = "entered-in-error"  # the newest withdraws them all
+    assert client.post(FHIR, json=bundle).status_code == 422
+    bundle["entry"].append(bundle_of(fhir_observation(id="another"))["entry"][0])
+    references, told = basis_of(client, bundle)
+    assert references == ["urn:uuid:0"] and "its status says" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"implicitRules": "http://example.org/rules"}, "implicitRules"),
+        ({"modifierExtension": [{"url": "http://example.org/not", "valueBoolean": True}]}, "modifierExtension"),
+        ({"focus": [{"reference": "Patient/donor"}]}, "about another one"),
+    ],
+)
+def test_fhir_what_may_change_the_meaning_sets_a_resource_aside(client, changes, said):
+    references, told = basis_of(client, bundle_of(fhir_observation(**changes), fhir_observation()))
+    assert references == ["urn:uuid:1"] and said in told
+    panel = blood_pressure()
+    if "modifierExtension" in changes:
+        panel["component"][0] |= changes
+        assert said in basis_of(client, bundle_of(panel, fhir_observation()))[1]
+    bundle = {**bundle_of(fhir_observation()), "implicitRules": "http://example.org/rules"}
+    assert client.post(FHIR, json=bundle).status_code == 422
+
+
+def test_fhir_a_code_counts_with_its_system(client, pipeline):
+    """A hospital's own number that looks like LOINC's is no LOINC code, its own code of the model is."""
+    alike = fhir_observation(code={"coding": [{"system": "http://a.org/codes", "code": "8867-4"}]})
+    own = fhir_observation(code={"coding": [{"system": "http://a.org/codes", "code": "HR"}]})
+    entries = client.post(FHIR, json=bundle_of(alike, lab("8310-5", 38, "Cel"))).get_json()["entry"]
+    assert [b["reference"] for b in entries[0]["resource"]["basis"]] == ["urn:uuid:1"]
+    expected = pipeline.predict([plain("HR", 104.5, 60, 100)])["sepsis_probability"].item()
+    entries = client.post(FHIR, json=bundle_of(own)).get_json()["entry"]
+    assert entries[0]["resource"]["prediction"][0]["probabilityDecimal"] == expected
+
+
+@pytest.mark.parametrize("url", ["urn:uuid:p", "http://a.org/fhir/Patient/example", None])
+def test_fhir_a_patients_age_and_sex_are_used(client, pipeline, url):
+    person = {"resourceType": "Patient", "id": "example", "birthDate": "1950-07-03", "gender": "male"}
+    bundle = bundle_of(fhir_observation(), person)
+    bundle["entry"][1]["fullUrl"] = url
+    if url is None:
+        del bundle["entry"][1]["fullUrl"]
+    elif url.startswith("http"):
+        bundle["entry"][0]["fullUrl"] = "http://a.org/fhir/Observation/heart-rate"
+    assert {"Age", "Gender"} & set(pipeline.config.codes)
+    rows = [plain("HR", 104.5, 60, 100), plain("Age", 73), plain("Gender", 1)]
+    rows = [row for row in rows if pipeline.reproducer.is_used(row["observation_type_code"])]
+    answer = client.post(FHIR, json=bundle).get_json()["entry"][0]["resource"]
+    expected = pipeline.predict(rows)["sepsis_probability"].item()
+    assert answer["prediction"][0]["probabilityDecimal"] == expected
+    if pipeline.reproducer.is_used("Age"):
+        assert {"reference": "Patient/example"} in answer["basis"]
+
+
+def test_fhir_further_pages_are_told(client):
+    bundle = {**bundle_of(fhir_observation()), "link": [{"relation": "next", "url": "http://a.org/next"}]}
+    assert "more observations than were sent" in basis_of(client, bundle)[1]
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI, metrics
@@ -822,7 +1169,7 @@ def test_metrics_count_what_was_answered(client):
         return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*?}})? (\S+)$", text, re.M))
 
     before = count("sepsis_predictions_total"), count("sepsis_score_count"), count("sepsis_rows_set_aside_total")
-    client.post("/predict", json=[*EXAMPLE, {**EXAMPLE[0], "observation_value": ""}])
+    client.post(PREDICT, json=[*EXAMPLE, {**EXAMPLE[0], "observation_value": ""}])
     after = count("sepsis_predictions_total"), count("sepsis_score_count"), count("sepsis_rows_set_aside_total")
     assert [b - a for a, b in zip(before, after, strict=True)] == [8, 8, 1]
     assert 'sepsis_model_info{version="' in client.get("/metrics").get_data(as_text=True)

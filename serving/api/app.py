@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
-from feature_pipeline import COLUMNS, BadObservations
+from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadObservations, to_micros
 from serving.api import cds_hooks, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
@@ -26,6 +27,7 @@ from serving.api.records import Lines, code_places
 from serving.api.security import Gate, Refused
 from serving.api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
 from serving.api.settings import Settings
+from serving.deployed import LAST, NOW
 
 STATIC = Path(__file__).with_name("static")
 EXAMPLE = Path(__file__).parents[2] / "examples"
@@ -130,9 +132,9 @@ def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:
     return read_body(request, current_app.settings, types)
 
 
-def _take_turn(records: Callable[[], list[Any]] | None = None) -> Waiting:
+def _take_turn(records: Callable[[], list[Any]] | None = None, as_of: str = NOW) -> Waiting:
     """This request's turn, which lasts to its end; see `Service.take_turn`."""
-    waiting = current_app.service.take_turn(records)
+    waiting = current_app.service.take_turn(records, as_of)
     g.has_turn = not waiting.settled
     return waiting
 
@@ -206,14 +208,26 @@ def _number(name: str, most: int) -> int:
     return int(text)
 
 
+def _as_of() -> str:
+    """``?as_of=``: now, last (each visit's last observation), or a time."""
+    as_of = request.args.get("as_of", NOW)
+    if as_of not in (NOW, LAST):
+        try:
+            to_micros(as_of)
+        except BadObservations:
+            raise UnprocessableEntity("?as_of= is neither now, nor last, nor an ISO 8601 time") from None
+    return as_of
+
+
 # ---------------------------------------------------------------------------------------------------- routes
 
 
 def predict() -> Response:
-    """Observations to scores; ``?explain=N`` adds reasons, ``?trajectory=N`` the score at earlier moments."""
-    top, points = _number("explain", 20), _number("trajectory", 100)
-    service, body = current_app.service, _read_body()
-    scored = service.scored(_take_turn(lambda: _records(body)))
+    """Observations to scores; ``?as_of=`` chooses their moment, ``?explain=N`` adds reasons, ``?trajectory=N`` the
+    score at earlier moments, ``?series=1`` the observations as the model reads them."""
+    top, points, series = _number("explain", 20), _number("trajectory", 100), _number("series", 1)
+    service, as_of, body = current_app.service, _as_of(), _read_body()
+    scored = service.scored(_take_turn(lambda: _records(body), as_of))
     predictions, remarks = scored.predictions(), scored.warnings()
     if top:
         reasons, remark = scored.reasons(top)
@@ -223,12 +237,16 @@ def predict() -> Response:
     if points:
         for prediction, own in zip(predictions, scored.trajectories(points), strict=True):
             prediction["trajectory"] = own
+    if series:
+        for prediction, own in zip(predictions, scored.series(), strict=True):
+            prediction["series"] = own
     _audit("scored", scored)
     return jsonify(
         {
             "status": "success",
             "model_version": scored.pipeline.model_version,
             "predictions": predictions,
+            "unused_codes": scored.unused_codes,
             "set_aside": scored.set_aside(),
             "warnings": remarks,
         }
@@ -261,8 +279,8 @@ def _named(row: Any) -> Any:
 
 def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
-    service, body = current_app.service, _read_body(FHIR_TYPES)
-    turn = _take_turn()
+    service, as_of, body = current_app.service, _as_of(), _read_body(FHIR_TYPES)
+    turn = _take_turn(as_of=as_of)
     found = fhir.observations_of(parse_json(body), turn.model.pipeline)
     turn.records = lambda: found.records
     scored = service.scored(turn)
@@ -282,7 +300,9 @@ def cds_card() -> Response:
     found = cds_hooks.observations_of(parse_json(body), turn.model.pipeline)
     if not found.rows:
         _audit("no observations")
-        return jsonify({"cards": []})
+        version = turn.model.pipeline.model_version
+        unknown = [cds_hooks.unknown_card(UNKNOWN_REASONS[NOTHING_USABLE], cds_hooks.not_used(found), version)]
+        return jsonify({"cards": unknown if found.issues else []})
     turn.records = lambda: found.records
     scored = service.scored(turn)
     _audit("scored", scored)
@@ -319,6 +339,8 @@ def model() -> Response:
             "decision_threshold": config.decision_threshold,
             "metrics": config.metrics,
             "codes": config.codes,
+            "site_codes": pipeline.site_codes or {},
+            "minimum_evidence": asdict(config.minimum_evidence) if config.minimum_evidence else None,
             "code_prevalence": config.code_prevalence,
             "loss_without_code": config.loss_without_code,
             "limits": {name: getattr(settings, f"max_{name}") for name in ("bytes", "rows", "visits")},

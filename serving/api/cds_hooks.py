@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,11 +13,14 @@ from werkzeug.exceptions import BadRequest, PreconditionFailed, UnprocessableEnt
 from feature_pipeline import SET_ASIDE_REASONS, ProductionPipeline
 from serving.api import fhir
 from serving.api.service import Scored
+from serving.api.words import age_text, unknown_text
+from serving.evidence import unused_text
 
-PREFETCH = {
+OBSERVATIONS = {
     name: f"Observation?patient={{{{context.patientId}}}}&category={category}&_sort=-date&_count=1000"
     for name, category in (("vitals", "vital-signs"), ("laboratory", "laboratory"))
 }
+PREFETCH = {"patient": "Patient/{{context.patientId}}", **OBSERVATIONS}
 SERVICES = {
     "services": [
         {
@@ -35,8 +39,8 @@ REASONS = 3
 def observations_of(call: Any, pipeline: ProductionPipeline) -> fhir.Found:
     """The observations of the call's patient and encounter; of the patient's latest visit where it names no encounter.
 
-    No rows where the patient has none. Raises 400 for what is no call, 412 where the prefetch lacks observations or
-    tells of an error, 422 where none of them is usable.
+    No rows where the patient has none that can be used: with issues where some were sent. Raises 400 for what is no
+    call, 412 where the prefetch lacks observations or tells of an error.
     """
     if not isinstance(call, dict) or not all(isinstance(call.get(name), str) for name in ("hook", "hookInstance")):
         raise BadRequest("expected a CDS Hooks call with hook, hookInstance, context and prefetch")
@@ -50,40 +54,38 @@ def observations_of(call: Any, pipeline: ProductionPipeline) -> fhir.Found:
     if encounter is not None and (not isinstance(encounter, str) or not encounter.strip()):
         raise BadRequest("context.encounterId is not the id of an encounter")
     prefetch = call.get("prefetch")
-    given = {k: v for k, v in prefetch.items() if v is not None} if isinstance(prefetch, dict) else {}
-    found, n_bundles = fhir.Found(), 0
-    for name, bundle in given.items():
+    prefetch = prefetch if isinstance(prefetch, dict) else {}
+    if not OBSERVATIONS.keys() & prefetch.keys():
+        raise PreconditionFailed(f"the prefetch holds no observations; expected {', '.join(OBSERVATIONS)}")
+    found = fhir.Found()
+    entries, places = [], []
+    for name, given in prefetch.items():
         where = f"prefetch.{name}" if name in PREFETCH else "prefetch"
-        if isinstance(bundle, dict) and bundle.get("resourceType") == "Bundle":
-            n_bundles += 1
-            entries = bundle.get("entry")
-            fhir.collect(entries if isinstance(entries, list) else [], pipeline, found, f"{where}.entry")
-            if has_more(bundle):
+        kind = given.get("resourceType") if isinstance(given, dict) else None
+        if kind == "Bundle":
+            inside = given.get("entry")
+            inside = inside if isinstance(inside, list) else []
+            places += [f"{where}.entry[{i}]" for i in range(len(inside))]
+            entries += inside
+            if fhir.has_more(given):
                 found.set_aside(where, "further_pages")
-        else:
-            failed = isinstance(bundle, dict) and bundle.get("resourceType") == "OperationOutcome"
-            found.set_aside(where, "source_failed" if failed else "malformed")
-    if not n_bundles or (not found.rows and found.set_aside_counts["source_failed"]):
-        raise PreconditionFailed(
-            f"the prefetch holds no observations ({found.first_issues() or 'it is empty'}); "
-            f"expected {', '.join(PREFETCH)}"
-        )
+        elif kind == "Patient":
+            entries.append({"resource": given})
+            places.append(where)
+        elif given is not None:  # null: there are no data
+            found.set_aside(where, "source_failed" if kind == "OperationOutcome" else "malformed")
+    fhir.collect(entries, pipeline, found, places)
+    if not found.rows and found.set_aside_counts["source_failed"]:
+        raise PreconditionFailed(f"the prefetch holds no observations ({found.first_issues()})")
     asked = of_visit(found, patient.strip(), encounter and encounter.strip())
-    if not asked.rows and asked.issues:
-        raise UnprocessableEntity(f"the prefetch has no usable Observation: {asked.first_issues()}")
+    fhir.add_people(asked, pipeline)
     return asked
-
-
-def has_more(bundle: dict[str, Any]) -> bool:
-    """Are there observations that the bundle does not hold?"""
-    links = bundle.get("link")
-    return isinstance(links, list) and any(isinstance(link, dict) and link.get("relation") == "next" for link in links)
 
 
 def of_visit(found: fhir.Found, patient: str, encounter: str | None) -> fhir.Found:
     """What was found of a patient's visit: the named encounter, or the one with the latest observation. A patient whose
     observations name no encounter is one visit. Raises 422 where several servers have a patient of that id."""
-    asked = fhir.Found(issues=found.issues, set_aside_counts=found.set_aside_counts)
+    asked = replace(found, rows=[])
     own = [row for row in found.rows if has_id(row.visit[0], patient)]
     if len(own) < len(found.rows):
         asked.set_aside("prefetch", "other_patient", n=len(found.rows) - len(own))
@@ -105,40 +107,58 @@ def has_id(identity: fhir.Identity, resource_id: str) -> bool:
 
 
 def cards(found: fhir.Found, scored: Scored) -> list[dict[str, Any]]:
-    """A card for each visit with a score, the highest risk first."""
+    """A card for each visit, the highest risk first; one of unknown risk says so."""
     horizon = scored.horizon_hours
     within = f" within {horizon:g} h" if horizon is not None else ""
     reasons, _ = scored.reasons(REASONS)
     remarks = [*scored.warnings(), *not_used(found, scored)]
+    version = scored.pipeline.model_version
     out = []
     for prediction, own in zip(scored.predictions(), reasons, strict=True):
-        p = prediction["sepsis_probability"]
-        if p is None:
-            continue
+        p, hours = prediction["sepsis_probability"], prediction["hours_since_newest"]
         moment = f"{datetime.fromisoformat(prediction['as_of']):%Y-%m-%d %H:%M} UTC"
-        detail = [f"Probability of sepsis{within} of {moment}, the time of the latest observation: {percent(p)}."]
+        age = "" if hours is None else f"The newest observation that the model uses is {age_text(hours)} old."
+        if p is None:
+            why = unknown_text(prediction["reason"], prediction["missing"], hours)
+            out.append((-1, unknown_card(why, [age, *remarks], version)))
+            continue
+        detail = [f"Probability of sepsis{within} of {moment}: {percent(p)}. {age}"]
         if own:
             detail += ["", "Strongest reasons:", ""]
-            detail += [f"- {'raises' if r['contribution'] > 0 else 'lowers'} the risk: {told(r)}" for r in own]
-        detail += ["", *(f"_{text}_" for text in remarks)]
-        detail.append("Research software; no medical device. It does not replace clinical judgement.")
-        card = {
-            "uuid": str(uuid.uuid4()),
-            "summary": f"Sepsis risk {prediction['risk_level']}: {percent(p)}{within} of {moment}",
-            "detail": "\n".join(detail),
-            "indicator": INDICATORS[prediction["risk_level"]],
-            "source": {"label": f"Sepsis risk model {scored.pipeline.model_version}"},
-        }
-        out.append((p, card))
+            detail += [f"- {'raises' if r['contribution'] > 0 else 'lowers'} the risk: {r['text']}" for r in own]
+        summary = f"Sepsis risk {prediction['risk_level']}: {percent(p)}{within} of {moment}"
+        out.append((p, card(summary, detail, remarks, INDICATORS[prediction["risk_level"]], version)))
     out.sort(key=lambda item: -item[0])
     return [card for _, card in out]
 
 
-def not_used(found: fhir.Found, scored: Scored) -> list[str]:
-    """A sentence where data were set aside."""
+def unknown_card(why: str, remarks: list[str], version: str) -> dict[str, Any]:
+    """A card that says that the risk is unknown, which is no sign that it is low."""
+    detail = [f"The risk of sepsis is unknown: {why}. This does not mean that it is low."]
+    return card("Sepsis risk UNKNOWN: too little recent data", detail, remarks, INDICATORS["UNKNOWN"], version)
+
+
+def card(summary: str, detail: list[str], remarks: list[str], indicator: str, version: str) -> dict[str, Any]:
+    lines = [*detail, "", *(f"_{text}_" for text in remarks if text)]
+    lines.append("Research software; no medical device. It does not replace clinical judgement.")
+    return {
+        "uuid": str(uuid.uuid4()),
+        "summary": summary,
+        "detail": "\n".join(lines),
+        "indicator": indicator,
+        "source": {"label": f"Sepsis risk model {version}"},
+    }
+
+
+def not_used(found: fhir.Found, scored: Scored | None = None) -> list[str]:
+    """A sentence where data were set aside, and one on codes that the model does not use."""
     counts = [(n, fhir.NOT_USED[reason].partition(":")[0]) for reason, n in found.set_aside_counts.items()]
-    counts += [(n, SET_ASIDE_REASONS[reason]) for reason, n in scored.observations.set_aside.items()]
-    return [f"Not used: {'; '.join(f'{n} x {why}' for n, why in counts)}."] if counts else []
+    if scored is not None:
+        counts += [(n, SET_ASIDE_REASONS[reason]) for reason, n in scored.observations.set_aside.items()]
+    told = [f"Not used: {'; '.join(f'{n} x {why}' for n, why in counts)}."] if counts else []
+    if scored is not None and scored.unused_codes:
+        told.append(f"Not used: {unused_text(scored.unused_codes)}.")
+    return told
 
 
 def percent(p: float) -> str:
@@ -148,9 +168,3 @@ def percent(p: float) -> str:
     if p > 0.999:
         return "above 99.9%"
     return f"{100 * p:.1f}%" if p < 0.1 else f"{math.floor(100 * p + 0.5)}%" if p < 0.99 else f"{100 * p:.1f}%"
-
-
-def told(reason: dict[str, Any]) -> str:
-    """A feature with its value, for people."""
-    value = reason["value"]
-    return f"{reason['feature']} = {value:.4g}" if value is not None else f"{reason['feature']} not measured"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +26,16 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
 from common.fhir import NOT_USED as PART_NOT_USED
 from common.fhir import Identity, NotUsed, Reading, readings
-from common.units import own_terms
-from feature_pipeline import ProductionPipeline
+from feature_pipeline import ProductionPipeline, iso_times, to_micros, to_unit
 from serving.api.service import Scored, count_set_aside
+from serving.api.words import unknown_text
+from serving.evidence import unused_text
 
 MIME = "application/fhir+json"
 SEPSIS = {"system": "http://snomed.info/sct", "code": "91302008", "display": "Sepsis"}
 RISK_CODES = {"LOW": "low", "MEDIUM": "moderate", "HIGH": "high"}
+AGE, SEX = "30525-0", "46098-0"  # LOINC
+SEXES = {"male": 1, "female": 0}  # as a table of observations has them
 MOST_ISSUES = 50
 # why something of a bundle is not used; the keys are the metrics' reasons
 NOT_USED = {
@@ -39,6 +43,7 @@ NOT_USED = {
     "malformed": "no resource",
     "source_failed": "the source reports an error",
     "bad_unit": "its unit cannot be converted",
+    "superseded": "a newer version of it is in the Bundle",
     "other_patient": "of another patient",
     "further_pages": "there are more observations than were sent",
 }
@@ -56,7 +61,7 @@ class Row:
     record: dict[str, Any]
     subject: dict[str, Any]
     encounter: dict[str, Any] | None
-    reference: str  # to the Observation
+    reference: str  # to the Observation; empty where there is none
 
 
 @dataclass
@@ -66,6 +71,8 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     issues: list[dict[str, Any]] = field(default_factory=list)
     set_aside_counts: Counter[str] = field(default_factory=Counter)
+    patients: dict[Identity, dict[str, Any]] = field(default_factory=dict)  # Patient resources
+    same: dict[Identity, Identity] = field(default_factory=dict)  # other names of a resource of the Bundle
 
     def set_aside(self, where: str, reason: str, more: str = "", n: int = 1) -> None:
         """Notes that what stands at `where`, `n` observations, is not used, for a reason of `NOT_USED`."""
@@ -106,41 +113,109 @@ def observations_of(bundle: Any, pipeline: ProductionPipeline) -> Found:
     """The observations of a bundle. Raises 400 or 422 where it is no bundle or has nothing to use."""
     if not isinstance(bundle, dict) or bundle.get("resourceType") != "Bundle":
         raise BadRequest("expected a FHIR R4 Bundle of Observation resources")
+    if bundle.get("implicitRules"):
+        raise UnprocessableEntity("the Bundle has implicitRules, which this service does not understand")
     entries = bundle.get("entry")
     if not isinstance(entries, list) or not entries:
         raise UnprocessableEntity("the Bundle has no entry; expected Observation resources")
     found = Found()
     collect(entries, pipeline, found)
+    if has_more(bundle):
+        found.set_aside("Bundle.link", "further_pages")
     if not found.rows:
         raise UnprocessableEntity(f"the Bundle has no usable Observation: {found.first_issues() or 'none is in it'}")
+    add_people(found, pipeline)
     return found
 
 
-def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, path: str = "Bundle.entry") -> None:
-    """Adds the Observations among `entries` to `found`."""
-    kinds = {}  # what a full URL stands for
-    for entry in entries:
-        if (
-            isinstance(entry, dict)
-            and isinstance(entry.get("fullUrl"), str)
-            and isinstance(entry.get("resource"), dict)
-        ):
-            kinds[entry["fullUrl"]] = entry["resource"].get("resourceType")
-    for i, entry in enumerate(entries):
-        where = f"{path}[{i}]"
-        resource = entry.get("resource") if isinstance(entry, dict) else None
+def has_more(bundle: dict[str, Any]) -> bool:
+    """Are there observations that the bundle does not hold?"""
+    links = bundle.get("link")
+    return isinstance(links, list) and any(isinstance(link, dict) and link.get("relation") == "next" for link in links)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A resource of a Bundle and where it stands."""
+
+    resource: dict[str, Any]
+    url: str  # its full URL, without a version
+    where: str
+
+    @property
+    def base(self) -> str:
+        """The server that it is on, as far as its URL tells."""
+        match = re.fullmatch(r"(https?://[^\s?#|]+/)[A-Z][A-Za-z]+/[^/]+", self.url)
+        return match[1] if match else ""
+
+    @property
+    def identity(self) -> Identity | None:
+        """What a reference to it names."""
+        kind, number = self.resource.get("resourceType"), self.resource.get("id")
+        if match := re.fullmatch(r"(urn:(?:uuid|oid)):([^\s|]+)", self.url):
+            return Identity(match[1], match[2])
+        if self.base:
+            return Identity(f"{self.base}{kind}", self.url.rpartition("/")[2])
+        return Identity(str(kind), number) if isinstance(number, str) and number else None
+
+    @property
+    def version(self) -> tuple[str, int]:
+        """Later versions compare as greater."""
+        meta = self.resource.get("meta")
+        meta = meta if isinstance(meta, dict) else {}
+        try:
+            updated = iso_times([to_micros(meta["lastUpdated"])])[0]
+        except Exception:
+            updated = ""
+        number = str(meta.get("versionId", ""))
+        return updated or "", int(number) if re.fullmatch("[0-9]{1,18}", number) else 0
+
+
+def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, places: Sequence[str] = ()) -> None:
+    """Adds the Observations and Patients among `entries` to `found`, of each resource the newest version. `places` say
+    where the entries stand; in the Bundle itself if not given."""
+    newest: dict[Any, Entry] = {}
+    for i, given in enumerate(entries):
+        where = places[i] if places else f"Bundle.entry[{i}]"
+        resource = given.get("resource") if isinstance(given, dict) else None
         if not isinstance(resource, dict):
             found.set_aside(where, "malformed")
-        elif failed(resource):
+            continue
+        if failed(resource):
             found.set_aside(where, "source_failed")
-        elif resource.get("resourceType") == "Observation":
-            try:
-                Observation.model_validate(resource)
-            except (ValidationError, ValueError, TypeError, ArithmeticError) as error:
-                found.set_aside(where, "bad_resource", f": {_first_problem(error)}")
-            else:
-                url = entry.get("fullUrl")
-                _add(resource, url if isinstance(url, str) else "", where, pipeline, found, kinds)
+            continue
+        url = given.get("fullUrl")
+        entry = Entry(resource, url.partition("/_history/")[0] if isinstance(url, str) else "", where)
+        key = (resource.get("resourceType"), entry.identity) if entry.identity else where
+        if (other := newest.get(key)) is not None:
+            older, entry = (other, entry) if entry.version >= other.version else (entry, other)
+            if older.resource != entry.resource and resource.get("resourceType") == "Observation":
+                found.set_aside(older.where, "superseded")
+        newest[key] = entry
+    kinds = {entry.url: entry.resource.get("resourceType") for entry in newest.values() if entry.url}
+    for entry in newest.values():
+        _know(entry, found)
+    for entry in newest.values():
+        if entry.resource.get("resourceType") != "Observation":
+            continue
+        try:
+            Observation.model_validate(entry.resource)
+        except (ValidationError, ValueError, TypeError, ArithmeticError) as error:
+            found.set_aside(entry.where, "bad_resource", f": {_first_problem(error)}")
+        else:
+            _add(entry, pipeline, found, kinds)
+
+
+def _know(entry: Entry, found: Found) -> None:
+    """Notes a Patient's or an Encounter's names, and what a Patient says of a person."""
+    resource, identity, number = entry.resource, entry.identity, entry.resource.get("id")
+    kind = resource.get("resourceType")
+    if kind not in ("Patient", "Encounter") or identity is None:
+        return
+    if identity.place.startswith("urn:") and isinstance(number, str) and number:
+        found.same[Identity(kind, number)] = identity  # a relative reference to an entry whose URL is a urn
+    if kind == "Patient" and not (resource.get("implicitRules") or resource.get("modifierExtension")):
+        found.patients[identity] = resource
 
 
 def failed(resource: dict[str, Any]) -> bool:
@@ -160,33 +235,73 @@ def _first_problem(error: Exception) -> str:
     return type(error).__name__
 
 
-def _add(resource, url, where, pipeline, found, kinds) -> None:
-    server = re.fullmatch(r"(https?://[^\s?#|]+/)Observation/[^/]+", url)
-    reference = url or (f"Observation/{resource['id']}" if resource.get("id") else "")
-    for part in readings(resource, server[1] if server else "", kinds):
+def _add(entry: Entry, pipeline: ProductionPipeline, found: Found, kinds: dict[str, Any]) -> None:
+    resource = entry.resource
+    reference = entry.url or (f"Observation/{resource['id']}" if resource.get("id") else "")
+    for part in readings(resource, entry.base, kinds):
+        where = f"{entry.where}{part.where}"
         if isinstance(part, NotUsed):
-            found.set_aside(f"{where}{part.where}", part.reason)
-            continue
-        record = _record(part, f"{where}{part.where}", pipeline, found)
-        if record:
+            found.set_aside(where, part.reason)
+        elif (record := _record(part, pipeline)) is None:
+            found.set_aside(where, "bad_unit")
+        else:
             # a time without a zone is taken as UTC, as everywhere
             moment = part.time if part.time.tzinfo else part.time.replace(tzinfo=UTC)
-            visit = (part.patient, part.encounter)
-            found.rows.append(Row(visit, moment, record, resource["subject"], resource.get("encounter"), reference))
+            patient, encounter = (found.same.get(name, name) for name in (part.patient, part.encounter))
+            row = Row((patient, encounter), moment, record, resource["subject"], resource.get("encounter"), reference)
+            found.rows.append(row)
 
 
-def _record(part: Reading, where: str, pipeline: ProductionPipeline, found: Found) -> dict[str, Any] | None:
-    """The observation's code, value and range in the model's own terms; None where it is set aside."""
-    known = [code for code in part.codes if pipeline.own_code(code) in pipeline.config.codes]
-    code = known[0] if known else part.codes[0]
-    record = own_terms(pipeline, code, part.value, part.unit, None, None)
-    if isinstance(record, str):
-        return found.set_aside(where, "bad_unit", f": {record}")
-    for name, bound in (("reference_range_min", part.low), ("reference_range_max", part.high)):
-        if bound is not None:
-            own = own_terms(pipeline, code, *bound, None, None)
-            record[name] = None if isinstance(own, str) else own["observation_value"]
-    return record
+def _record(part: Reading, pipeline: ProductionPipeline) -> dict[str, Any] | None:
+    """The observation's code, and its value and range in the unit of the code's concept; None where that cannot be."""
+    reproducer = pipeline.reproducer
+    code = next((code for code in part.codes if reproducer.is_used(reproducer.codes.own_code(code))), part.codes[0])
+    concept, coded_in = reproducer.codes.meaning(code)
+    bounds = {"reference_range_min": part.low, "reference_range_max": part.high}
+    if concept is None or (part.unit is None and coded_in == concept.unit):
+        plain = {name: bound[0] if bound and bound[1] == part.unit else None for name, bound in bounds.items()}
+        return {"observation_type_code": code, "observation_value": part.value, **plain}
+    value = to_unit(concept, part.value, part.unit or coded_in)
+    if value is None:
+        return None
+    own = {name: bound and to_unit(concept, bound[0], bound[1] or coded_in) for name, bound in bounds.items()}
+    return {"observation_type_code": code, "observation_value": value, "unit": concept.unit, **own}
+
+
+def add_people(found: Found, pipeline: ProductionPipeline) -> None:
+    """Adds age and sex from the Patient resources to visits without such observations, if the model uses them. They
+    count from the visit's first observation on."""
+    codes = pipeline.reproducer.codes
+    wanted = [code for code in (AGE, SEX) if pipeline.reproducer.is_used(codes.own_code(code))]
+    by_visit: dict[Visit, list[Row]] = {}
+    for row in found.rows:
+        by_visit.setdefault(row.visit, []).append(row)
+    for visit, rows in by_visit.items():
+        patient = found.patients.get(visit[0], {})
+        first = min(rows, key=lambda row: row.moment)
+        told = {codes.own_code(row.record["observation_type_code"]) for row in rows}
+        for code in wanted:
+            value = age_at(patient.get("birthDate"), first.moment) if code == AGE else SEXES.get(patient.get("gender"))
+            if value is not None and codes.own_code(code) not in told:
+                record = {"observation_type_code": code, "observation_value": value}
+                reference = f"{patient['resourceType']}/{patient['id']}" if patient.get("id") else ""
+                found.rows.append(Row(visit, first.moment, record, first.subject, first.encounter, reference))
+
+
+def age_at(born: Any, moment: datetime) -> int | None:
+    """Full years; of a date without day or month its middle is taken.
+
+    >>> age_at("1950-07-02", datetime(2024, 7, 1)), age_at("1950", datetime(2024, 7, 1)), age_at("?", datetime.now())
+    (73, 74, None)
+    """
+    if not isinstance(born, str) or not re.fullmatch(r"\d{4}(-\d\d){0,2}", born, re.ASCII):
+        return None
+    try:
+        birth = date.fromisoformat(born + ("-07-01", "-15", "")[born.count("-")])
+    except ValueError:
+        return None
+    age = moment.year - birth.year - ((moment.month, moment.day) < (birth.month, birth.day))
+    return age if 0 <= age <= 130 else None
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -195,31 +310,31 @@ def _record(part: Reading, where: str, pipeline: ProductionPipeline, found: Foun
 def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
     """A Bundle: a RiskAssessment for each visit, then an OperationOutcome where something was not used.
 
-    Probabilities are fractions from 0 to 1, and the `whenRange` is the hours from the last observation.
+    Probabilities are fractions from 0 to 1, and the `whenRange` is the hours from the moment of the assessment. A
+    visit of unknown risk has a RiskAssessment without prediction, and the reason as a note.
     """
     rows_of: dict[tuple[str, str], list[Row]] = {}
     for row in found.rows:
         rows_of.setdefault(found.names[row.visit], []).append(row)
+    used = used_references(found, scored)
     entries = []
     for key, prediction in zip(scored.observations.keys(), scored.predictions(), strict=True):
-        first, references = rows_of[key][0], dict.fromkeys(row.reference for row in rows_of[key] if row.reference)
-        outcome: dict[str, Any] = {"outcome": {"coding": [SEPSIS], "text": "Sepsis"}}
-        if (p := prediction["sepsis_probability"]) is not None:
-            outcome["probabilityDecimal"] = p
-            level = prediction["risk_level"]
-            system = "http://terminology.hl7.org/CodeSystem/risk-probability"
-            outcome["qualitativeRisk"] = {"coding": [{"system": system, "code": RISK_CODES[level]}], "text": level}
-        if (hours := scored.horizon_hours) is not None:
-            bound = {"unit": "h", "system": "http://unitsofmeasure.org", "code": "h"}
-            outcome["whenRange"] = {"low": {"value": 0, **bound}, "high": {"value": hours, **bound}}
+        first = rows_of[key][0]
         resource = {
             "resourceType": "RiskAssessment",
             "status": "final",
             "subject": first.subject,
             "method": {"text": f"sepsis risk model {scored.pipeline.model_version}"},
-            "basis": [{"reference": reference} for reference in references],
-            "prediction": [outcome],
+            "basis": [{"reference": reference} for reference in used.get(key, {})],
         }
+        if prediction["reason"] is None:
+            resource["prediction"] = [_prediction(prediction, scored.horizon_hours)]
+        else:
+            why = unknown_text(prediction["reason"], prediction["missing"], prediction["hours_since_newest"])
+            resource["note"] = [{"text": f"Risk UNKNOWN ({prediction['reason']}): {why}."}]
+        if (newest := prediction["newest_observation"]) is not None:
+            text = f"Newest observation that the model uses: {newest}, {prediction['hours_since_newest']:g} h before."
+            resource.setdefault("note", []).append({"text": text})
         if prediction["as_of"]:
             resource["occurrenceDateTime"] = prediction["as_of"]
         if first.encounter is not None:
@@ -229,12 +344,45 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
         RiskAssessment.model_validate(resource)
         entries.append({"resource": resource})
     issues = found.issues + _set_aside_issues(scored.set_aside())
-    issues += [{"severity": "information", "code": "incomplete", "diagnostics": text} for text in scored.warnings()]
+    told = [*scored.warnings(), *([unused_text(scored.unused_codes, MOST_ISSUES)] if scored.unused_codes else [])]
+    issues += [{"severity": "information", "code": "incomplete", "diagnostics": text} for text in told]
     if issues:
         entries.append({"resource": operation_outcome(issues)})
     bundle = {"resourceType": "Bundle", "type": "collection", "entry": entries}
     Bundle.model_validate(bundle)
     return bundle
+
+
+def _prediction(prediction: dict[str, Any], hours: float | None) -> dict[str, Any]:
+    level = prediction["risk_level"]
+    system = "http://terminology.hl7.org/CodeSystem/risk-probability"
+    outcome: dict[str, Any] = {
+        "outcome": {"coding": [SEPSIS], "text": "Sepsis"},
+        "probabilityDecimal": prediction["sepsis_probability"],
+        "qualitativeRisk": {"coding": [{"system": system, "code": RISK_CODES[level]}], "text": level},
+    }
+    if hours is not None:
+        bound = {"unit": "h", "system": "http://unitsofmeasure.org", "code": "h"}
+        outcome["whenRange"] = {"low": {"value": 0, **bound}, "high": {"value": hours, **bound}}
+    return outcome
+
+
+def used_references(found: Found, scored: Scored) -> dict[tuple[str, str], dict[str, None]]:
+    """Of each visit the resources that the model's features were computed from, in the order of the Bundle."""
+    o = scored.observations
+    keys, codes = o.keys(), o.codes
+    group = [(keys[visit], codes[code]) for visit, code in zip(o.group_visit, o.group_code, strict=True)]
+    length = (o.group_start[1:] - o.group_start[:-1]).tolist()
+    of_row: Iterable[Any] = (name for name, n in zip(group, length, strict=True) for _ in range(n))
+    used = {
+        (*name, time) for name, time, is_used in zip(of_row, o.time.tolist(), scored.used_rows, strict=True) if is_used
+    }
+    out: dict[tuple[str, str], dict[str, None]] = {}
+    for row in found.rows:
+        key, code = found.names[row.visit], scored.codes.own_code(row.record["observation_type_code"])
+        if row.reference and (key, code, round(row.moment.timestamp() * 1e6)) in used:
+            out.setdefault(key, {})[row.reference] = None
+    return out
 
 
 def _set_aside_issues(aside: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ registry = CollectorRegistry()
 REQUESTS = Counter("sepsis_requests", "Requests answered", ["route", "status"], registry=registry)
 LATENCY = Histogram("sepsis_request_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=registry)
 PREDICTIONS = Counter("sepsis_predictions", "Visits scored", ["risk_level"], registry=registry)
+UNKNOWN = Counter("sepsis_unknown_risk", "Visits whose risk is unknown", ["reason"], registry=registry)
 SCORE = Histogram("sepsis_score", "Probabilities given", buckets=SCORES, registry=registry)
 SET_ASIDE = Counter("sepsis_rows_set_aside", "Observations not used", ["reason"], registry=registry)
+UNUSED = Counter("sepsis_unused_observations", "Observations of codes that the model does not use", registry=registry)
 LOG_ERRORS = Counter("sepsis_log_errors", "Lines that a log could not take", ["log"], registry=registry)
 MODEL = Gauge(
     "sepsis_model_info",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS
+from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS, UNIT_COLUMN, UNKNOWN_REASONS
 from serving.api.settings import Settings
 
 
@@ -53,8 +53,10 @@ def _paths(settings: Settings) -> dict[str, Any]:
                 "summary": "Scores of all visits in a list of observations",
                 "description": f"{limits} Rows that cannot be used are reported under set_aside; the others go on.",
                 "parameters": [
+                    _AS_OF,
                     _option("explain", 20, "the strongest reasons of each visit"),
                     _option("trajectory", 100, "the score at so many earlier moments of each visit"),
+                    _option("series", 1, "1: each visit's observations as the model reads them"),
                 ],
                 "requestBody": _body("application/json", "Observations"),
                 "responses": {"200": _answer("Scores", "Predictions"), **_errors(scored)},
@@ -66,6 +68,7 @@ def _paths(settings: Settings) -> dict[str, Any]:
                 "operationId": "fhirPredict",
                 "summary": "A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments",
                 "description": f"{limits} LOINC codes are mapped to the model's own, units are converted.",
+                "parameters": [_AS_OF],
                 "requestBody": _body(fhir, "Bundle", "application/json"),
                 "responses": {
                     "200": _answer("A Bundle of RiskAssessments", "Bundle", fhir),
@@ -113,6 +116,17 @@ def _paths(settings: Settings) -> dict[str, Any]:
 _SECURITY = [{"bearer": []}, {"header": []}, {}]
 
 
+_AS_OF = {
+    "name": "as_of",
+    "in": "query",
+    "description": "the moment that is scored: now, last (each visit's last observation), or an ISO 8601 time",
+    "schema": {
+        "anyOf": [{"enum": ["now", "last"]}, {"type": "string", "format": "date-time"}],
+        "default": "now",
+    },
+}
+
+
 def _option(name: str, most: int, what: str) -> dict[str, Any]:
     schema = {"type": "integer", "minimum": 0, "maximum": most, "default": 0}
     return {"name": name, "in": "query", "description": what, "schema": schema}
@@ -157,16 +171,35 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             ),
         },
     )
-    reason = _object(feature=text, value={"type": ["number", "null"]}, contribution={"type": "number"})
-    point = _object(as_of=text, sepsis_probability=probability)
+    number = {"type": ["number", "null"]}
+    time_ = {"type": ["string", "null"]}
+    why = {"enum": [None, *UNKNOWN_REASONS], "description": "why the risk is UNKNOWN"}
+    reason = _object(feature=text, value=number, contribution={"type": "number"}, text=text)
+    point = _object(as_of=text, sepsis_probability=probability, reason=why)
+    series = _object(
+        code=text,
+        name=text,
+        unit=text,
+        used={"type": "boolean", "description": "does the model look at this code?"},
+        points={
+            "type": "array",
+            "items": {"type": "array", "description": "time, value, lower and upper bound of the reference range"},
+        },
+    )
     prediction = _object(
         visit_id=name,
         client=name,
         sepsis_probability=probability,
         risk_level={"enum": ["LOW", "MEDIUM", "HIGH", "UNKNOWN"]},
-        as_of={"type": ["string", "null"], "description": "time of the last observation, UTC"},
+        reason=why,
+        missing={"type": "array", "items": text, "description": "quantities that were not measured recently"},
+        as_of={**time_, "description": "the moment that is scored, UTC"},
+        newest_observation={**time_, "description": "of those that the model uses, UTC"},
+        hours_since_newest=number,
+        num_observations={"type": "integer", "description": "that the model uses"},
     )
     prediction["properties"] |= {
+        "series": {"type": "array", "items": series},
         "reasons": {"type": "array", "items": reason},
         "trajectory": {"type": "array", "items": point},
     }
@@ -179,6 +212,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             "observation_type_code": {**text, "examples": ["HR"]},
             "observation_value": {**cell, "examples": [92]},
             **{bound: {**cell, "description": "may be absent"} for bound in RANGE_COLUMNS},
+            UNIT_COLUMN: {"type": ["string", "null"], "description": "UCUM or a usual spelling; may be absent"},
         },
         "required": list(REQUIRED_COLUMNS),
     }
@@ -189,6 +223,11 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             status={"const": "success"},
             model_version=text,
             predictions={"type": "array", "items": prediction},
+            unused_codes={
+                "type": "object",
+                "additionalProperties": {"type": "integer"},
+                "description": "observations of codes that the model does not use, by code",
+            },
             set_aside=set_aside,
             warnings={"type": "array", "items": text},
         ),

@@ -7,15 +7,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from common.command_line import log
+from common.command_line import log, read_site_codes
 from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
     SET_ASIDE_REASONS,
+    Assessment,
     BadObservations,
+    Codes,
     FeaturePipelineError,
     NotExplainable,
     Observations,
@@ -24,7 +30,8 @@ from feature_pipeline import (
 )
 from serving.api import metrics
 from serving.api.settings import Settings
-from serving.deployed import LOOK_SECONDS, Deployed, ServedModel
+from serving.api.words import code_words, reason_text
+from serving.deployed import LOOK_SECONDS, NOW, Deployed, ServedModel, moments_of
 
 MOST_REASONS = 20
 MOST_POINTS = 100
@@ -52,6 +59,7 @@ class Service:
         self._deployed: Deployed | None = None
         self._problem = ""
         self._tried = -math.inf  # by the monotonic clock
+        self.clock: Callable[[], float] = time.time
 
     def model(self) -> ServedModel:
         """The model as it is now. Raises `NoModel`."""
@@ -71,7 +79,8 @@ class Service:
             raise NoModel(self._problem)
         self._tried = time.monotonic()
         try:
-            pipeline = ProductionPipeline(self.settings.config, self.settings.model)
+            site_codes = read_site_codes(self.settings.codes)
+            pipeline = ProductionPipeline(self.settings.config, self.settings.model, site_codes)
         except FeaturePipelineError as error:
             if str(error) != self._problem:
                 self._problem = str(error)
@@ -86,13 +95,14 @@ class Service:
             metrics.MODEL.labels(old.model_version).set(0)
         metrics.MODEL.labels(new.model_version).set(1)
 
-    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None) -> Waiting:
-        """Waits until no other thread works on a request; `leave` ends the turn.
+    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None, as_of: str = NOW) -> Waiting:
+        """Waits until no other thread works on a request; `leave` ends the turn. `as_of` says which moment is scored,
+        as `moments_of` has it.
 
         Where `records`, which gives the request's observations, is known before, another thread may score the request
         meanwhile: then it is `settled` and there is no turn to leave. Raises `NoModel`.
         """
-        own = Waiting(self.model(), records)
+        own = Waiting(self.model(), records, as_of)
         with self._lock_of_turns:
             if not self._busy:
                 self._busy = True
@@ -161,9 +171,13 @@ class Service:
             records = waiting.records()
             if len(records) > self.settings.max_rows:
                 raise TooMuch(f"{len(records):,} observations; a request may hold {self.settings.max_rows:,}")
-            observations = waiting.model.read(records)
+            now = self.clock()
+            observations = waiting.model.read(records, now)
+            if not observations.n_visits:
+                observations.check_usable()  # no row names a visit: there is nobody whose risk could be unknown
             if observations.n_visits > self.settings.max_visits:
                 raise TooMuch(f"{observations.n_visits:,} visits; a request may hold {self.settings.max_visits:,}")
+            waiting.moments = moments_of(observations, waiting.as_of, now)
         except Exception as error:
             if isinstance(error, BadObservations):
                 count_set_aside(error.set_aside)
@@ -177,23 +191,26 @@ class Service:
             return
         model, parts = batch[0].model, [waiting.observations for waiting in batch]
         observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
-        visit, moments = np.arange(observations.n_visits), observations.last_time
-        found = model.score(observations, visit, moments)
-        probability, level = found.probability, found.level
-        levels = level.tolist()
-        for level in levels:
+        moments = np.concatenate([waiting.moments for waiting in batch])
+        found = model.score(observations, np.arange(observations.n_visits), moments)
+        for level in found.level.tolist():
             metrics.PREDICTIONS.labels(level).inc()
-        for p in probability.tolist():
-            if p == p:
-                metrics.SCORE.observe(p)
+        for reason in filter(None, found.reason.tolist()):
+            metrics.UNKNOWN.labels(reason).inc()
+        for p in found.probability[~np.isnan(found.probability)].tolist():
+            metrics.SCORE.observe(p)
         first = 0
         for waiting, own in zip(batch, parts, strict=True):
             count_set_aside(own.set_aside)
             rows = slice(first, first + own.n_visits)
-            waiting.scored = Scored(
-                model.pipeline, own, moments[rows], probability[rows], levels[rows], self.settings.max_visits
-            )
+            waiting.scored = Scored(model.pipeline, own, waiting.moments, _part(found, rows), self.settings.max_visits)
+            metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
             first += own.n_visits
+
+
+def _part(found: Assessment, rows: slice) -> Assessment:
+    """The assessment of some of the snapshots."""
+    return replace(found, **{f.name: getattr(found, f.name)[rows] for f in fields(found) if f.name != "inputs"})
 
 
 def count_set_aside(set_aside: dict[str, int]) -> None:
@@ -207,7 +224,9 @@ class Waiting:
 
     model: ServedModel
     records: Callable[[], Sequence[Any]] | None
+    as_of: str = NOW
     observations: Observations | None = None
+    moments: np.ndarray | None = None
     scored: Scored | None = None
     error: Exception | None = None
     go: threading.Lock = field(default_factory=threading.Lock)
@@ -223,13 +242,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Scored:
-    """A request's visits, in order of first appearance, and their scores."""
+    """A request's visits, in order of first appearance, and their risk."""
 
     pipeline: ProductionPipeline
     observations: Observations
-    moments: np.ndarray  # (n_visits,) microseconds since 1970 UTC, of the last observation
-    probability: np.ndarray  # (n_visits,)
-    levels: list[str]
+    moments: np.ndarray  # (n_visits,) microseconds since 1970 UTC, that the risk is of
+    found: Assessment
     most_snapshots: int
 
     @property
@@ -238,61 +256,120 @@ class Scored:
         snapshots = self.pipeline.config.snapshots
         return None if snapshots.retrospective else snapshots.horizon_hours
 
-    def predictions(self) -> list[dict[str, Any]]:
-        """``visit_id, client, sepsis_probability`` (None where nothing was usable), ``risk_level``, ``as_of``."""
+    @property
+    def codes(self) -> Codes:
+        return self.pipeline.reproducer.codes
+
+    @cached_property
+    def unused_codes(self) -> dict[str, int]:
+        """Observations of codes that the model does not use, by code."""
+        return self.pipeline.unused_codes(self.observations)
+
+    @cached_property
+    def used_rows(self) -> np.ndarray:
+        """(n_observations,) does the model look at the row, and is it of the moment or before?"""
         o = self.observations
+        is_used = np.array([self.pipeline.reproducer.is_used(code) for code in o.codes], dtype=bool)
+        length = np.diff(o.group_start)
+        used = np.repeat(is_used[o.group_code], length)
+        return used & (o.time <= np.repeat(self.moments[o.group_visit], length))
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """``visit_id, client, sepsis_probability`` (None where the risk is unknown), ``risk_level``, ``reason`` and
+        ``missing`` of an unknown risk, ``as_of``, ``newest_observation``, ``hours_since_newest``,
+        ``num_observations``: the last three of what the model uses."""
+        o, found = self.observations, self.found
+        hours = (self.moments - found.newest) / MICROSECONDS_PER_HOUR
+        hours[(found.newest == NO_TIME) | (self.moments == NO_TIME)] = np.nan
+        row_visit = np.repeat(o.group_visit, np.diff(o.group_start))
+        n_used = np.bincount(row_visit[self.used_rows], minlength=o.n_visits)
         return [
             {
                 "visit_id": visit_id,
                 "client": client,
                 "sepsis_probability": p if p == p else None,
                 "risk_level": level,
+                "reason": reason,
+                "missing": missing,
                 "as_of": moment,
+                "newest_observation": newest,
+                "hours_since_newest": round(age, 3) if age == age else None,
+                "num_observations": n,
             }
-            for visit_id, client, p, level, moment in zip(
+            for visit_id, client, p, level, reason, missing, moment, newest, age, n in zip(
                 o.visit_id.tolist(),
                 o.client.tolist(),
-                self.probability.tolist(),
-                self.levels,
+                found.probability.tolist(),
+                found.level.tolist(),
+                found.reason.tolist(),
+                found.missing(),
                 iso_times(self.moments),
+                iso_times(found.newest),
+                hours.tolist(),
+                n_used.tolist(),
                 strict=True,
             )
         ]
 
     def reasons(self, top: int) -> tuple[list[list[dict[str, Any]]], str | None]:
-        """Each visit's strongest features (``feature, value, contribution``), and a remark where there are none. Raises
-        `TooMuch`."""
+        """Each visit's strongest features (``feature, value, contribution``, and both as a ``text``), and a remark
+        where there are none. Raises `TooMuch`."""
         self._limit(top, "reasons")
-        of_visit: list[list[dict[str, Any]]] = [[] for _ in self.levels]
+        of_visit: list[list[dict[str, Any]]] = [[] for _ in range(self.observations.n_visits)]
+        given = np.flatnonzero(~np.isnan(self.found.probability))
+        if not len(given):
+            return of_visit, None
+        # either each visit's own last moment, or one for all
+        last = np.array_equal(self.moments, self.observations.last_time)
+        as_of = None if last else iso_times(self.moments[:1])[0]
         try:
-            table = self.pipeline.explain(self.observations, min(top, MOST_REASONS))
+            table = self.pipeline.explain(self.observations, min(top, MOST_REASONS), as_of)
         except NotExplainable as error:
             return of_visit, str(error)
-        usable = np.flatnonzero(~np.isnan(self.probability))
-        each = len(table) // max(len(usable), 1)
+        each = len(table) // len(given)
         rows = zip(table["feature"], table["value"].tolist(), table["contribution"].tolist(), strict=True)
         for i, (feature, value, contribution) in enumerate(rows):
-            value = value if value == value else None
-            of_visit[usable[i // each]].append({"feature": feature, "value": value, "contribution": contribution})
+            reason = {"feature": feature, "value": value if value == value else None, "contribution": contribution}
+            of_visit[given[i // each]].append({**reason, "text": reason_text(reason, self.codes)})
         return of_visit, None
 
     def trajectories(self, points: int) -> list[list[dict[str, Any]]]:
-        """Each visit's score at up to `points` of its own times, the last among them. Raises `TooMuch`."""
+        """Each visit's score at up to `points` moments: times of its observations, and the moment of the answer as the
+        last. Raises `TooMuch`."""
         o, points = self.observations, min(points, MOST_POINTS)
         self._limit(points, "moments")
         visits, moments = [], []
-        for visit in np.flatnonzero(~np.isnan(self.probability)):
+        for visit in np.flatnonzero((o.first_time != NO_TIME) & (o.first_time <= self.moments)):
             first, last = o.group_start[o.visit_group_start[visit]], o.group_start[o.visit_group_start[visit + 1]]
-            times = np.unique(o.time[first:last])
+            times = np.unique(np.append(o.time[first:last], self.moments[visit]))
+            times = times[times <= self.moments[visit]]
             kept = times[np.unique(np.linspace(len(times) - 1, 0, points).round().astype(int))]
             visits.append(np.full(len(kept), visit))
             moments.append(kept)
-        out: list[list[dict[str, Any]]] = [[] for _ in self.levels]
+        out: list[list[dict[str, Any]]] = [[] for _ in range(o.n_visits)]
         if visits:
             visit, moment = np.concatenate(visits), np.concatenate(moments)
-            scores = self.pipeline.score(o, visit, moment).tolist()
-            for v, time_, p in zip(visit.tolist(), iso_times(moment), scores, strict=True):
-                out[v].append({"as_of": time_, "sepsis_probability": p})
+            found = self.pipeline.assess(o, visit, moment)
+            rows = zip(visit.tolist(), iso_times(moment), found.probability.tolist(), found.reason, strict=True)
+            for v, time_, p, reason in rows:
+                out[v].append({"as_of": time_, "sepsis_probability": p if p == p else None, "reason": reason})
+        return out
+
+    def series(self) -> list[list[dict[str, Any]]]:
+        """Each visit's observations as the model reads them, by code: ``code``, its ``name`` and ``unit`` for people,
+        whether the code is ``used``, and ``points`` of time, value and reference range."""
+        o = self.observations
+        out: list[list[dict[str, Any]]] = [[] for _ in range(o.n_visits)]
+        times = iso_times(o.time)
+        columns = [
+            [value if value == value else None for value in column.tolist()] for column in (o.value, o.low, o.high)
+        ]
+        bounds = zip(o.group_visit.tolist(), o.group_code.tolist(), pairwise(o.group_start.tolist()), strict=True)
+        for visit, code, (start, end) in bounds:
+            name, unit = code_words(o.codes[code], self.codes)
+            points = list(zip(*(column[start:end] for column in (times, *columns)), strict=True))
+            used = self.pipeline.reproducer.is_used(o.codes[code])
+            out[visit].append({"code": o.codes[code], "name": name, "unit": unit, "used": used, "points": points})
         return out
 
     def _limit(self, n: int, what: str) -> None:

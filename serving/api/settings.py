@@ -18,6 +18,7 @@ class Settings:
 
     config: str = DEFAULT_CONFIG
     model: str = DEFAULT_MODEL
+    codes: str = ""  # a site map of codes, CSV code,concept[,unit]
     api_keys: str = ""  # a file of `python api_server.py --new-key` lines, or such lines separated by commas
     insecure: bool = False  # open to everybody, without keys
     rate_limit: str = "1200/minute"  # of each key, or of each address where there is none
