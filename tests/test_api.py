@@ -1019,6 +1019,16 @@ def test_live_answers_are_of_now_and_past_stays_of_the_moment_that_is_asked_for(
         assert strict.post(f"/fhir/predict{query}", json=bundle_of(*used)).status_code == 422
 
 
+def test_a_clock_slightly_ahead_moves_its_own_visit_only(strict, pipeline):
+    used = [vital(code, "2024-07-02T09:33:00Z") for code in VITALS]
+    others = [{**row, "visit_id": "e2", "observation_date": "2024-07-02T09:00:00Z"} for row in rows_of(*used)]
+    one, two = strict.post("/predict?explain=2", json=rows_of(*used) + others).get_json()["predictions"]
+    assert (one["as_of"], one["hours_since_newest"]) == ("2024-07-02T09:33:00Z", 0)
+    assert (two["as_of"], two["hours_since_newest"]) == ("2024-07-02T09:30:00Z", 0.5)
+    expected = pipeline.explain(others, top=2, as_of=NOW)["contribution"].tolist()
+    assert [reason["contribution"] for reason in two["reasons"]] == expected and len(one["reasons"]) == 2
+
+
 def test_a_trajectory_tells_where_the_risk_was_unknown(strict):
     times = [f"2024-07-02T0{hour}:00:00Z" for hour in (1, 2)]
     used = [vital("8867-4", times[0]), *(vital(code, times[1]) for code in VITALS)]

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from common.command_line import log, read_site_codes
 from feature_pipeline import (
@@ -319,9 +320,10 @@ class Scored:
         given = np.flatnonzero(~np.isnan(self.found.probability))
         if not len(given):
             return of_visit, None
-        # either each visit's own last moment, or one for all
-        last = np.array_equal(self.moments, self.observations.last_time)
-        as_of = None if last else iso_times(self.moments[:1])[0]
+        as_of: Any = None
+        if not np.array_equal(self.moments, self.observations.last_time):
+            keys = {"visit_id": self.observations.visit_text, "client": self.observations.client_text}
+            as_of = pd.DataFrame({**keys, "as_of": iso_times(self.moments)})
         try:
             table = self.pipeline.explain(self.observations, min(top, MOST_REASONS), as_of)
         except NotExplainable as error:
