@@ -1,7 +1,7 @@
-"""Searches for the best features and model: 10 feature sets x 8 model configurations.
+"""Searches for the best features and model among all feature sets and model configurations.
 
-Candidates are ranked by ROC AUC + average precision on validation data; the best few are compared once more by
-grouped cross-validation; the winner alone meets the test part. Writes ``best_model_config.json``,
+Candidates are ranked by ROC AUC + average precision on validation data. The best few are compared again by grouped
+cross-validation, and only the winner is scored on the test part. Writes ``best_model_config.json``,
 ``optimization_log.json`` and ``optimization_summary.txt``.
 """
 
@@ -10,19 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 
-from common.command_line import make_parser, number, run
-from feature_pipeline import MOST_HOURS
+from common.command_line import DONE, SOME_FAILED, make_parser, number, read_synonyms, run
+from feature_pipeline import MOST_HOURS, SnapshotSettings
 from training.candidates import CONFIGURATION, FEATURE_SETS
-from training.search import QUICK_MODELS, QUICK_SETS, search_features
+from training.search import QUICK_MODELS, QUICK_SETS, RANKINGS, SearchOptions, search
+from training.thresholds import Rule, add_threshold_options, rule_of
 
-
-def thresholds(text: str) -> tuple[float, float]:
-    """`0.4,0.7` as a pair."""
-    medium, high = (float(part) for part in text.split(","))
-    if not 0 < medium < high < 1:
-        raise ValueError
-    return medium, high
+GO_ON = "; run the same command with --resume to go on"
 
 
 def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -37,57 +34,60 @@ def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
+def work(arguments: argparse.Namespace) -> int:
+    given = {f.name: getattr(arguments, f.name) for f in fields(SearchOptions) if hasattr(arguments, f.name)}
+    given["feature_sets"] = arguments.feature_sets or (QUICK_SETS if arguments.quick else tuple(FEATURE_SETS))
+    given["models"] = arguments.models or (QUICK_MODELS if arguments.quick else tuple(CONFIGURATION))
+    given["snapshots"] = SnapshotSettings(arguments.snapshot_every, arguments.horizon, arguments.after_onset)
+    given |= {"synonyms": read_synonyms(arguments.synonyms), "rule": rule_of(arguments) or Rule()}
+    result = search(SearchOptions(**given), Path(arguments.models_dir))
+    print(result.summary.split("\nAll ")[0].rstrip())
+    return SOME_FAILED if result.n_failed else DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         __doc__,
         "python generate_features.py --observations observations.parquet --labels labels.parquet --horizon 6",
         *("observations", "labels", "models-dir", "seed", "jobs"),
     )
-    parser.add_argument(
-        "--snapshot-every",
-        type=number(float, 0.01, MOST_HOURS),
-        default=6.0,
-        metavar="HOURS",
-        help="between snapshots of a visit",
-    )
-    parser.add_argument(
-        "--horizon",
-        type=number(float, 0, MOST_HOURS),
-        default=6.0,
-        metavar="HOURS",
-        help="positive this long before onset",
-    )
+    default = SearchOptions()
+    hours = {"type": number(float, 0.01, MOST_HOURS), "metavar": "HOURS", "default": default.snapshots.every_hours}
+    parser.add_argument("--snapshot-every", **hours, help="time between snapshots of a visit")
+    hours |= {"type": number(float, 0, MOST_HOURS), "default": default.snapshots.horizon_hours}
+    parser.add_argument("--horizon", **hours, help="a snapshot is positive this long before onset")
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
-    parser.add_argument("--synthetic", action="store_true", help="no real patients: every report shall say so")
+    parser.add_argument("--synthetic", action="store_true", help="not real patients; every report says so")
     parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
+    add_threshold_options(parser)
     parser.add_argument(
-        "--risk-thresholds",
-        type=thresholds,
-        default=(0.4, 0.7),
-        metavar="MEDIUM,HIGH",
-        help="probabilities at which risk is called medium and high",
-    )
-    parser.add_argument(
-        "--sensitivity", type=number(float, 0.01, 1), default=0.8, help="that the decision threshold shall reach"
+        "--sensitivity",
+        type=number(float, 0.01, 1),
+        help="choose the decision threshold of sepsis_prediction for this sensitivity; by default it is that of HIGH",
     )
     parser.add_argument(
         "--rank-by",
-        choices=("score", "hidden_score"),
-        default="score",
-        help="which candidates are finalists: by ROC AUC + average precision on the validation part as it is, or with "
-        "codes hidden in many visits, for a model that shall travel to other hospitals",
+        choices=RANKINGS,
+        default=default.rank_by,
+        help="rank candidates by ROC AUC + average precision on the validation part as it is, or with codes hidden in "
+        "many visits, for a model that is used in other hospitals",
     )
-    parser.add_argument("--finalists", type=number(int, 1), default=3, help="candidates that are cross-validated")
-    parser.add_argument("--folds", type=number(int, 2), default=5, help="of the cross-validation")
+    parser.add_argument(
+        "--finalists", type=number(int, 1), default=default.finalists, help="number of candidates to cross-validate"
+    )
+    parser.add_argument("--folds", type=number(int, 2), default=default.folds, help="number of cross-validation folds")
     parser.add_argument(
         "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
     )
     parser.add_argument("--feature-sets", type=choice_of(tuple(FEATURE_SETS)), metavar="A,B", help="only these")
     parser.add_argument("--models", type=choice_of(tuple(CONFIGURATION)), metavar="A,B", help="only these")
-    parser.add_argument("--resume", action="store_true", help="keep what the log says was finished on the same data")
-    parser.add_argument("--backend", choices=("local", "dask"), default="local", help="where candidates run")
+    parser.add_argument("--resume", action="store_true", help="keep the log's finished candidates of the same data")
+    parser.add_argument(
+        "--backend", choices=("local", "dask"), default=default.backend, help="where candidates are fitted"
+    )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://10.0.0.1:8786")
-    return run(search_features, parser, argv)
+    parser.set_defaults(go_on=GO_ON)
+    return run(work, parser, argv)
 
 
 if __name__ == "__main__":

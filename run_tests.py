@@ -1,8 +1,8 @@
 """Checks the deployed model, or runs the test suite.
 
 `pipeline`: loads config and model, compares the feature names with ``feature_names.json``, computes features of whole,
-shuffled, cut and duplicated data, scores every visit, measures the latency, writes ``data/sample_new_patients.csv``.
-Without an argument: the whole test suite.
+shuffled, cut and duplicated synthetic visits in the model's own codes, scores them, measures the latency, writes
+``data/sample_new_patients.csv``. Without an argument: the whole test suite.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from common.command_line import make_parser, number, run
-from training.check import SAMPLE, check_pipeline
+from common.command_line import DONE, SOME_FAILED, log, make_parser, number, run
+from training.check import check
 
 
 def run_suite(arguments: argparse.Namespace) -> int:
@@ -24,15 +25,22 @@ def run_suite(arguments: argparse.Namespace) -> int:
     return int(pytest.main(options))
 
 
+def run_check(arguments: argparse.Namespace) -> int:
+    results = check(Path(arguments.config), Path(arguments.model), arguments.patients, Path(arguments.sample))
+    print(*results, sep="\n")
+    log.info("written: %s, synthetic visits (no real patients)", arguments.sample)
+    return DONE if all(result.passed for result in results) else SOME_FAILED
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python run_tests.py pipeline", "config", "model", "jobs")
     parser.add_argument("what", nargs="?", choices=("all", "pipeline"), default="all", help="the suite, or the check")
     parser.add_argument("--fast", action="store_true", help="leave out the tests that take more than a few seconds")
     parser.add_argument(
-        "--patients", type=number(int, 10), default=150, help="of the demo cohort that the check scores"
+        "--patients", type=number(int, 10), default=150, help="number of synthetic visits that the check scores"
     )
-    parser.add_argument("--sample", default=SAMPLE, help="where the check writes new patients to score")
-    return run(lambda a: (check_pipeline if a.what == "pipeline" else run_suite)(a), parser, argv)
+    parser.add_argument("--sample", default="data/sample_new_patients.csv", help="where to write visits to score")
+    return run(lambda a: (run_check if a.what == "pipeline" else run_suite)(a), parser, argv)
 
 
 if __name__ == "__main__":

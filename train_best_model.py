@@ -1,7 +1,7 @@
-"""Retrains the best candidate of the search.
+"""Trains the best candidate of the search.
 
-Without flags: on the training part, with figures of the untouched test part; nothing is deployed. With --full: on
-everything, no holdout; writes ``best_model.pkl``, ``feature_names.json``, ``production_model_info.txt``, a report and
+Without flags: on the training part, with figures of the untouched test part; nothing is deployed. With --full: on all
+data, without a holdout; writes ``best_model.pkl``, ``feature_names.json``, ``production_model_info.txt``, a report and
 an archived version. Probabilities are calibrated on out-of-fold predictions either way.
 """
 
@@ -9,39 +9,62 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.command_line import DONE, log, make_parser, run
+from common.command_line import DONE, SOME_FAILED, log, make_parser, run
+from feature_pipeline import BadConfig
 from training.comparison import compare_and_promote
-from training.retraining import retrain
-from training.train import train_best_model
+from training.retraining import RetrainOptions, retrain
+from training.thresholds import add_threshold_options, describe_thresholds, rule_of, set_thresholds
+from training.train import train_full, train_holdout
 from training.versions import list_versions, switch
-
-# ------------------------------------------------------------------------------------------------ the script
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Does what the options ask for: the versions' part, retraining, or training."""
-    directory = Path(arguments.models_dir)
+    """Does what the options ask for."""
+    directory, start = Path(arguments.models_dir), time.perf_counter()
+    data = arguments.observations, arguments.labels
+    if rule := rule_of(arguments):
+        if not arguments.set_thresholds:
+            raise BadConfig("thresholds of the deployed model are changed with --set-thresholds")
+    elif arguments.set_thresholds:
+        raise BadConfig("--set-thresholds needs --alert-budget, --alerts-per-100-patient-days or --risk-thresholds")
     if arguments.list:
         versions = list_versions(directory)
-        for v in versions:
-            scores = f"{v['roc_auc']:.4f}  {v['average_precision']:.4f}" if v["roc_auc"] is not None else ""
-            print(f"{'*' if v['deployed'] else ' '} {v['version']}  {scores}  {v['feature_set']} with {v['model']}")
-        log.info(
-            "%d versions in %s; * is deployed; ROC AUC and average precision out-of-fold", len(versions), directory
-        )
-        return DONE
-    if arguments.rollback is not None:
+        for config, deployed in versions:
+            scores = config.metrics["out_of_fold"]
+            print(
+                f"{'*' if deployed else ' '} {config.model_version}  {scores['roc_auc']:.4f}  "
+                f"{scores['average_precision']:.4f}  {config.feature_set} with {config.model['name']}; "
+                f"{describe_thresholds(config)}"
+            )
+        log.info("%d versions in %s; * is deployed; ROC AUC, average precision out-of-fold", len(versions), directory)
+    elif arguments.rollback is not None:
         switch(directory, arguments.rollback)
         print(f"deployed: model {arguments.rollback}")
-        return DONE
-    if arguments.compare is not None or arguments.promote is not None:
-        return compare_and_promote(arguments, directory)
-    if arguments.retrain:
-        return retrain(arguments, main)
-    return train_best_model(arguments, directory)
+    elif arguments.set_thresholds:
+        version, line = set_thresholds(directory, rule, arguments.reason)
+        print(f"deployed: model {version}\n{line}")
+    elif arguments.compare is not None or arguments.promote is not None:
+        promote = arguments.promote is not None
+        version = arguments.promote if promote else arguments.compare
+        lines, done = compare_and_promote(directory, version, *data, promote=promote, force=arguments.force)
+        print(*lines, sep="\n")
+        return DONE if done else SOME_FAILED
+    elif arguments.retrain:
+        options = RetrainOptions(
+            *data, Path(arguments.data_dir), arguments.keep_config, arguments.quick, arguments.force, arguments.jobs
+        )
+        lines, done = retrain(directory, options)
+        print(*lines, sep="\n")
+        return DONE if done else SOME_FAILED
+    else:
+        train = train_full if arguments.full else train_holdout
+        print(train(directory, *data, seed=arguments.seed, jobs=arguments.jobs).rstrip())
+        log.info("%.0f s; files in %s", time.perf_counter() - start, directory)
+    return DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,17 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--full", action="store_true", help="train on all data and deploy to the models directory")
     what.add_argument("--list", action="store_true", help="show the archived versions")
     what.add_argument("--rollback", metavar="VERSION", help="deploy an archived version")
-    what.add_argument("--compare", metavar="VERSION", help="an archived version with the deployed one, on new patients")
-    what.add_argument("--promote", metavar="VERSION", help="compare, and deploy the version where it is not worse")
+    what.add_argument(
+        "--compare", metavar="VERSION", help="compare an archived version with the deployed one on new patients"
+    )
+    what.add_argument("--promote", metavar="VERSION", help="compare, and deploy the version if it is not worse")
     what.add_argument(
         "--retrain",
         action="store_true",
         help="search on old and new data, compare on new patients, deploy if not worse; safe to run from cron",
     )
-    parser.add_argument("--force", action="store_true", help="promote a worse model all the same")
+    what.add_argument(
+        "--set-thresholds",
+        action="store_true",
+        help="deploy the same model as a new version with the thresholds of one of the next three options",
+    )
+    add_threshold_options(parser)
+    parser.add_argument("--force", action="store_true", help="promote the version even if it is worse")
     parser.add_argument("--keep-config", action="store_true", help="retrain the deployed recipe, without a search")
     parser.add_argument("--quick", action="store_true", help="retrain with the quick search")
-    parser.add_argument("--data-dir", default="data/training", help="where --retrain keeps what it trained on")
+    parser.add_argument("--data-dir", default="data/training", help="where --retrain keeps its training data")
     return run(work, parser, argv)
 
 

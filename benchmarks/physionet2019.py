@@ -110,6 +110,7 @@ def hourly_data(observations: str, labels: str) -> tuple[TrainingData, np.ndarra
         visit=visit_of_row[row],
         as_of=as_of,
         label=label,
+        onset=onset,
         group=pd.factorize(known.client_text[visit_of_row[row]])[0],
         grouped_by="client",
         synthetic=False,
@@ -177,7 +178,7 @@ def report(
             chosen_on, basis = folds[(k + 1) % len(folds)][1], inner
         called[held_out] = score[held_out] >= best_threshold(from_onset[chosen_on], basis[chosen_on])
     subset = TrainingData(
-        **{**vars(data), **{k: getattr(data, k)[scored] for k in ("visit", "as_of", "label", "group")}}
+        **{**vars(data), **{k: getattr(data, k)[scored] for k in ("visit", "as_of", "label", "onset", "group")}}
     )
     return {
         "normalized_utility": normalized_utility(from_onset[scored], called[scored]),

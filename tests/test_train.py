@@ -1,6 +1,5 @@
 """Retraining, archiving, deploying, and the check of what is deployed."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -17,11 +16,11 @@ import train_best_model
 import training.check
 import training.train
 from common import artifacts
-from feature_pipeline import BadModel, ProductionPipeline, load_config, read_observations
+from feature_pipeline import BadModel, ProductionPipeline, UnknownRiskWarning, load_config, read_observations
 from training import versions
 from training.model_card import groups_of
 from training.snapshots import TEST, load_training_data, split_parts
-from training.versions import DEPLOYED
+from training.versions import CONFIG, DEPLOYED
 
 pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.SetAsideWarning")  # the cohort has dirt on purpose
 
@@ -132,7 +131,6 @@ def test_full_leaves_the_search_as_it_was(searched, directory, capsys):
         "model",
         "codes",
         "fill_value",
-        "risk_thresholds",
         "data",
         "snapshots",
         "seed",
@@ -207,9 +205,9 @@ def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monke
     assert brier <= 1.02 * seen["label"].mean() * (1 - seen["label"].mean())
 
 
-def test_the_decision_threshold_reaches_its_sensitivity_out_of_fold(models_dir):
+def test_the_decision_threshold_is_that_of_high(models_dir):
     config = load_config(models_dir / "best_model_config.json")
-    assert config.decision_sensitivity == 0.8 and 0 < config.decision_threshold < 0.5
+    assert config.decision_sensitivity is None and config.decision_threshold == config.risk_thresholds["high"]
 
 
 def test_reports_are_self_contained(models_dir):
@@ -319,10 +317,9 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
         left[0] -= 1
         original(path, content)
 
-    for module in (training.train, versions):
-        monkeypatch.setattr(module, "write_atomic", write)
+    monkeypatch.setattr(versions, "write_atomic", write)
     with pytest.raises(type(error)):
-        training.train.deploy(deployment, *copy.deepcopy(second_version))
+        versions.deploy(deployment, *second_version)
     assert {path.name for path in deployment.rglob(".*") if path.is_file()} <= {".deploy.lock"}  # no temporary files
     try:
         assert np.array_equal(scores_of(deployment, some), expected)
@@ -330,7 +327,7 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
         assert at > len(DEPLOYED), "the archive comes first and touches nothing"
         assert "SHA-256 differs" in str(refused)
     left[0] = 99
-    training.train.deploy(deployment, *copy.deepcopy(second_version))  # done again, it is whole
+    versions.deploy(deployment, *second_version)  # done again, it is whole
     assert not np.array_equal(scores_of(deployment, some), expected)
 
 
@@ -352,12 +349,12 @@ def test_an_edited_config_is_refused_before_training(deployment, capsys, changes
 def test_what_would_not_load_is_neither_deployed_nor_archived(deployment, second_version, some):
     """The golden example of the new version is checked before a file of the deployed one is touched."""
     expected, before = scores_of(deployment, some), files_of(deployment)
-    config, *rest = copy.deepcopy(second_version)
-    config.golden["features"][0][0] = 12345.0
+    version, files = second_version
+    config = json.loads(files[CONFIG])
+    config["golden"]["features"][0][0] = 12345.0
     with pytest.raises(BadModel, match="golden example gives other features"):
-        training.train.deploy(deployment, config, *rest)
+        versions.deploy(deployment, version, {**files, CONFIG: json.dumps(config)})
     assert files_of(deployment) == before
-    version = second_version[4]
     assert not (deployment / "archive" / version).exists()
     assert np.array_equal(scores_of(deployment, some), expected)
 
@@ -383,7 +380,7 @@ def test_a_write_that_fails_is_one_line(deployment, some, monkeypatch, capsys, e
     def write(path, content):
         raise error
 
-    monkeypatch.setattr(training.train, "write_atomic", write)
+    monkeypatch.setattr(versions, "write_atomic", write)
     trained(deployment, "--full", "--seed", "11", status=status)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert files_of(deployment) == before
@@ -405,7 +402,7 @@ def checked(directory, tmp_path, **paths):
 def test_the_check_passes_and_writes_new_patients(models_dir, tmp_path, capsys):
     status, sample = checked(models_dir, tmp_path)
     out = capsys.readouterr().out
-    assert status == 0 and out.count("ok: ") == 4 and "FAILED" not in out
+    assert status == 0 and out.count("ok: ") == 5 and "FAILED" not in out
     for part in ("golden example reproduced", "feature names", "visits scored", "median"):
         assert part in out
     assert read_observations(sample).n_visits == 20
@@ -421,7 +418,7 @@ def test_the_check_fails_where_feature_names_differ(deployment, tmp_path, capsys
     path.write_text(json.dumps(names(json.loads(path.read_text()))))
     assert checked(deployment, tmp_path)[0] == 1
     out = capsys.readouterr().out
-    assert "FAILED: feature names: " in out and out.count("ok: ") == 3
+    assert "FAILED: feature names: " in out and out.count("ok: ") == 4
 
 
 @pytest.mark.parametrize("content", [None, "[half"])
@@ -471,11 +468,14 @@ def test_the_check_sees_features_that_depend_on_the_company(models_dir, cohort):
         training.check.check_features(pipeline, cohort[0])
 
 
-def test_the_check_misses_no_prediction(models_dir, cohort):
+def test_the_check_misses_no_prediction(models_dir):
     pipeline = pipeline_of(models_dir)
-    lost = cohort[0].copy()
-    lost.loc[lost["visit_id"] == lost["visit_id"].iloc[0], "observation_value"] = np.nan
-    with pytest.raises(AssertionError, match="279 visits, 278 predictions"):
+    lost = training.check.own_visits(pipeline.config, 30)
+    lost.loc[lost["visit_id"].isin([f"v{i}" for i in range(15)]), "observation_value"] = np.nan
+    with (
+        pytest.warns(UnknownRiskWarning),
+        pytest.raises(AssertionError, match="30 visits, 15 predictions"),
+    ):
         training.check.check_predictions(pipeline, lost)
 
 

@@ -1,5 +1,7 @@
 """Versions: the list, rollback, promotion, retraining; whoever loads while they are switched has one whole version."""
 
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -20,10 +22,9 @@ from common.metrics import compared, sensitivity_at_alert_rate
 from feature_pipeline import BadConfig, ProductionPipeline, load_config
 from sources.demo_cohort import make_demo_cohort
 from tests.test_api_server import Server
-from training import train
 from training.comparison import Comparison
 from training.config import golden_example
-from training.versions import CONFIG, list_versions, switch
+from training.versions import CONFIG, DEPLOYED, deploy, list_versions, new_version, switch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
@@ -84,7 +85,7 @@ def test_list_and_rollback(models, capsys):
         scores = pipeline.predict(EXAMPLE)["sepsis_probability"].tolist()
         assert pipeline.model_version == version and scores == scored.setdefault(version, scores)
     assert scored[first] != scored[second]
-    assert [v["deployed"] for v in list_versions(directory)] == [False, True]
+    assert [deployed for _, deployed in list_versions(directory)] == [False, True]
 
 
 def test_a_broken_archived_config_does_not_hide_the_others(models, capsys):
@@ -106,15 +107,14 @@ def test_models_that_are_deployed_at_once_get_versions_of_their_own(models):
     """Whichever comes last is deployed whole, and both are archived."""
     directory, first, second = models
     configs = [load_config(directory / "archive" / v / CONFIG) for v in (first, second)]
-    fitted = [joblib.load(directory / "archive" / v / "best_model.pkl") for v in (first, second)]
 
-    def deploy(k):
-        version = train.new_version(directory / "archive")
-        train.deploy(directory, configs[k], fitted[k], "", "", version)
+    def deploy_one(k):
+        version = new_version(directory / "archive")
+        deploy_changed(directory, (first, second)[k], version)
         return version
 
     with ThreadPoolExecutor(2) as pool:
-        versions = list(pool.map(deploy, range(2)))
+        versions = list(pool.map(deploy_one, range(2)))
     assert len(set(versions)) == 2
     for version, config in zip(versions, configs, strict=True):
         pipeline = ProductionPipeline(
@@ -272,13 +272,27 @@ def use_synonyms(config, synonyms):
     return replace(config, synonyms=synonyms, golden={**golden, "probability": config.golden["probability"]})
 
 
+def deploy_changed(directory, like, version, change=lambda config, model: config, of=None):
+    """Deploys a changed copy of a version of the archive `of`, by default its own."""
+    folder = (of or directory) / "archive" / like
+    model, config = joblib.load(folder / "best_model.pkl"), load_config(folder / CONFIG)
+    config, content = change(config, model) or config, io.BytesIO()
+    joblib.dump(model, content)
+    golden = model.probability(np.array(config.golden["features"], dtype=float)).tolist()
+    config = replace(
+        config,
+        model_version=version,
+        model_sha256=hashlib.sha256(content.getvalue()).hexdigest(),
+        golden={**config.golden, "probability": golden},
+    )
+    files = {name: (folder / name).read_bytes() for name in DEPLOYED}
+    deploy(directory, version, {**files, "best_model.pkl": content.getvalue(), CONFIG: config.text()})
+
+
 def add_version(directory, like, version, change):
     """Archives a changed copy of a version."""
-    folder, scratch = directory / "archive" / like, directory / f"scratch_{version}"
-    model = joblib.load(folder / "best_model.pkl")
-    config = load_config(folder / CONFIG)
-    config = change(config, model) or config
-    train.deploy(scratch, config, model, "", "", version)
+    scratch = directory / f"scratch_{version}"
+    deploy_changed(scratch, like, version, change, of=directory)
     shutil.copytree(scratch / "archive" / version, directory / "archive" / version)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts import write_atomic
-from common.command_line import DONE, SOME_FAILED, log
+from common.command_line import log
 from common.labels import read_labels
 from common.metrics import compared
 from common.pages import facts_table, frame_table, listing, page, paragraph
@@ -27,35 +26,34 @@ from training.snapshots import make_training_data
 from training.versions import CONFIG, archive_of, switch
 
 
-def compare_and_promote(arguments: argparse.Namespace, directory: Path) -> int:
+def compare_and_promote(
+    directory: Path, version: str, observations: str | None, labels: str | None, promote: bool, force: bool
+) -> tuple[list[str], bool]:
     """The deployed version and an archived one on labelled patients that neither has learned from.
 
-    Those are the patients of --observations and --labels. Clients whom one of the two was trained on would flatter it
-    and are left out. --promote deploys the archived version where it is not worse, or with --force.
+    Clients whom one of the two was trained on would flatter it and are left out. With `promote` the archived version
+    is deployed if it is not worse, or with `force`. Gives lines for a person, and False where it was not promoted.
     """
-    version = arguments.compare if arguments.promote is None else arguments.promote
     folder = archive_of(directory, version)
-    if not (arguments.observations and arguments.labels):
+    if not (observations and labels):
         raise BadConfig("--compare and --promote need --observations and --labels of patients that neither has seen")
-    config, labels = load_config(directory / CONFIG), read_labels(arguments.labels)
+    config, known = load_config(directory / CONFIG), read_labels(labels)
     for trained in (config, load_config(folder / CONFIG)):
-        labels = labels[~labels["client"].isin(learned_clients(trained))]
-        if labels.empty:
+        known = known[~known["client"].isin(learned_clients(trained))]
+        if known.empty:
             raise BadConfig(f"model {trained.model_version} was trained on these patients; compare on others")
-    comparison = compare(directory, folder, arguments.observations, labels, "patients of --observations")
-    for line in comparison.lines():
-        print(line)
-    refused = bool(comparison.objections) and not arguments.force
-    decision = "compared" if arguments.promote is None else comparison.decision(arguments.force)
+    comparison = compare(directory, folder, observations, known, "patients of --observations")
+    decision = comparison.decision(force) if promote else "compared"
     write_atomic(directory / "comparison.html", comparison.html(decision))
-    if arguments.promote is None:
-        return DONE
-    if refused:
-        print("not promoted: the new model is worse; --force promotes it all the same")
-        return SOME_FAILED
+    if not promote:
+        return comparison.lines(), True
+    if comparison.objections and not force:
+        return [*comparison.lines(), REFUSED], False
     switch(directory, version)
-    print(f"{decision}: model {version}")
-    return DONE
+    return [*comparison.lines(), f"{decision}: model {version}"], True
+
+
+REFUSED = "not promoted: the new model is worse; --force promotes it all the same"
 
 
 def learned_clients(config: Config) -> set[str]:
@@ -122,7 +120,7 @@ class Comparison:
             "new": self.new_version,
             "patients": self.basis,
             "snapshots": f"{self.n_snapshots:,}, {self.n_positive:,} positive",
-            "sensitivity is taken where": f"each model calls {self.alert_rate:.1%} of the snapshots",
+            "sensitivity is taken where": f"each model alerts on {self.alert_rate:.1%} of the snapshots",
             "decision": decision,
         }
         explained = "Differences are new minus old; intervals are paired, 95%, resampled by client."
@@ -136,15 +134,15 @@ def compare(
     observations: Any,
     labels: pd.DataFrame,
     basis: str,
-    alert_rate: float = 0.05,
     seed: int = 0,
 ) -> Comparison:
     """Scores the same snapshots with two deployments (folders of config and model), each of which reads the
     observations in its own way, as it would in service.
 
-    `observations` are what `read_observations` takes, `labels` what `read_labels` gives; the moments are those of the
-    old one's reading and settings. The figures are honest only where neither has learned from these patients: that is
-    for the caller to see to. Raises `BadConfig`, `BadModel`, `BadObservations`.
+    `observations` are what `read_observations` takes, `labels` what `read_labels` gives. The moments are those of the
+    old one's reading and settings; sensitivity is compared at the share of snapshots that the old one calls HIGH. The
+    figures are honest only if neither has learned from these patients, which the caller has to ensure. Raises
+    `BadConfig`, `BadModel`, `BadObservations`.
     """
     champion, challenger = (ProductionPipeline(folder / CONFIG, folder / "best_model.pkl") for folder in (old, new))
     data = make_training_data(champion.reproducer.read(observations).check_usable(), labels, champion.config.snapshots)
@@ -159,6 +157,8 @@ def compare(
     label, group = data.label[usable], data.group[usable]
     if not 0 < label.sum() < len(label):
         raise BadConfig("the held-out patients are all septic or all not: nothing can be compared; give more data")
+    high = (probability[0][usable] >= champion.config.risk_thresholds["high"]).mean()
+    alert_rate = max(float(high), 1 / len(label))
     figures = compared(label, *(p[usable] for p in probability), group, alert_rate, seed=seed)
     versions = champion.model_version, challenger.model_version
     return Comparison(*versions, figures, len(label), int(label.sum()), basis, alert_rate)

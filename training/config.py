@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from common.artifacts import library_versions
 from common.command_line import log
+from common.metrics import threshold_for_sensitivity
 from feature_pipeline import (
     DEFAULT_WINDOWS,
     SCHEMA_VERSION,
@@ -24,6 +24,7 @@ from feature_pipeline import (
 from training.candidates import FEATURE_SETS, ModelConfiguration
 from training.fitting import filled
 from training.snapshots import TrainingData, load_training_data
+from training.thresholds import alert_curves, with_thresholds
 from training.trials import Evaluation, Search, code_prevalence
 
 
@@ -97,14 +98,17 @@ def make_config(
     configuration: ModelConfiguration,
     evaluation: Evaluation,
     loss: dict[str, float],
-    arguments: argparse.Namespace,
+    options: Any,
 ) -> Config:
-    """All that ``best_model_config.json`` holds, before a model is trained on everything."""
+    """All that ``best_model_config.json`` holds, before training; `options` are `SearchOptions`."""
     data, names = search.data, [search.names[i] for i in search.columns(feature_set)]
     prevalence = code_prevalence(data.observations, np.unique(data.visit))
     used = set(FeaturePlan(names).codes)
-    medium, high = arguments.risk_thresholds
-    return Config(
+    if options.sensitivity is None:
+        decision = 0.5  # until the thresholds are chosen
+    else:
+        decision = threshold_for_sensitivity(data.label[evaluation.rows], evaluation.out_of_fold, options.sensitivity)
+    config = Config(
         schema_version=SCHEMA_VERSION,
         feature_set=feature_set,
         blocks=list(FEATURE_SETS[feature_set]),
@@ -116,16 +120,16 @@ def make_config(
         model=asdict(configuration),
         snapshots=data.settings,
         metrics=evaluation.metrics,
-        risk_thresholds={"medium": medium, "high": high},
-        decision_threshold=evaluation.decision_threshold,
-        decision_sensitivity=arguments.sensitivity,
-        rank_by=arguments.rank_by,
+        risk_thresholds={"medium": 0.4, "high": 0.7},
+        decision_threshold=decision,
+        decision_sensitivity=options.sensitivity,
+        rank_by=options.rank_by,
         code_prevalence={code: round(share, 4) for code, share in prevalence.items() if code in used},
         loss_without_code=loss,
         observed_codes=list(data.observations.codes),
         data={
-            "observations": arguments.observations,
-            "labels": arguments.labels,
+            "observations": options.observations,
+            "labels": options.labels,
             "synthetic": data.synthetic,
             "fingerprint": data.fingerprint,
             "description": data.describe(),
@@ -135,6 +139,8 @@ def make_config(
         seed=search.seed,
         golden=golden_example(names, search.synonyms, configuration.fill_value, search.codes),
     )
+    curves = alert_curves(data, evaluation.rows, evaluation.out_of_fold)
+    return with_thresholds(config, options.rule, curves, options.reason)
 
 
 def recipe(config: Config, paths: tuple[str, str], synthetic: bool) -> Config:

@@ -14,6 +14,7 @@ import numpy as np
 from common.metrics import OperatingPoint, calibration_table, figures
 from feature_pipeline import Config, FeaturePlan
 from training.snapshots import TrainingData
+from training.thresholds import describe_thresholds
 
 AGE_BANDS = (0, 45, 65, 80, 131)
 FEWEST_POSITIVE = 10  # snapshots; below, a group's figures say nothing
@@ -102,8 +103,7 @@ def model_card(
         f"{len(config.codes)} codes",
         *(f"- {name}: {value}" for name, value in facts.items()),
         f"- split by {data.grouped_by}; snapshots every {snapshots.every_hours:g} h",
-        f"- risk levels: medium from {config.risk_thresholds['medium']:g}, high from "
-        f"{config.risk_thresholds['high']:g}; decision threshold {config.decision_threshold:.4g}",
+        f"- {describe_thresholds(config)}",
         "",
         f"## By group ({basis}; 95% intervals resampled by {data.grouped_by})",
         "",

@@ -13,13 +13,15 @@ from common.metrics import (
     OperatingPoint,
     calibration_table,
     describe_figures,
+    operating_point,
 )
 from common.pages import facts_table, frame_table, heading, image, page, paragraph
 from feature_pipeline import (
     Config,
     describe_set_aside,
 )
-from training.snapshots import PARTS
+from training.snapshots import PARTS, TEST
+from training.thresholds import describe_thresholds
 from training.trials import Evaluation, Search
 
 
@@ -72,14 +74,12 @@ def report_page(
 
 def info_text(config: Config, facts: dict[str, Any], notices: list[str], version: str) -> str:
     """``production_model_info.txt``, for a person."""
-    thresholds = config.risk_thresholds
     lines = [
         *notices,
         f"Model {version}: {config.feature_set} with {config.model['name']}, {len(config.feature_names)} features",
         "",
         *(f"{name}: {value}" for name, value in facts.items()),
-        f"Risk levels: medium from {thresholds['medium']:g}, high from {thresholds['high']:g}; "
-        f"decision threshold {config.decision_threshold:.4g}",
+        describe_thresholds(config),
         "Libraries: " + ", ".join(f"{name} {v}" for name, v in config.library_versions.items()),
         "",
         "Use: from feature_pipeline import ProductionPipeline",
@@ -127,8 +127,8 @@ def summary_text(
             f"  {p.visits_alerted_per_100:14.1f}  {p.septic_visits_alerted:13.3f}"
             for p in evaluation.points
         ),
-        f"  decision_threshold in the config: {evaluation.decision_threshold:.4f}",
-        *_risk_level_remark(config, evaluation),
+        describe_thresholds(config),
+        *_levels_on_test(search, config, evaluation),
     ]
     if config.loss_without_code:
         worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:10]
@@ -153,11 +153,15 @@ def summary_text(
     return "\n".join(lines) + "\n"
 
 
-def _risk_level_remark(config: Config, evaluation: Evaluation) -> list[str]:
-    levels, highest = config.risk_thresholds, float(evaluation.test_probability.max())
-    if (share := float((evaluation.test_probability >= levels["medium"]).mean())) >= 0.001:
-        return []
-    return [
-        f"  NOTE: only {share:.3%} of the test snapshots reach risk level medium ({levels['medium']:g}; the highest "
-        f"probability is {highest:.3f}). Choose --risk-thresholds from the table above."
-    ]
+def _levels_on_test(search: Search, config: Config, evaluation: Evaluation) -> list[str]:
+    """What the levels come to on visits that were used for no decision."""
+    data, rows = search.data, np.flatnonzero(search.part == TEST)
+    lines = []
+    for level in ("medium", "high"):
+        threshold = config.risk_thresholds[level]
+        p = operating_point(data.label[rows], evaluation.test_probability, data.visit[rows], threshold)
+        lines.append(
+            f"  {level.upper():<6s} on the test part: {p.visits_alerted_per_100:.1f} of 100 visits, "
+            f"{p.septic_visits_alerted:.0%} of the septic ones; PPV {p.ppv:.3f} over snapshots"
+        )
+    return lines

@@ -1,39 +1,65 @@
-"""The search: ten feature sets by eight model configurations, to ``best_model_config.json``."""
+"""The search: every feature set with every model configuration, to ``best_model_config.json``."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import joblib
 import numpy as np
 
 from common.artifacts import write_atomic
-from common.command_line import DONE, SOME_FAILED, log, read_synonyms
+from common.command_line import log
 from common.metrics import ranking_scores
-from feature_pipeline import (
-    BadConfig,
-    FeaturePipelineError,
-    SnapshotSettings,
-)
+from feature_pipeline import BadConfig, Config, FeaturePipelineError, SnapshotSettings
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
 from training.fitting import cross_validate
 from training.report import summary_text
 from training.snapshots import TEST, load_training_data
+from training.thresholds import Rule
 from training.trials import Search, evaluate_winner, loss_without_codes, prepare_search, run_candidates
+from training.versions import CONFIG
 
 QUICK_SETS = ("latest", "summary_trend", "clinical")
-
-
 QUICK_MODELS = ("lightgbm_randomised", "lightgbm_shallow", "logistic_regression")
+RANKINGS = ("score", "hidden_score")
+LOG, SUMMARY = "optimization_log.json", "optimization_summary.txt"
 
 
-GO_ON = "; run the same command with --resume to go on"
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched, on which data; the script's defaults are these."""
+
+    observations: str | None = None  # the demo cohort where not given
+    labels: str | None = None
+    synthetic: bool = False
+    snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
+    synonyms: dict[str, str] = field(default_factory=dict)
+    feature_sets: tuple[str, ...] = tuple(FEATURE_SETS)
+    models: tuple[str, ...] = tuple(CONFIGURATION)
+    rank_by: str = RANKINGS[0]
+    finalists: int = 3
+    folds: int = 5
+    rule: Rule = field(default_factory=Rule)
+    reason: str = ""
+    sensitivity: float | None = None  # of the decision threshold; the HIGH threshold where not given
+    seed: int = 0
+    jobs: int = 1
+    resume: bool = False
+    backend: str = "local"
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    config: Config
+    summary: str
+    n_failed: int  # candidates and finalists
 
 
 @contextlib.contextmanager
@@ -54,60 +80,54 @@ def backend(name: str, scheduler: str | None, search: Search) -> Iterator[None]:
         yield
 
 
-def search_features(arguments: argparse.Namespace) -> int:
+def search(options: SearchOptions, directory: Path) -> SearchResult:
+    """Ranks the candidates on the validation part, cross-validates the best, tests the winner once.
+
+    Writes config, log and summary to `directory`. Raises `FeaturePipelineError` where there is no winner.
+    """
     start = time.perf_counter()
-    arguments.go_on = GO_ON
-    if arguments.scheduler is not None and arguments.backend != "dask":
+    if options.scheduler is not None and options.backend != "dask":
         raise BadConfig("--scheduler goes with --backend dask")
-    synonyms = read_synonyms(arguments.synonyms)
-    settings = SnapshotSettings(arguments.snapshot_every, arguments.horizon, arguments.after_onset)
-    data = load_training_data(arguments.observations, arguments.labels, settings, synonyms, arguments.synthetic)
+    data = load_training_data(
+        options.observations, options.labels, options.snapshots, options.synonyms, options.synthetic
+    )
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
-    sets, models = (QUICK_SETS, QUICK_MODELS) if arguments.quick else (tuple(FEATURE_SETS), tuple(CONFIGURATION))
-    sets, models = arguments.feature_sets or sets, arguments.models or models
-    candidates = [(fs, c) for fs in sets for c in MODEL_CONFIGURATIONS if c.name in models]
-    directory = Path(arguments.models_dir)
+    candidates = [(fs, c) for fs in options.feature_sets for c in MODEL_CONFIGURATIONS if c.name in options.models]
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
-        search = prepare_search(data, Path(scratch), arguments.seed, arguments.folds, sets, synonyms)
+        search = prepare_search(
+            data, Path(scratch), options.seed, options.folds, options.feature_sets, options.synonyms
+        )
         log.info("%d features of %d snapshots, %.1f s", *search.table.plain.shape, time.perf_counter() - start)
-        log_path = directory / "optimization_log.json"
-        with backend(arguments.backend, arguments.scheduler, search):
-            entries = run_candidates(search, candidates, log_path, arguments.jobs, arguments.resume, arguments.quiet)
-            good = sorted((e for e in entries if "score" in e), key=lambda e: -e[arguments.rank_by])
+        with backend(options.backend, options.scheduler, search):
+            entries = run_candidates(search, candidates, directory / LOG, options.jobs, options.resume)
+            good = sorted((e for e in entries if "score" in e), key=lambda e: -e[options.rank_by])
             if not good:
-                raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {log_path}")
+                raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {directory / LOG}")
             rows = np.flatnonzero(search.part != TEST)
-            best = good[: arguments.finalists]
+            best = good[: options.finalists]
             contenders = [(CONFIGURATION[entry["model"]], search.columns(entry["feature_set"])) for entry in best]
             log.info("cross-validating the best %d", len(best))
-            scores = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, arguments.jobs)
+            scores = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, options.jobs)
         finalists = []
         for entry, out_of_fold in zip(best, scores, strict=True):
-            fs, model = entry["feature_set"], entry["model"]
             if out_of_fold is None:
-                log.warning("no finalist: %s with %s", fs, model)
+                log.warning("no finalist: %s with %s", entry["feature_set"], entry["model"])
                 continue
             score = ranking_scores(data.label[rows], out_of_fold)["score"]
-            log.info("cross-validated: %.4f  %s with %s", score, fs, model)
-            finalists.append((score, fs, model, out_of_fold))
+            log.info("cross-validated: %.4f  %s with %s", score, entry["feature_set"], entry["model"])
+            finalists.append((score, entry["feature_set"], entry["model"], out_of_fold))
         finalists.sort(key=lambda f: -f[0])
         _, feature_set, model, out_of_fold = finalists[0]
         configuration = CONFIGURATION[model]
-        evaluation = evaluate_winner(search, feature_set, configuration, out_of_fold, arguments.sensitivity)
+        evaluation = evaluate_winner(search, feature_set, configuration, out_of_fold)
         evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
         loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
-        config = make_config(search, feature_set, configuration, evaluation, loss, arguments)
+        config = make_config(search, feature_set, configuration, evaluation, loss, options)
     ranking = [(fs, name, score) for score, fs, name, _ in finalists]
     text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)
-    write_atomic(directory / "optimization_summary.txt", text)
-    write_atomic(directory / "best_model_config.json", config.text())
-    print(text.split("\nAll ")[0].rstrip())
-    log.info(
-        "written: %s",
-        ", ".join(
-            str(directory / n) for n in ("best_model_config.json", "optimization_log.json", "optimization_summary.txt")
-        ),
-    )
-    return SOME_FAILED if len(good) < len(entries) or len(finalists) < len(best) else DONE
+    write_atomic(directory / SUMMARY, text)
+    write_atomic(directory / CONFIG, config.text())
+    log.info("written: %s", ", ".join(str(directory / name) for name in (CONFIG, LOG, SUMMARY)))
+    return SearchResult(config, text, len(entries) - len(good) + len(best) - len(finalists))

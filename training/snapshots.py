@@ -42,6 +42,7 @@ class TrainingData:
     visit: np.ndarray  # (n_snapshots,) index into the observations' visits
     as_of: np.ndarray  # (n_snapshots,) microseconds since 1970
     label: np.ndarray  # (n_snapshots,) 0 or 1
+    onset: np.ndarray  # (n_snapshots,) microseconds, NO_TIME for visits without sepsis or without a known onset
     group: np.ndarray  # (n_snapshots,) 0, 1, 2, ...
     grouped_by: str  # "client" or "visit"
     synthetic: bool
@@ -191,7 +192,7 @@ def make_training_data(
             f"{len(label)} labelled snapshots, {int(label.sum())} of them positive: both kinds are needed; "
             f"left out: {remarks or 'nothing'}"
         )
-    visit = visit[row]
+    visit, onset = visit[row], np.where(sepsis == 1, onset, NO_TIME)[row]
     group, grouped_by = _groups(observations, visit, label)
     return TrainingData(
         observations=observations,
@@ -199,6 +200,7 @@ def make_training_data(
         visit=visit,
         as_of=as_of,
         label=label.astype(np.int8),
+        onset=onset,
         group=group,
         grouped_by=grouped_by,
         synthetic=synthetic,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from common.artifacts import library_versions, write_json
 from common.command_line import log, progress
-from common.metrics import figures, operating_points, ranking_scores, threshold_for_sensitivity
+from common.metrics import figures, operating_points, ranking_scores
 from feature_pipeline import (
     DEFAULT_WINDOWS,
     BadConfig,
@@ -102,7 +103,6 @@ def run_candidates(
     log_path: Path,
     jobs: int = 1,
     resume: bool = False,
-    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Judges every candidate on the validation part; the log on disk grows with each that finishes."""
     entries = _finished(log_path, search, candidates) if resume else []
@@ -131,7 +131,9 @@ def run_candidates(
     # loky renews a worker that has grown; nothing is lost by it
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
-    with progress(results, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
+    with progress(
+        results, len(candidates), not log.isEnabledFor(logging.INFO), initial=len(done), unit="candidate"
+    ) as bar:
         for entry in bar:
             entry["fingerprint"] = fingerprints[entry["feature_set"], entry["model"]]
             entries.append(entry)
@@ -179,12 +181,13 @@ class Evaluation:
     model: ScoreModel
     metrics: dict[str, Any]
     points: list[Any]
-    decision_threshold: float
+    rows: np.ndarray  # snapshots of the training and validation parts
+    out_of_fold: np.ndarray  # their calibrated probabilities
     test_probability: np.ndarray
 
 
 def evaluate_winner(
-    search: Search, feature_set: str, configuration: ModelConfiguration, out_of_fold: np.ndarray, sensitivity: float
+    search: Search, feature_set: str, configuration: ModelConfiguration, out_of_fold: np.ndarray
 ) -> Evaluation:
     """Fits the winner on training and validation parts, calibrates it on their out-of-fold scores, tests it once."""
     data, columns = search.data, search.columns(feature_set)
@@ -198,7 +201,8 @@ def evaluate_winner(
             "test": figures(data.label[test], probability, data.group[test], data.visit[test], search.seed),
         },
         points=operating_points(data.label[rows], own, data.visit[rows]),
-        decision_threshold=threshold_for_sensitivity(data.label[rows], own, sensitivity),
+        rows=rows,
+        out_of_fold=own,
         test_probability=probability,
     )
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from common.artifacts import locked, write_atomic
 from common.command_line import log
-from feature_pipeline import BadConfig, ProductionPipeline, load_config
+from feature_pipeline import BadConfig, Config, ProductionPipeline, load_config
 
 CONFIG = "best_model_config.json"
-REPORTS = ("production_model_info.txt", "training_report.html", "MODEL_CARD.md")
-DEPLOYED = ("best_model.pkl", "feature_names.json", *REPORTS, CONFIG)
+MODEL, NAMES = "best_model.pkl", "feature_names.json"
+INFO, REPORT, CARD = REPORTS = ("production_model_info.txt", "training_report.html", "MODEL_CARD.md")
+DEPLOYED = (MODEL, NAMES, *REPORTS, CONFIG)  # in the order in which they are deployed
 
 
 def archive_of(directory: Path, version: str) -> Path:
@@ -23,8 +28,8 @@ def archive_of(directory: Path, version: str) -> Path:
     return folder
 
 
-def list_versions(directory: Path) -> list[dict[str, Any]]:
-    """The archived versions, the latest first; ``deployed`` marks the one that is served."""
+def list_versions(directory: Path) -> list[tuple[Config, bool]]:
+    """The configs of the archived versions, the latest first, and whether each is the one that is served."""
     try:
         current = load_config(directory / CONFIG).model_version
     except BadConfig:
@@ -32,30 +37,56 @@ def list_versions(directory: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((directory / "archive").glob(f"*/{CONFIG}"), reverse=True):
         try:
-            config = load_config(path)
+            found.append((load_config(path), path.parent.name == current))
         except BadConfig as error:
             log.warning("warning: %s", error)
-            continue
-        scores = config.metrics.get("out_of_fold", {})
-        found.append(
-            {
-                "version": path.parent.name,
-                "deployed": path.parent.name == current,
-                "trained_at": config.trained_at,
-                "feature_set": config.feature_set,
-                "model": config.model["name"],
-                "roc_auc": scores.get("roc_auc"),
-                "average_precision": scores.get("average_precision"),
-            }
-        )
     return found
+
+
+def new_version(archive: Path) -> str:
+    """A version name YYYYMMDD_HHMMSS (UTC) that the archive does not have yet; its folder is made, so that nobody
+    else takes it."""
+    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
+    while True:
+        version = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
+        try:
+            (archive / version).mkdir(mode=0o750)
+            return version
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def deploy(directory: Path, version: str, files: Mapping[str, bytes | str]) -> None:
+    """Writes the files of a version (`DEPLOYED`) to its archive folder, all of them or none, and deploys it from there.
+
+    Raises `BadConfig`, `BadModel` where they would not load; then nothing is changed.
+    """
+    archive = directory / "archive"
+    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
+    if not (archive / version / CONFIG).exists():  # else an earlier try got this far
+        _archive(archive, version, files)
+    switch(directory, version)
+
+
+def _archive(archive: Path, version: str, files: Mapping[str, bytes | str]) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
+            folder = Path(unfinished) / "version"
+            for name, content in files.items():
+                write_atomic(folder / name, content)
+            ProductionPipeline(folder / CONFIG, folder / MODEL)  # what could not be served is not kept
+            folder.replace(archive / version)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            (archive / version).rmdir()  # the empty one that keeps the name
+        raise
 
 
 def switch(directory: Path, version: str) -> None:
     """Deploys an archived version: every file whole, the config last, so that whoever loads has one version or the
     other (see `ProductionPipeline`). Raises `BadConfig`, `BadModel` where the version is not fit to be served."""
     folder = archive_of(directory, version)
-    ProductionPipeline(folder / CONFIG, folder / "best_model.pkl")
+    ProductionPipeline(folder / CONFIG, folder / MODEL)
     with locked(directory / ".deploy.lock"):  # two that deploy at once must not mix their files
         for name in DEPLOYED:
             if (folder / name).is_file():
