@@ -2331,6 +2331,8 @@ class ScoreModel:
     members add up to 1; None: all count alike.
     """
 
+    weights: list[float] | None = None
+
     def __init__(
         self,
         members: Sequence[Any],
