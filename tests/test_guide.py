@@ -1,6 +1,8 @@
-"""The Python of guide and README runs as it stands; the guide names every feature and every field of the config."""
+"""The Python of guide and README runs as it is, and their tables restate the code."""
 
+import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,9 +10,19 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from feature_pipeline import CLINICAL, CONTEXT, STATISTICS, Config
+from feature_pipeline import (
+    CLINICAL,
+    CONCEPTS,
+    CONTEXT,
+    SET_ASIDE_REASONS,
+    STATISTICS,
+    UNKNOWN_REASONS,
+    Config,
+    FeaturePipelineError,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "FEATURE_PIPELINE_GUIDE.md").read_text(encoding="utf-8")
@@ -41,11 +53,70 @@ def test_the_python_of_the_documents_runs(folder, name):
     run_code("\n".join(blocks), folder)
 
 
-def test_every_feature_is_in_the_guide():
-    for name in STATISTICS:
-        assert f"| `{name}` |" in GUIDE, name
-    for name in CONTEXT:
-        assert f"`context__{name}`" in GUIDE, name
+def table(*rows) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def said(function) -> str:
+    """The docstring in one line."""
+    return " ".join(inspect.getdoc(function).split())
+
+
+def statistics():
+    rows = [(f"`{s.name}`", s.block, "yes" if s.windowed else "", said(s.function)) for s in STATISTICS.values()]
+    return table(("statistic", "block", "also over windows", "what"), *rows)
+
+
+def contexts():
+    return table(("context", "what"), *((f"`context__{name}`", said(c.function)) for name, c in CONTEXT.items()))
+
+
+def concepts():
+    rows = []
+    for c in CONCEPTS:
+        limits = f"{c.low:g} to {c.high:g}" if np.isfinite(c.low) else ""
+        units = ", ".join(unit.spellings.split(",")[0] for unit in c.units)
+        codes = "; ".join([f"{c.name}, {c.codes}", *(f"{unit}: {codes}" for unit, codes in c.coded_in.items())])
+        rows.append((f"`{c.name}`", c.unit, units, limits, codes))
+    return table(("concept", "unit", "other units", "limits", "codes"), *rows)
+
+
+def errors():
+    kinds = FeaturePipelineError.__subclasses__()
+    own = [kind for kind in kinds if kind.__module__ == "feature_pipeline"]
+    return table(("error", "code", "what"), *((f"`{e.__name__}`", f"`{e.code}`", said(e)) for e in own))
+
+
+def reasons(texts):
+    return table(("reason", "what"), *((f"`{name}`", text) for name, text in texts.items()))
+
+
+TABLES = {  # page -> name of the table -> its text
+    "FEATURE_PIPELINE_GUIDE.md": {
+        **{"statistics": statistics, "context": contexts, "concepts": concepts, "errors": errors}
+    },
+    "docs/data.md": {"set aside": lambda: reasons(SET_ASIDE_REASONS)},
+    "docs/serving.md": {"reasons": lambda: reasons(UNKNOWN_REASONS)},
+}
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_restate_the_code(page):
+    """``TABLES_REWRITE=1`` writes them."""
+    path = ROOT / page
+    text = shown = path.read_text(encoding="utf-8")
+    for name, make in TABLES[page].items():
+        marked = rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*"
+        assert len(re.findall(marked, text)) == 1, name
+        text = re.sub(marked, lambda found, make=make: f"{found[1]}{make()}\n\n", text)
+    if os.environ.get("TABLES_REWRITE"):
+        path.write_text(text, encoding="utf-8")
+    else:
+        assert shown == text
+
+
+def test_every_clinical_score_is_in_the_guide():
     for name in CLINICAL:
         score, _, part = name.partition("_")
         assert f"`clinical__{name}`" in GUIDE or (f"`clinical__{score}`" in GUIDE and f"`_{part}`" in GUIDE), name
@@ -60,8 +131,6 @@ def test_the_notebook_runs_from_top_to_bottom(folder):
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell.get("outputs") for cell in notebook["cells"])
-    import os
-
     backend = "import matplotlib; matplotlib.use('Agg')\n"
     code = backend + "\n".join(cells) + "\nprint(drift.iloc[0]['what'])"
     environment = {**os.environ, "SEPSIS_MODELS_DIR": str(folder / "models")}

@@ -1,11 +1,10 @@
-"""The README from top to bottom, as a new user would: every command and all Python, in one folder, with their output.
+"""README and docs from top to bottom, as a new user reads them: every command and all Python, with their output.
 
-What is run: ``bash`` (must succeed), ``console`` (lines after ``$`` are run, the lines below are what they print) and
-``python``. ``shell`` is not: it needs what a test has not (a broker, other data), or is run elsewhere. Times, model
-versions and ports differ from run to run; other numbers may differ by a twentieth, since another processor or library
-rounds otherwise. Where these choose another winner of the search, everything printed is another model's: then it is
-enough that the commands succeed. ``README_REWRITE=1`` puts what was printed into the README instead of comparing, times
-and all, so that what stands there is of one run.
+``bash`` must succeed. In ``console``, lines after ``$`` are run, and the lines below are what they print. ``python`` is
+run. ``shell`` is not: it needs a broker or other data, or it is run elsewhere. Times, model versions and ports differ
+from run to run. Other numbers may differ by a twentieth, because another processor or library rounds differently. If
+that chooses another winner of the search, it is enough that the commands succeed. ``README_REWRITE=1`` writes what was
+printed into the documents instead of comparing, so that all output is of one run.
 """
 
 import os
@@ -21,7 +20,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = ("data", "training", "versions", "serving", "streams", "monitoring", "operations")  # in reading order
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 BLOCK = re.compile(r"```(bash|console|python)\n(.*?)```", re.DOTALL)
 VERSION = re.compile(r"\b\d{8}_\d{6}\b")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00|[\d.]+ (?:ms|s|min)\b")
@@ -31,11 +31,11 @@ HERE = {"python3 -m venv .venv", ".venv/bin/pip install -q -r requirements.txt"}
 
 
 class Reader:
-    """A user with a copy of the project: runs what is to be run there, in order, and keeps what it needs to go on."""
+    """A user with a copy of the project, who runs the commands in order and keeps what later ones need."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.versions: dict[str, str] = {}  # model version in the README: model version here
+        self.versions: dict[str, str] = {}  # model version in the documents: model version here
         self.services: list[subprocess.Popen] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -63,6 +63,7 @@ class Reader:
         return done.stdout
 
     def serve(self, command: str) -> str:
+        self.stop()
         log = (self.folder / "service.log").open("w")
         self.services.append(
             subprocess.Popen(command.split(), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
@@ -78,7 +79,8 @@ class Reader:
         raise AssertionError("the service does not get ready")
 
     def stop(self) -> None:
-        for service in self.services:
+        while self.services:
+            service = self.services.pop()
             service.terminate()
             service.wait(timeout=60)
 
@@ -100,9 +102,9 @@ def difference(shown: str, printed: str) -> str | None:
         numbers = [[float(number.replace(",", "")) for number in NUMBER.findall(line)] for line in (one, two)]
         same_words = NUMBER.sub("#", one).split() == NUMBER.sub("#", two).split()
         if not same_words or numbers[0] != pytest.approx(numbers[1], rel=0.05, abs=0.005):
-            return f"README: {one}\nprinted: {two}"
+            return f"shown: {one}\nprinted: {two}"
     if len(shown_lines) != len(printed_lines):
-        return f"README: {len(shown_lines)} lines, printed:\n{printed}"
+        return f"shown: {len(shown_lines)} lines, printed:\n{printed}"
     return None
 
 
@@ -120,10 +122,23 @@ def reader(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_command_prints_what_the_readme_shows(reader):
-    text = README.read_text(encoding="utf-8")
-    differences = []
-    for language, block in BLOCK.findall(text):
+def test_every_command_prints_what_the_documents_show(reader):
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    differences = [different for path in DOCUMENTS for different in follow(reader, path, texts)]
+    if os.environ.get("README_REWRITE"):
+        for path, text in texts.items():
+            for shown, here in reader.versions.items():  # in the commands
+                text = text.replace(shown, here)
+            path.write_text(text, encoding="utf-8")
+        return
+    summary = (reader.folder / "models" / "optimization_summary.txt").read_text(encoding="utf-8")
+    if re.search(r"^Winner: .*$", summary, re.MULTILINE)[0] in "".join(texts.values()):
+        assert not differences, "\n\n".join(differences)
+
+
+def follow(reader, path, texts):
+    """Runs what a document tells to run; yields the differences, or puts what was printed into its text."""
+    for language, block in BLOCK.findall(texts[path]):
         if language == "bash":
             parts = [part for part in block.strip().split(" && ") if part not in HERE]
             reader.run(" && ".join(parts).replace(".venv/bin/python", "python"))
@@ -136,17 +151,10 @@ def test_every_command_prints_what_the_readme_shows(reader):
             different = difference(shown, printed)
             if printed != shown and os.environ.get("README_REWRITE"):
                 old = f"$ {command}\n{shown}\n" if shown else f"$ {command}\n"
-                assert text.count(old) == 1, command
-                text = text.replace(old, f"$ {command}\n{printed}\n" if printed else old)
+                assert texts[path].count(old) == 1, command
+                texts[path] = texts[path].replace(old, f"$ {command}\n{printed}\n" if printed else old)
             elif different:
-                differences.append(f"$ {command}\n{different}")
-    if os.environ.get("README_REWRITE"):
-        for shown, here in reader.versions.items():  # in the commands
-            text = text.replace(shown, here)
-        README.write_text(text, encoding="utf-8")
-    summary = (reader.folder / "models" / "optimization_summary.txt").read_text(encoding="utf-8")
-    if re.search(r"^Winner: .*$", summary, re.MULTILINE)[0] in text:
-        assert not differences, "\n\n".join(differences)
+                yield f"{path.name}: $ {command}\n{different}"
 
 
 def test_a_difference_is_seen():
