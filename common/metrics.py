@@ -17,10 +17,11 @@ def ranking_scores(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
     return {"roc_auc": auc, "average_precision": precision, "score": auc + precision}
 
 
-def bootstrap_intervals(
+def resampled_scores(
     label: np.ndarray, score: np.ndarray, group: np.ndarray, n_resamples: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95% percentile intervals of ROC AUC and average precision, whole groups (clients) resampled.
+) -> np.ndarray:
+    """(n_resamples, 2) ROC AUC and average precision, whole groups (clients) resampled; NaN where a resample lacks one
+    of the labels. The same groups and seed give the same resamples: differences of two scores are paired.
 
     Every resample weights the rows sorted once, instead of sorting anew.
     """
@@ -30,8 +31,8 @@ def bootstrap_intervals(
     last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
     generator = np.random.default_rng(seed)
     n_groups = group.max() + 1
-    figures = []
-    for _ in range(n_resamples):
+    scores = np.full((n_resamples, 2), np.nan)
+    for k in range(n_resamples):
         weight = np.bincount(generator.integers(0, n_groups, n_groups), minlength=n_groups)[own]
         true = np.cumsum(weight * y)[last_of_tie]
         called = np.cumsum(weight)[last_of_tie]
@@ -40,10 +41,19 @@ def bootstrap_intervals(
             continue
         auc = np.sum(np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))) / (2 * true[-1] * false[-1])
         precision = np.sum(np.diff(true, prepend=0) * true / np.maximum(called, 1)) / true[-1]
-        figures.append((auc, precision))
-    if not figures:
+        scores[k] = auc, precision
+    return scores
+
+
+def bootstrap_intervals(
+    label: np.ndarray, score: np.ndarray, group: np.ndarray, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95% percentile intervals of ROC AUC and average precision, see `resampled_scores`."""
+    scores = resampled_scores(label, score, group, n_resamples, seed)
+    scores = scores[~np.isnan(scores[:, 0])]
+    if not len(scores):
         return {"roc_auc": (float("nan"),) * 2, "average_precision": (float("nan"),) * 2}
-    low, high = np.percentile(np.array(figures), [2.5, 97.5], axis=0)
+    low, high = np.percentile(scores, [2.5, 97.5], axis=0)
     return {
         "roc_auc": (float(low[0]), float(high[0])),
         "average_precision": (float(low[1]), float(high[1])),
@@ -100,6 +110,11 @@ def sensitivity_at_alert_rate(label: np.ndarray, probability: np.ndarray, alert_
 def brier_score(label: np.ndarray, probability: np.ndarray) -> float:
     """Mean squared difference of probability and outcome (Brier, Mon Weather Rev 1950;78:1)."""
     return float(np.mean((probability - label) ** 2))
+
+
+def log_losses(label: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Of each row, natural logarithm."""
+    return -np.log(np.clip(np.where(label == 1, probability, 1 - probability), 1e-15, None))
 
 
 def fit_platt(log_odds: np.ndarray, label: np.ndarray) -> tuple[float, float]:
