@@ -717,7 +717,7 @@ def test_histogram_boosting_bears_a_column_that_training_never_saw():
     label = (features[:, 0] + generator.normal(size=400) > 0).astype(int)
     never = np.column_stack([features, np.full(400, np.nan)])
     params = {**CONFIGURATION["hist_gradient_boosting"].params, "max_features": 1.0}
-    with_it, without = (fitting._FIT["hist_gradient_boosting"](params, x, label, 0) for x in (never, features))
+    with_it, without = (fitting._FIT["hist_gradient_boosting"](params, x, label, None, 0) for x in (never, features))
     measured = np.column_stack([features, generator.normal(size=400)])
     assert np.array_equal(with_it.log_odds(measured), without.log_odds(features))
 

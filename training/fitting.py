@@ -63,11 +63,11 @@ class FeatureTable:
         """(n_rows, n_columns) of some snapshots and features."""
         return self._stack([(self.hidden if hidden else self.plain, rows)], columns)
 
-    def with_copy(self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(features, labels) of the snapshots `rows` as they are, then of those `copied`, with codes hidden."""
+    def with_copy(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features, their rows) of the snapshots `rows` as they are, then of those `copied`, with codes hidden."""
         again = rows[self.copied[rows]]
         features = self._stack([(self.plain, rows), (self.hidden, again)], columns)
-        return features, np.concatenate([label[rows], label[again]])
+        return features, np.concatenate([rows, again])
 
     @staticmethod
     def _stack(parts: Sequence[tuple[np.ndarray, np.ndarray]], columns: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ class FeatureTable:
         return out.T
 
 
-_FIT = {}  # kind of model -> function(params, features, label, seed) that gives one fitted member
+_FIT = {}  # kind of model -> function(params, features, label, weight, seed) that gives one fitted member
 
 
 def fits(kind: str):
@@ -98,28 +98,31 @@ def fit_model(
     columns: np.ndarray,
     label: np.ndarray,
     seed: int = 0,
+    weight: np.ndarray | None = None,
 ) -> ScoreModel:
-    """Fits an uncalibrated model on the snapshots `rows`, on one core; `label` is of all snapshots."""
+    """Fits an uncalibrated model on the snapshots `rows`, on one core; `label` and `weight` (None: all count alike) are
+    of all snapshots."""
     with threadpool_limits(1):  # scikit-learn's histogram boosting would take every core
-        return _fit_members(configuration, table, rows, columns, label, seed)
+        return _fit_members(configuration, table, rows, columns, label, seed, weight)
 
 
-def _fit_members(configuration, table, rows, columns, label, seed) -> ScoreModel:
+def _fit_members(configuration, table, rows, columns, label, seed, weight) -> ScoreModel:
     members = []
     for k, member in enumerate(configuration.members):
         params = {**configuration.params, **member}
         if params.pop("hide_codes", False):
-            features, labels = table.with_copy(rows, columns, label)
+            features, used = table.with_copy(rows, columns)
         else:
-            features, labels = table.rows(rows, columns), label[rows]
+            features, used = table.rows(rows, columns), rows
         features = filled(features, configuration.fill_value)
-        members.append(_FIT[configuration.kind](params, features, labels, seed + 1000 * k))
+        weights = None if weight is None else weight[used]
+        members.append(_FIT[configuration.kind](params, features, label[used], weights, seed + 1000 * k))
         del features  # gigabytes: gone before the next member's are made
     return ScoreModel(members)
 
 
 @fits("lightgbm")
-def _fit_lightgbm(params, features, label, seed):
+def _fit_lightgbm(params, features, label, weight, seed):
     import lightgbm
 
     settings = {
@@ -132,11 +135,11 @@ def _fit_lightgbm(params, features, label, seed):
         "seed": seed,
         **params,
     }
-    return BoostedTrees(lightgbm.train(settings, lightgbm.Dataset(features, label)))
+    return BoostedTrees(lightgbm.train(settings, lightgbm.Dataset(features, label, weight=weight)))
 
 
 @fits("logistic_regression")
-def _fit_logistic_regression(params, features, label, seed):
+def _fit_logistic_regression(params, features, label, weight, seed):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -146,26 +149,26 @@ def _fit_logistic_regression(params, features, label, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
         model = LogisticRegression(random_state=seed, **params).fit(
-            LinearModel.standardise(features, mean, scale), label
+            LinearModel.standardise(features, mean, scale), label, weight
         )
     return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
 
 
 @fits("extra_trees")
-def _fit_extra_trees(params, features, label, seed):
+def _fit_extra_trees(params, features, label, weight, seed):
     from sklearn.ensemble import ExtraTreesClassifier
 
     # one thread sums the trees in one order
-    return Classifier(ExtraTreesClassifier(random_state=seed, n_jobs=1, **params).fit(features, label))
+    return Classifier(ExtraTreesClassifier(random_state=seed, n_jobs=1, **params).fit(features, label, weight))
 
 
 @fits("hist_gradient_boosting")
-def _fit_hist_gradient_boosting(params, features, label, seed):
+def _fit_hist_gradient_boosting(params, features, label, weight, seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params)
     never = np.isnan(features).all(axis=0)  # scikit-learn cannot bin a column without a number; it splits no constant
-    return Classifier(model.fit(np.where(never, 0.0, features) if never.any() else features, label))
+    return Classifier(model.fit(np.where(never, 0.0, features) if never.any() else features, label, weight))
 
 
 def judge_candidate(

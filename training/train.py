@@ -103,15 +103,33 @@ def train_holdout(directory: Path, observations: str | None = None, labels: str 
 def train_full(directory: Path, observations: str | None = None, labels: str | None = None, **settings: Any) -> str:
     """Trains on all data and deploys the model as a new version. Gives its ``production_model_info.txt``."""
     material = prepare(directory, observations, labels, **settings)
-    data, config, facts = material.data, material.config, material.facts
+    config = material.config
+    model, probability = material.fit(np.arange(len(material.data.label)))
+    version = new_version(directory / "archive")
+    trained_on = observations or config.data["observations"], labels or config.data["labels"]
+    files = version_files(material, config, model, probability, version, trained_on)
+    deploy(directory, version, files)
+    return files[INFO]
+
+
+def version_files(
+    material: Material,
+    config: Config,
+    model: ScoreModel,
+    probability: np.ndarray,
+    version: str,
+    trained_on: tuple[str | None, str | None],
+) -> dict[str, bytes | str]:
+    """The files of a version with `model`: its config, model file and reports. Thresholds follow from `probability`,
+    out-of-fold of all snapshots of the material's data, by the rule of `config`. `trained_on` are the paths of these
+    data."""
+    data, facts = material.data, material.facts
     rows = np.arange(len(data.label))
-    model, probability = material.fit(rows)
     scores = material.figures(rows, probability)
     material.add_figures("Cross-validated", scores)
     if config.data["fingerprint"] == data.fingerprint and "test" in config.metrics:
         material.add_figures("Test part of the search", config.metrics["test"])
     points, basis = operating_points(data.label, probability, data.visit), "out-of-fold predictions on all data"
-    version = new_version(directory / "archive")
     if config.decision_sensitivity is not None:
         threshold = threshold_for_sensitivity(data.label, probability, config.decision_sensitivity)
         config = replace(config, decision_threshold=threshold)
@@ -131,8 +149,8 @@ def train_full(directory: Path, observations: str | None = None, labels: str | N
         library_versions=library_versions(),
         trained_at=facts["Trained at"],
         trained_on={
-            "observations": observations or config.data["observations"],
-            "labels": labels or config.data["labels"],
+            "observations": trained_on[0],
+            "labels": trained_on[1],
             "synthetic": data.synthetic,
             "fingerprint": data.fingerprint,
             "description": data.describe(),
@@ -144,15 +162,12 @@ def train_full(directory: Path, observations: str | None = None, labels: str | N
         model_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         golden={**config.golden, "probability": golden},
     )
-    info = info_text(config, facts, data.notices(), version)
     title = f"Sepsis risk model {version}"
-    files = {
+    return {
         MODEL: buffer.getvalue(),
         NAMES: json.dumps(config.feature_names, indent=1) + "\n",
-        INFO: info,
+        INFO: info_text(config, facts, data.notices(), version),
         REPORT: report_page(title, data.notices(), facts, basis, data.label, probability, points),
         CARD: model_card(config, version, facts, data.notices(), data, rows, probability, points, basis),
         CONFIG: config.text(),
     }
-    deploy(directory, version, files)
-    return info

@@ -6,12 +6,14 @@ on local patients, a model of local patients alone, and, if the parent's data ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import joblib
 import numpy as np
 
-from common.metrics import fit_platt, log_loss, resampled_scores
+from common.metrics import fit_platt, log_losses, ranking_scores, resampled_scores
 from feature_pipeline import BoostedTrees, ScoreModel
 from training.candidates import ModelConfiguration
 from training.fitting import FeatureTable, filled, fit_model
@@ -48,9 +50,6 @@ class Candidate:
     parts: tuple[tuple[Part, float], ...]  # with their weights, which add up to 1
     calibrated: bool = True  # on local patients
 
-    def log_odds(self, of_part: dict[Part, np.ndarray]) -> np.ndarray:
-        return np.sum([weight * of_part[part] for part, weight in self.parts], axis=0)
-
 
 AS_IT_IS = Candidate("as it is", ((PARENT, 1.0),), calibrated=False)
 RECALIBRATED = Candidate("recalibrated", ((PARENT, 1.0),))
@@ -81,9 +80,17 @@ class Source:
     first: tuple[FeatureTable, np.ndarray] | None = None  # table, labels
     seed: int = 0
 
-    @property
+    @cached_property
     def columns(self) -> np.ndarray:
         return np.arange(len(self.table.plain))
+
+    @cached_property
+    def of_both(self) -> tuple[FeatureTable, np.ndarray]:
+        """(table, labels) of the parent's snapshots, then of the local ones."""
+        table, label = self.first
+        plain, hidden = (np.hstack([getattr(t, name) for t in (table, self.table)]) for name in ("plain", "hidden"))
+        copied = np.append(table.copied, self.table.copied)
+        return FeatureTable(plain, hidden, copied), np.append(label, self.data.label)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         return filled(self.table.rows(rows, self.columns), self.configuration.fill_value)
@@ -98,11 +105,11 @@ class Source:
             return ScoreModel(members, weights=self.parent.weights)
         if part.kind == "local":
             return fit_model(self.configuration, self.table, rows, self.columns, self.data.label, self.seed)
-        table, label = self.first
-        n = len(label)
-        rows, label = np.append(np.arange(n), n + rows), np.append(label, self.data.label)
+        table, label = self.of_both
+        n = len(label) - len(self.data.label)
         weight = np.where(np.arange(len(label)) < n, 1.0, part.number)
-        return fit_model(self.configuration, self._of_both, rows, self.columns, label, self.seed, weight)
+        rows = np.append(np.arange(n), n + rows)
+        return fit_model(self.configuration, table, rows, self.columns, label, self.seed, weight)
 
     def mixed(self, candidate: Candidate, rows: np.ndarray) -> ScoreModel:
         """The candidate, fitted on the local snapshots `rows`; not calibrated."""
@@ -117,7 +124,98 @@ class Source:
         ]
         return ScoreModel(members, weights=shares)
 
+    def out_of_fold(self, parts: Iterable[Part], rows: np.ndarray, n_folds: int = 5, jobs: int = 1) -> OutOfFold:
+        """The log-odds of the local snapshots `rows` by each part, of models that did not learn from their group."""
+        parts = list(parts)
+        folds = list(grouped_folds(self.data, rows, n_folds, self.seed))
+        found = joblib.Parallel(n_jobs=jobs)(
+            joblib.delayed(self._of_held_out)(part, train, held_out) for part in parts for train, held_out in folds
+        )
+        fold, scores = np.full(len(self.data.label), -1), {}
+        for k, (_, held_out) in enumerate(folds):
+            fold[held_out] = k
+        for i, part in enumerate(parts):
+            score = np.full(len(self.data.label), np.nan)
+            for (_, held_out), values in zip(folds, found[i * n_folds :], strict=False):
+                score[held_out] = values
+            scores[part] = score[rows]
+        return OutOfFold(scores, self.data.label[rows], self.data.group[rows], fold[rows])
+
+    def _of_held_out(self, part: Part, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        return self.fit(part, train).log_odds(self.features(held_out))
+
 
 def refitted(member: BoostedTrees, features: np.ndarray, label: np.ndarray, decay: float) -> BoostedTrees:
     """The same trees with leaf values ``decay * old + (1 - decay) * new``, the new ones learned from `label`."""
     return BoostedTrees(member.booster.refit(features, label, decay_rate=decay, num_threads=1).free_dataset())
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Cross-validated log-odds of local snapshots, by part."""
+
+    of_part: dict[Part, np.ndarray]
+    label: np.ndarray
+    group: np.ndarray
+    fold: np.ndarray
+
+    def log_odds(self, candidate: Candidate) -> np.ndarray:
+        return np.sum([weight * self.of_part[part] for part, weight in candidate.parts], axis=0)
+
+    def calibrated(self, log_odds: np.ndarray) -> np.ndarray:
+        """Probabilities, calibrated on the other folds."""
+        probability = np.empty(len(log_odds))
+        for k in np.unique(self.fold):
+            own = self.fold == k
+            slope, intercept = fit_platt(log_odds[~own], self.label[~own])
+            probability[own] = ScoreModel([], slope, intercept).calibrate(log_odds[own])
+        return probability
+
+
+NOISE = 1.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate in cross-validation."""
+
+    candidate: Candidate
+    roc_auc: float
+    average_precision: float
+    behind: float  # score (ROC AUC + average precision) of the best candidate, less that of this one
+    noise: float  # standard error of `behind`, clients resampled
+
+    @property
+    def as_good(self) -> bool:
+        return self.behind <= NOISE * self.noise
+
+
+def choose(
+    parent: ScoreModel, known: Sequence[Candidate], of: OutOfFold, seed: int = 0
+) -> tuple[Candidate, list[Trial]]:
+    """The simplest candidate that is as good as the best within noise, and all trials, in the order of `known`.
+
+    Candidates are ranked by ROC AUC + average precision. Local calibration does not change these: where the parent is
+    the choice, it is recalibrated if that lowers the log loss beyond noise.
+    """
+    scores = [of.log_odds(candidate) for candidate in known]
+    figures = [ranking_scores(of.label, score) for score in scores]
+    resampled = [resampled_scores(of.label, score, of.group, 200, seed).sum(axis=1) for score in scores]
+    best = int(np.argmax([f["score"] for f in figures]))
+    trials = [
+        Trial(
+            candidate,
+            f["roc_auc"],
+            f["average_precision"],
+            figures[best]["score"] - f["score"],
+            float(np.nanstd(resampled[best] - own)),
+        )
+        for candidate, f, own in zip(known, figures, resampled, strict=True)
+    ]
+    chosen = next(trial.candidate for trial in trials if trial.as_good)
+    if chosen.parts == AS_IT_IS.parts:
+        score = scores[0]
+        gain = log_losses(of.label, parent.calibrate(score)) - log_losses(of.label, of.calibrated(score))
+        of_group = np.bincount(np.unique(of.group, return_inverse=True)[1], gain)
+        chosen = RECALIBRATED if of_group.sum() > NOISE * of_group.std() * np.sqrt(len(of_group)) else AS_IT_IS
+    return chosen, trials
