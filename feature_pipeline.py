@@ -359,6 +359,13 @@ class Codes:
         return hashlib.sha256(json.dumps(sorted(self.site.items())).encode()).hexdigest()[:16] if self.site else None
 
     @cached_property
+    def meaning_sha256(self) -> str:
+        """The same for two models that read every row alike."""
+        seen = sorted(code for code in self.seen if self.meaning(code)[0])
+        mapped = [sorted(mapping.items()) for mapping in (self.synonyms, self.site, self._of_concept)]
+        return hashlib.sha256(json.dumps([seen, mapped]).encode()).hexdigest()
+
+    @cached_property
     def _of_concept(self) -> dict[str, str]:
         rarest_first = sorted(self.own, key=lambda code: (self.own[code], code))
         return {concept.name: code for code in rarest_first if (concept := self.meaning(code)[0])}

@@ -18,16 +18,16 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from common.command_line import DONE, SOME_FAILED, log, make_parser, number, run, spare_the_loaded
+from common.command_line import DONE, SOME_FAILED, log, make_parser, number, read_site_codes, run, spare_the_loaded
 from feature_pipeline import BadConfig
 from monitoring.log import url_of
 from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed, read_lines
 from serving.stream.journal import Journal
-from serving.stream.processor import StreamProcessor
+from serving.stream.processor import NOW, StreamProcessor
 
 __all__ = ["StreamProcessor", "main"]
-DEFAULT_STATE = "data/stream_state.jsonl"
+DEFAULT_STATE = "data/stream_state.db"
 
 
 def stream(arguments: argparse.Namespace) -> int:
@@ -42,7 +42,8 @@ def stream(arguments: argparse.Namespace) -> int:
             max_visits=arguments.max_visits,
             max_observations=arguments.max_observations,
             idle_hours=arguments.idle_hours,
-            future_hours=arguments.future_hours,
+            as_of=arguments.as_of,
+            codes=read_site_codes(arguments.codes),
             prediction_log=url_of(arguments.monitor),
         )
         spare_the_loaded()
@@ -53,7 +54,7 @@ def stream(arguments: argparse.Namespace) -> int:
 
             return SOME_FAILED if consume(processor, book, sinks, arguments, stop.is_set) else DONE
         state = arguments.state or (DEFAULT_STATE if arguments.mllp else None)
-        feed = Feed(processor, book, sinks, Journal(state) if state else None)
+        feed = Feed(processor, book, sinks, Journal(state, arguments.durable) if state else None)
         try:
             if arguments.mllp:
                 receive(feed, arguments.mllp, stop)
@@ -69,7 +70,7 @@ def stream(arguments: argparse.Namespace) -> int:
 def refuse_unused(arguments: argparse.Namespace) -> None:
     """Raises `BadConfig` for options that would be silently without effect."""
     if arguments.kafka:
-        unused = [f"--{name}" for name in ("alerts", "webhook", "state", "mllp") if getattr(arguments, name)]
+        unused = [f"--{name}" for name in ("alerts", "webhook", "state", "durable", "mllp") if getattr(arguments, name)]
         if unused:
             raise BadConfig(
                 f"--kafka goes without {', '.join(unused)}: its observations, alerts and state are topics "
@@ -103,7 +104,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__, "tail -f feed.jsonl | python stream_processor.py", "config", "model")
+    parser = make_parser(__doc__, "tail -f feed.jsonl | python stream_processor.py", "config", "model", "codes")
     parser.add_argument("--kafka", metavar="BROKERS", help="read from Kafka: HOST:PORT, several with commas between")
     parser.add_argument("--topic", default="observations", help="of the observations, keyed by client and visit")
     parser.add_argument("--out", default="predictions", metavar="TOPIC", help="Kafka topic of the results")
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kafka-config", metavar="FILE", help="more settings of librdkafka, as JSON: TLS, passwords")
     parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU^R01 over MLLP")
     parser.add_argument("--state", metavar="FILE", help=f"keeps what was accepted; with --mllp {DEFAULT_STATE}")
+    parser.add_argument("--durable", action="store_true", help="what --state acknowledged also survives a power cut")
     parser.add_argument("--alerts", metavar="FILE", help="append alerts as JSON lines; they are always logged")
     parser.add_argument("--webhook", metavar="URL", help="POST each alert there as JSON")
     parser.add_argument(
@@ -127,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--idle-hours", type=number(float, 0), default=48.0, help="a visit silent for so long is scored and dropped"
     )
     parser.add_argument(
-        "--future-hours", type=number(float, 0), default=24.0, help="dates further ahead of the clock are set aside"
+        "--as-of",
+        metavar="MOMENT",
+        default=NOW,
+        help="score visits for 'now', 'last' (their last observation, for replayed feeds), or an ISO 8601 time",
     )
     parser.add_argument("--max-visits", type=number(int, 1), default=100_000, help="open at once")
     parser.add_argument("--max-observations", type=number(int, 10), default=50_000, help="of a visit")

@@ -1,13 +1,16 @@
 """The stream: the same scores as the batch whatever the arrivals, bounds, alerts, lines, restarts, HL7 over MLLP."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,12 +25,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.artifacts import write_atomic
-from feature_pipeline import BadConfig, FeaturePlan, resolve_snapshots
+from feature_pipeline import BadConfig, FeaturePlan, iso_times, resolve_snapshots
 from serving.stream import mllp
 from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed, read_lines
 from serving.stream.journal import Journal
-from serving.stream.processor import _fold_hours
 from stream_processor import StreamProcessor, main
 from tests.strategies import cohorts
 
@@ -39,7 +41,8 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 @pytest.fixture(scope="module")
 def make(config_path, model_path):
     def make(min_observations=1, **changes):
-        return StreamProcessor(config_path, model_path, min_observations, **changes)
+        """Scores for each visit's last observation, unless told otherwise: the examples are of past years."""
+        return StreamProcessor(config_path, model_path, min_observations, **{"as_of": "last", **changes})
 
     return make
 
@@ -83,7 +86,9 @@ def test_each_score_is_what_the_batch_knows_then(make, pipeline, records):
         result = processor.predict_visit(record["visit_id"], record["client"])
         [expected] = batch_scores(pipeline, records[:n]).values()
         assert result["sepsis_probability"] == expected
-        assert result["num_observations"] == len(pipeline.reproducer.read(records[:n]).time)
+        read = pipeline.reproducer.read(records[:n])
+        assert result["num_observations"] == len(read.time) - sum(pipeline.unused_codes(read).values())
+        assert result["unused_codes"] == pipeline.unused_codes(read)
 
 
 def test_dirty_rows_are_counted_and_the_rest_gives_the_batch_score(make, pipeline, cohort):
@@ -160,7 +165,7 @@ def test_too_many_visits_drop_the_longest_silent_with_its_score(make):
 
 def test_a_visit_beyond_the_limit_is_reported_and_never_scored_in_part(make):
     processor = make(max_observations=10)
-    assert _fold_hours(processor.pipeline) is None  # this model looks at whole visits
+    assert processor.look_back is None  # this model looks at whole visits
     rows = [row for row in EXAMPLE if row["visit_id"] == EXAMPLE[0]["visit_id"]]
     processor.add_observations(rows)
     assert processor.predict_due() == [] and processor.set_aside["visit_full"] >= 10
@@ -174,16 +179,10 @@ def test_old_observations_are_folded_away_where_no_feature_sees_them(make, recor
     """With a model of windows and latest values alone a visit may be of any length."""
     names = ["HR__last", "HR__mean__6h", "Temp__max__12h", "Age__last", "clinical__news2", "context__observations_6h"]
     processor = make()
-    reproducer = processor.pipeline.reproducer
-    plan = FeaturePlan(names)
-    whole = reproducer.read(records)
+    plan = processor.pipeline.reproducer.plan = FeaturePlan(names)
+    assert processor.look_back == 24
+    whole = processor.pipeline.reproducer.read(records)
     visit, moments, _ = resolve_snapshots(whole)
-    before, reproducer.plan = reproducer.plan, plan
-    try:
-        assert _fold_hours(processor.pipeline) == 24
-    finally:
-        reproducer.plan = before
-    processor._fold_hours = 24.0
     for record in records:
         processor.add_observation(record)
         processor.settle()
@@ -204,12 +203,12 @@ def deployed(make, models_dir, tmp_path):
     def deploy(**changes):
         write_atomic(folder / "best_model_config.json", json.dumps(config | changes))
 
-    return StreamProcessor(folder / "best_model_config.json", folder / "best_model.pkl", 1), deploy
+    return StreamProcessor(folder / "best_model_config.json", folder / "best_model.pkl", 1, as_of="last"), deploy
 
 
 def test_another_model_is_taken_up_between_scores(deployed, monkeypatch):
     processor, deploy = deployed
-    monkeypatch.setattr("serving.stream.processor.LOOK_SECONDS", -1)
+    monkeypatch.setattr("serving.deployed.LOOK_SECONDS", -1)
     old, versions = processor.pipeline.model_version, []
     for n in range(3):
         processor.add_observation({**EXAMPLE[0], "observation_value": n + 1})
@@ -222,32 +221,34 @@ def test_a_model_with_other_meanings_of_codes_waits_for_a_restart(deployed, tmp_
     processor, deploy = deployed
     old = processor.pipeline.model_version
     deploy(model_version="another", synonyms={**processor.pipeline.config.synonyms, "XHR": "heart_rate"})
-    processor.add_observations(EXAMPLE)
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.accept(EXAMPLE)
     for _ in range(2):
         processor.renew()
-    assert {result["model_version"] for result in processor.predict_due()} == {old}
-    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
     feed.finish()
-    files = processor.pipeline._files
+    assert {json.loads(line)["model_version"] for line in feed.results.getvalue().splitlines()} == {old}
+    restarted = StreamProcessor(*processor.pipeline._files, 1, as_of="last")
     with pytest.raises(BadConfig, match="other meanings"):
-        Feed(StreamProcessor(*files, 1), AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+        Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
 
 
 def test_a_folded_visit_is_not_scored_by_a_model_that_looks_further_back(deployed, tmp_path):
     processor, deploy = deployed
-    processor._fold_hours, processor.max_observations = 24.0, 10
+    processor.pipeline.reproducer.plan = FeaturePlan(["HR__last", "clinical__news2"])
+    processor.max_observations, processor.min_observations = 10, 1000
     row = {**EXAMPLE[0], "observation_date": "2024-01-09T00:00:00"}
-    processor.add_observations([{**row, "observation_date": f"2024-01-0{d}T00:00:00"} for d in range(1, 9)] * 2)
-    processor.add_observations([{**row, "observation_value": v} for v in range(5)])
-    processor.settle()
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.accept([{**row, "observation_date": f"2024-01-0{d}T00:00:00"} for d in range(1, 9)] * 2)
+    feed.accept([{**row, "observation_value": v} for v in range(5)])
+    feed.score()
     [visit] = processor.visits.values()
     assert visit.folded == 24 and not visit.full
-    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
     feed.finish()
-    restarted = StreamProcessor(*processor.pipeline._files, 1)
-    Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    restarted = StreamProcessor(*processor.pipeline._files, 1, as_of="last")
+    Feed(restarted, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO()).finish()
     deploy(model_version="another")
     processor.renew()
+    processor.min_observations = 1
     for after in (processor, restarted):
         after.add_observation(row | {"observation_value": 6})
         assert after.predict_due() == [] and after.set_aside["visit_full"]
@@ -265,9 +266,9 @@ def test_a_visit_that_was_given_up_stays_so_after_a_restart(make, tmp_path):
     assert restarted.predict_due() == []
 
 
-def test_dates_of_the_far_future_are_set_aside(make):
-    processor = make(clock=lambda: 1_704_067_200.0, future_hours=24)  # 1 January 2024
-    dates = ("2024-01-01T23:00:00", "2024-01-02T01:00:00", "2094-01-01T00:00:00")
+def test_dates_of_the_future_are_set_aside(make):
+    processor = make(clock=lambda: 1_704_067_200.0)  # 1 January 2024
+    dates = ("2024-01-01T00:04:00", "2024-01-01T01:00:00", "2094-01-01T00:00:00")
     processor.add_observations([{**EXAMPLE[2], "observation_date": date} for date in dates])
     assert processor.predict_due()[0]["num_observations"] == 1 and processor.set_aside == {"future": 2}
 
@@ -379,6 +380,7 @@ def test_alerts_go_to_file_and_webhook_and_a_dead_webhook_stops_nothing(tmp_path
 def run_lines(models_dir, text, *options):
     command = [sys.executable, str(ROOT / "stream_processor.py"), "--monitor", "off", "--min-observations", "1"]
     command += ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
+    command += ["--as-of", "last"]
     return subprocess.run([*command, *options], input=text, capture_output=True, text=True, timeout=120)
 
 
@@ -400,7 +402,7 @@ def test_lines_from_stdin(models_dir, pipeline, tmp_path):
 
 
 def test_a_restart_goes_on_where_it_ended_and_alerts_nobody_twice(models_dir, pipeline, tmp_path):
-    options = ["--state", str(tmp_path / "state.jsonl"), "--alerts", str(tmp_path / "alerts.jsonl")]
+    options = ["--state", str(tmp_path / "state.db"), "--alerts", str(tmp_path / "alerts.jsonl")]
     half = len(EXAMPLE) // 2
     first = run_lines(models_dir, lines_of(EXAMPLE[:half]), *options)
     second = run_lines(models_dir, lines_of(EXAMPLE[half:]), *options)
@@ -411,13 +413,14 @@ def test_a_restart_goes_on_where_it_ended_and_alerts_nobody_twice(models_dir, pi
     alerts = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     told = [(a["client"], a["visit_id"], a["risk_level"]) for a in alerts]
     assert len(told) == len(set(told)) > 0
-    assert (tmp_path / "state.jsonl").stat().st_mode & 0o077 in (0, 0o040)
+    assert (tmp_path / "state.db").stat().st_mode & 0o077 in (0, 0o040)
 
 
 def fed(models_dir, state):
     """A stream with the example's lines in its stdin, which stays open."""
     command = [sys.executable, str(ROOT / "stream_processor.py"), "--monitor", "off", "--min-observations", "1"]
     command += ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
+    command += ["--as-of", "last"]
     process = subprocess.Popen([*command, "--state", str(state)], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
     process.stdin.write(lines_of(EXAMPLE).encode())
     process.stdin.flush()
@@ -425,7 +428,7 @@ def fed(models_dir, state):
 
 
 def test_a_killed_process_has_kept_what_it_took(models_dir, pipeline, tmp_path):
-    state = tmp_path / "state.jsonl"
+    state = tmp_path / "state.db"
     process = fed(models_dir, state)
     seen = set()
     while len(seen) < 8:  # every visit has been scored at least once
@@ -434,16 +437,14 @@ def test_a_killed_process_has_kept_what_it_took(models_dir, pipeline, tmp_path):
     process.wait()
     process.stdin.close()
     process.stdout.close()
-    with state.open("a") as file:
-        file.write('["observation", {"visit_id": 1, "cli')  # torn
     done = run_lines(models_dir, lines_of(EXAMPLE[-30:]), "--state", str(state))
     results = [json.loads(line) for line in done.stdout.splitlines()]
     expected = batch_scores(pipeline, EXAMPLE)
     assert done.returncode == 0 and last_scores(results).items() <= expected.items()
 
 
-def test_sigterm_finishes_what_was_accepted(models_dir, pipeline, tmp_path):
-    state = tmp_path / "state.jsonl"
+def test_sigterm_finishes_what_was_accepted(models_dir, make, tmp_path):
+    state = tmp_path / "state.db"
     process = fed(models_dir, state)
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -451,9 +452,15 @@ def test_sigterm_finishes_what_was_accepted(models_dir, pipeline, tmp_path):
     process.stdin.close()
     assert process.wait(60) == 0
     process.stdout.close()
-    kept = [json.loads(line)[1] for line in state.read_text().splitlines() if line.startswith('["observation"')]
     results = [json.loads(line) for line in (first + rest).splitlines()]
-    assert last_scores(results) == batch_scores(pipeline, kept)
+    assert last_scores(results) == scores_of(make, state)
+
+
+def scores_of(make, state):
+    """The scores of the visits that a state file has kept."""
+    processor = make()
+    Feed(processor, AlertBook(), AlertSinks(), Journal(state), io.StringIO()).finish()
+    return last_scores([processor.predict_visit(visit, client) for client, visit in processor.visits])
 
 
 def killed(feed):
@@ -502,19 +509,21 @@ def test_a_kill_after_an_alert_was_kept_sends_that_one(make, tmp_path):
     with pytest.raises(ValueError, match="closed file"):
         first.score()
     first.finish()
-    kept = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    with contextlib.closing(sqlite3.connect(tmp_path / "state")) as db:
+        kept = [json.loads(content) for (content,) in db.execute("SELECT content FROM entries WHERE kind = 'alert'")]
     second = feed(str(tmp_path / "alerts"))
     assert len(second.results.getvalue().splitlines()) == 8
     second.finish()
     sent = [json.loads(line) for line in (tmp_path / "alerts").read_text().splitlines()]
-    assert sent == [content for kind, content in kept if kind == "alert"] != []
+    assert sent == kept != []
 
 
 def test_restored_scores_are_not_recorded_again(make, tmp_path, monkeypatch):
     recorded = []
     for _ in range(3):
         processor = make()
-        monkeypatch.setattr(processor._log, "record", lambda observations, *_: recorded.extend(observations.keys()))
+        log = processor.deployed.current.log
+        monkeypatch.setattr(log, "record", lambda observations, *_: recorded.extend(observations.keys()))
         feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
         feed.accept(EXAMPLE if not recorded else [])
         feed.finish()
@@ -541,26 +550,28 @@ def test_a_file_that_is_no_state_is_left_as_it_is(make, tmp_path, content):
     assert state.read_text() == content
 
 
-def test_a_full_disk_loses_nothing_that_was_acknowledged(make, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def full_disk(state):
+    """No file of this process may grow beyond the size that the state file's log has."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{state}-wal").stat().st_size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing_that_was_acknowledged(make, pipeline, tmp_path):
     feed = Feed(make(), AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
     feed.accept(EXAMPLE[:1])
-    write = os.write
-
-    def torn(file, data):
-        if len(data) < 50:
-            raise OSError(28, "No space left on device")
-        return write(file, data[: len(data) - 49])
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "write", torn)
-        with pytest.raises(OSError, match="No space"):
+    with full_disk(tmp_path / "state"):
+        with pytest.raises(OSError, match="cannot be kept"):
             feed.accept(EXAMPLE[1:2])
         feed.score()  # goes on
-        assert feed.results.getvalue()
+        assert feed.results.getvalue() and feed.not_kept
     feed.accept(EXAMPLE[2:3])
     killed(feed)
-    lines = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
-    assert [content for kind, content in lines if kind == "observation"] == [EXAMPLE[0], EXAMPLE[2]]
+    assert scores_of(make, tmp_path / "state") == batch_scores(pipeline, [EXAMPLE[0], EXAMPLE[2]])
 
 
 def test_a_line_without_end_is_counted_and_the_others_go_on(make, pipeline):
@@ -630,7 +641,7 @@ class MllpServer:
 
 @pytest.fixture
 def mllp_feed(make, tmp_path):
-    feed = Feed(make(), AlertBook(), AlertSinks(), Journal(tmp_path / "state.jsonl"), io.StringIO())
+    feed = Feed(make(), AlertBook(), AlertSinks(), Journal(tmp_path / "state.db"), io.StringIO())
     server = MllpServer(feed)
     yield server, feed
     server.end()
@@ -759,18 +770,13 @@ def test_hl7_frames_that_are_too_large_or_not_begun_are_refused_by_number(mllp_f
     assert answers(server.port, *sent) == [["AR", "1"], ["AR", "1"], ["AA", "1"], ["AR", ""], ["AA", "1"]]
 
 
-def test_hl7_that_cannot_be_kept_is_asked_for_again(mllp_feed, monkeypatch):
+def test_hl7_that_cannot_be_kept_is_asked_for_again(mllp_feed):
     server, feed = mllp_feed
     message = message_of(next(iter(by_visit(EXAMPLE))))
-    with monkeypatch.context() as full:
-        full.setattr(feed.journal, "_write", full_disk)
+    with full_disk(feed.journal.path):
         assert str(server.send(message).segment("MSA")(1)) == "AE"
     assert feed.accepted == 0
     assert str(server.send(message).segment("MSA")(1)) == "AA"
-
-
-def full_disk(*_):
-    raise OSError(28, "No space left on device")
 
 
 def test_a_stop_does_not_wait_for_senders_who_stay(mllp_feed):
@@ -845,15 +851,18 @@ def test_units_ranges_and_structured_numbers(pipeline):
         ]
     )
     records, left_out = mllp.observations_of(hl7.parse(text + "\r"), pipeline)
-    told = [(r["observation_type_code"], r["observation_value"], r["observation_date"]) for r in records]
-    assert told == [
-        ("HR", 90.0, "2024-03-01T08:30:15"),
-        (pipeline.own_code("2524-7"), 0.5, "2024-03-01T08:00:00+01:00"),
-        (pipeline.own_code("8310-5"), 38.5, "2024-03-01T08:00:00+01:00"),
-        ("SBP", 120.0, "2024-03-01T08:00:00+01:00"),
-    ]
-    assert (records[0]["reference_range_min"], records[0]["reference_range_max"]) == (60.0, 100.0)
-    assert records[1]["reference_range_max"] == 2.2 and records[2]["reference_range_min"] == 32.2222
+    read = pipeline.reproducer.read(records)
+    told = {read.codes[code]: row for code, row in zip(read.group_code, read.group_start[:-1], strict=True)}
+    value = {code: (read.value[row], iso_times(read.time[[row]])[0]) for code, row in told.items()}
+    assert value == {
+        "HR": (90.0, "2024-03-01T08:30:15Z"),
+        pipeline.own_code("2524-7"): (0.5, "2024-03-01T07:00:00Z"),
+        pipeline.own_code("8310-5"): (38.5, "2024-03-01T07:00:00Z"),
+        "SBP": (120.0, "2024-03-01T07:00:00Z"),
+    }
+    assert (read.low[told["HR"]], read.high[told["HR"]]) == (60.0, 100.0)
+    assert read.high[told[pipeline.own_code("2524-7")]] == 2.2
+    assert read.low[told[pipeline.own_code("8310-5")]] == 32.2222
     assert len(left_out) == 1 and "OBX 4" in left_out[0] and "unit" in left_out[0]
 
 

@@ -57,7 +57,7 @@ class Stream:
         command += ["--model", str(self.models_dir / "best_model.pkl"), "--min-observations", "1"]
         command += ["--kafka-config", str(self.folder / "kafka.json")]
         # days of observations pass in seconds here: with a cool-down of hours a visit may well rise twice
-        command += ["--cooldown-hours", "1000000"]
+        command += ["--cooldown-hours", "1000000", "--as-of", "last"]
         log = self.folder / f"log{len(self.processes)}"
         with log.open("w") as file:
             process = subprocess.Popen(command, stderr=file, cwd=ROOT)

@@ -7,16 +7,16 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from common.command_line import log
-from feature_pipeline import BadConfig, as_text
+from feature_pipeline import BadConfig
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
-from serving.stream.journal import Journal, visit_entry
-from serving.stream.processor import Key, StreamProcessor, mark_of
+from serving.stream.journal import Journal
+from serving.stream.processor import StreamProcessor
+from serving.stream.visits import mark_of
 
-COMPACT_LINES = 1_000_000
 IDLE_EVERY = 60.0  # seconds between looks for idle visits
 LONGEST_LINE = 1 << 20  # bytes; an observation has some 200
 
@@ -39,62 +39,39 @@ class Feed:
     ):
         self.processor, self.book, self.sinks, self.journal, self.results = processor, book, sinks, journal, results
         self.accepted = self.unreadable = self.scored = self.alerted = 0
-        self.not_kept = 0  # entries that the journal could not take
-        self._alerts: dict[Key, list[dict[str, Any]]] = {}  # that the journal keeps
-        self._unsent: set[str] = set()  # ids of those among them that are not everywhere yet
+        self.not_kept = 0  # times that the journal could not take what was decided
+        self._sent: list[str] = []  # ids of alerts that are everywhere, which the journal does not know yet
+        self._dropped: list[bytes] = []  # marks of visits that were dropped, which the journal does not know yet
         self._giving = self._failing = False
         self._looked = time.monotonic()
         if journal is not None:
             self._restore(journal)
 
     def _restore(self, journal: Journal) -> None:
-        entries = journal.load()
-        if any(synonyms != self.processor.pipeline.config.synonyms for synonyms in entries["synonyms"]):
+        processor = self.processor
+        kept = journal.load()
+        if kept.visits and kept.meaning != processor.pipeline.reproducer.codes.meaning_sha256:
             raise BadConfig(
                 f"state file {str(journal.path)!r} was written with a model that gives codes other meanings; "
                 "deploy that model again until its visits have ended, or move the file away and lose them"
             )
-        try:
-            dropped = [bytes.fromhex(mark) for marks in entries["dropped"] for mark in marks]
-            for alert in entries["alert"]:
-                self.book.note_alert(alert)
-                self._remember(alert)
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadConfig(
-                f"state file {str(journal.path)!r} holds an entry that this program did not write "
-                f"({type(error).__name__}); move the file away"
-            ) from None
-        observations, given = entries["observation"], sum(entries["given"])
-        gone = set(dropped)
-        observations = [(row, n < given) for n, row in enumerate(observations) if not _is_of(row, gone)]
-        self.processor.add_observations([row for row, out in observations if out])
-        self.processor.settle()
-        for visit in self.processor.visits.values():
-            visit.changed = False  # their scores are out
-        for entry in entries["visit"]:
-            self.processor.restore(visit_of(entry), entry.get("full"), entry.get("folded"), entry.get("level"))
-        self.processor.add_observations([row for row, out in observations if not out])
-        self.processor.settle()
-        self.processor.remember_dropped(dropped)
-        if observations:
-            log.info("resumed %d open visits", len(self.processor.visits))
-        self._unsent -= {alert for sent in entries["sent"] for alert in sent}
-        again = [alert for alerts in self._alerts.values() for alert in alerts if alert["alert_id"] in self._unsent]
-        self.sinks.send(again)
-        self._give(self.processor.predict_due)
-        self.book.forget(key for key in self._alerts if key not in self.processor.visits)
-
-    def _remember(self, alert: dict[str, Any]) -> None:
-        if self.journal is None:
-            return
-        self._alerts.setdefault(visit_of(alert), []).append(alert)
-        self._unsent.add(alert["alert_id"])
+        processor.adopt(kept.visits, kept.codes)
+        processor.remember_dropped(kept.dropped)
+        processor.journaled = True
+        for alert in kept.alerts:
+            self.book.note_alert(alert)
+        self.sinks.send(alert for alert in kept.alerts if alert["alert_id"] in kept.unsent)
+        if kept.visits or kept.raw:
+            log.info("resumed %d open visits", len(processor.visits))
+        processor.add_observations(kept.raw)
+        self._give(processor.predict_due)
+        self.book.forget(key for key in map(visit_of, kept.alerts) if key not in processor.visits)
 
     def accept(self, observations: Sequence[Mapping[str, Any]]) -> None:
         """Takes observations; when it returns they survive a kill (with a journal). Raises `OSError` where they cannot
         be kept; nothing of them is taken then."""
         if self.journal is not None:
-            self.journal.append("observation", observations)
+            self.journal.accept(observations)
         self.processor.add_observations(observations)
         self.accepted += len(observations)
 
@@ -113,6 +90,7 @@ class Feed:
                 unreadable += 1
         if unreadable:
             self.unreadable += unreadable
+            self.processor.deployed.current.log.record_error("unreadable", unreadable)
             log.warning("set aside: %d lines that are not JSON or longer than %d bytes", unreadable, LONGEST_LINE)
         self.accept(records)
 
@@ -122,76 +100,72 @@ class Feed:
         if time.monotonic() - self._looked > IDLE_EVERY:
             self._looked = time.monotonic()
             self._give(self.processor.close_idle)
-            if self.journal is not None and self.journal.lines > COMPACT_LINES:
-                try:
-                    self._compact()
-                except OSError as error:
-                    self.not_kept += 1
-                    log.error("error: the state file was not written anew, the old one goes on: %s", error)
 
     def _give(self, scores: Callable[[], list[dict[str, Any]]]) -> None:
         """Takes scores and gives them. An exception on the way leaves them due for the next process."""
         self._giving = True
         if results := scores():
             alerts = self.book.rises(results)
-            self._keep("alert", alerts)  # before they are sent: a restart sends these, not others
+            self._keep(lambda journal: journal.keep_alerts(alerts))  # before they are sent: a restart sends these
             for result in results:
                 shown = {name: value for name, value in result.items() if name != "previous_level"}
                 self.results.write(json.dumps(shown) + "\n")
             self.results.flush()
-            for alert in alerts:
-                self._remember(alert)
             self.sinks.send(alerts)
             self.scored += len(results)
             self.alerted += len(alerts)
-            visits = [self.processor.visits.get(visit_of(r)) for r in results if r["risk_level"] != r["previous_level"]]
-            self._keep("visit", [visit_entry(visit) for visit in visits if visit is not None])
-        if dropped := self.processor.newly_dropped():
-            self.book.forget(dropped)
-            self._keep("dropped", [[mark_of(key).hex() for key in dropped]])
-        self._keep_sent()
-        if results:
-            self._keep("given", [None])
+        dropped = self.processor.newly_dropped()
+        self.book.forget(dropped)
+        if self.journal is not None:
+            self._dropped += map(mark_of, dropped)
+            self._settle()
+        else:
+            self.sinks.sent.clear()
         self._giving = False
 
-    def _keep_sent(self) -> None:
-        sent = []
+    def _settle(self) -> None:
+        """Keeps what was given, in one transaction."""
+        processor = self.processor
         while self.sinks.sent:
-            sent.append(self.sinks.sent.popleft())
-        if sent:
-            self._unsent -= set(sent)
-            self._keep("sent", [sent])
-
-    def _keep(self, kind: str, entries: Sequence[Any]) -> None:
-        """Notes what was decided. Where that fails patients' alerts still go out: a restart may give them again."""
-        if self.journal is None:
+            self._sent.append(self.sinks.sent.popleft())
+        if not (processor.changed or processor.closed or self._sent or self.journal.accepted):
             return
+        if self._keep(
+            lambda journal: journal.settle(
+                list(processor.changed.values()),
+                processor.closed,
+                self._dropped,
+                processor.codes,
+                set(self._sent),
+                processor.visits,
+                processor.pipeline.reproducer.codes.meaning_sha256,
+            )
+        ):
+            processor.changed, processor.closed, self._dropped, self._sent = {}, [], [], []
+
+    def _keep(self, keep: Callable[[Journal], None]) -> bool:
+        """Keeps what was decided; says whether that was possible. Patients' alerts still go out if it was not: a
+        restart may give them again."""
+        if self.journal is None:
+            return True
         try:
-            self.journal.append(kind, entries)
+            keep(self.journal)
             self._failing = False
         except OSError as error:
             self.not_kept += 1
             if not self._failing:
                 log.error("error: %s; scores and alerts still go out, a restart may give them again", error)
             self._failing = True
-
-    def _compact(self) -> None:
-        for key in [key for key in self._alerts if key not in self.processor.visits]:
-            self._alerts[key] = [alert for alert in self._alerts[key] if alert["alert_id"] in self._unsent]
-            if not self._alerts[key]:
-                del self._alerts[key]
-        alerts = [alert for alerts in self._alerts.values() for alert in alerts]
-        self.journal.compact(self.processor, alerts, self._unsent)
+        return not self._failing
 
     def finish(self) -> None:
-        """Scores what was accepted, waits for the alerts, saves the open visits and lets go of the state file."""
+        """Scores what was accepted, waits for the alerts, and closes the state file."""
         try:
             if not self._giving:  # else something went wrong with them: they stay due
                 self._give(self.processor.predict_due)
             self.sinks.close()
-            self._keep_sent()
             if self.journal is not None and not self._giving:
-                self._compact()
+                self._settle()
         finally:
             if self.journal is not None:
                 self.journal.close()
@@ -209,14 +183,6 @@ class Feed:
     def failed(self) -> bool:
         """Was something not usable or not sent?"""
         return bool(self.unreadable or self.processor.set_aside or self.sinks.failed or self.not_kept)
-
-
-def _is_of(record: Any, gone: Container[bytes]) -> bool:
-    """Is it an observation of one of these visits?"""
-    try:
-        return bool(gone) and mark_of((as_text(record["client"]), as_text(record["visit_id"]))) in gone
-    except (KeyError, TypeError):
-        return False
 
 
 def read_lines(feed: Feed, descriptor: int, stopped: Callable[[], bool], wait: float = 0.02) -> None:

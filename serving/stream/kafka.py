@@ -29,7 +29,8 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from common.command_line import log
 from feature_pipeline import BadConfig
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
-from serving.stream.processor import StreamProcessor, Visit, mark_of
+from serving.stream.processor import StreamProcessor
+from serving.stream.visits import Visit, mark_of
 
 BATCH = 5000  # messages at once
 WAIT = 0.05  # seconds for the first of them

@@ -12,7 +12,6 @@ import hl7
 from hl7.mllp import start_hl7_server
 
 from common.command_line import log
-from common.units import own_terms
 from feature_pipeline import ProductionPipeline
 from serving.stream.feed import Feed
 
@@ -46,11 +45,11 @@ class Rejected(Exception):
 
 
 def observations_of(message: hl7.Message, pipeline: ProductionPipeline) -> tuple[list[dict[str, Any]], list[str]]:
-    """(observations in the model's own terms, why other OBX were not used). Raises `Rejected`.
+    """(observations, why other OBX were not used). Raises `Rejected`.
 
     Client is PID-3.1, visit PV1-19.1, both of the patient's own group: a message may hold several patients. Time is
     OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else UTC; code OBX-3.1 (or the alternative
-    OBX-3.4 where the model knows only that); range OBX-7. Results that are pending, wrong or deleted (OBX-11) are left
+    OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or deleted (OBX-11) are left
     out. A corrected one (C) counts as one more observation: what it corrects stays, as it does in a table.
     """
     kind = (_text(message, "MSH", 9, 1), _text(message, "MSH", 9, 2))
@@ -122,8 +121,7 @@ def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeli
     if _part(segment, 2) not in NUMERIC:
         return "its type (OBX-2) is no number"
     code, other = _part(segment, 3, 1), _part(segment, 3, 4)
-    known = pipeline.config.codes
-    if other and pipeline.own_code(code) not in known and pipeline.own_code(other) in known:
+    if other and not _is_used(pipeline, code) and _is_used(pipeline, other):
         code = other
     if not code:
         return "no code (OBX-3)"
@@ -137,8 +135,21 @@ def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeli
     if value is None:
         return "its value (OBX-5) is not a number"
     low, high = reference_range(_part(segment, 7))
-    record = own_terms(pipeline, code, value, _part(segment, 6), low, high)
-    return record if isinstance(record, str) else {"observation_date": time, **record}
+    unit, concept = _part(segment, 6), pipeline.reproducer.codes.meaning(code)[0]
+    if unit and concept and concept.unit_named(unit) is None:
+        return f"its unit (OBX-6) is not one that {concept.name.replace('_', ' ')} can be converted from"
+    return {
+        "observation_date": time,
+        "observation_type_code": code,
+        "observation_value": value,
+        "reference_range_min": low,
+        "reference_range_max": high,
+        "unit": unit or None,
+    }
+
+
+def _is_used(pipeline: ProductionPipeline, code: str) -> bool:
+    return pipeline.reproducer.is_used(pipeline.own_code(code))
 
 
 def _repeats(segment: Any, field: int) -> bool:

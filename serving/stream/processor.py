@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,60 +13,42 @@ import numpy as np
 
 from common.command_line import log
 from feature_pipeline import (
-    CONTEXT,
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
     MICROSECONDS_PER_HOUR,
+    NO_TIME,
     SET_ASIDE_REASONS,
+    BadConfig,
     BadObservations,
     Concept,
-    FeaturePipelineError,
     Observations,
     ProductionPipeline,
+    SiteCodes,
     as_text,
-    concept_of,
     iso_times,
+    to_micros,
 )
-from monitoring.log import OFF, PredictionLog
+from monitoring.log import OFF
+from serving.deployed import LAST, NOW, Deployed, moments_of
+from serving.stream.visits import REMEMBERED, ROW, Key, Visit, mark_of
 
-Key = tuple[str, str]  # client, visit_id as texts
-ROW = np.dtype([("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
 REASONS = {
     **SET_ASIDE_REASONS,
-    "future": "observation_date is too far in the future",
     "visit_full": "the visit has more observations than --max-observations; it is no longer scored",
     "visit_dropped": "the visit was dropped before (idle, or too many were open); it is not scored from a part",
 }
-REMEMBERED = 1_000_000  # dropped visits, some 150 bytes each
 FORGETTABLE = 10_000  # codes that no open visit has
 WAITING = 1000  # observations that are validated together at the latest
-LOOK_SECONDS = 5.0  # between looks whether another model is deployed
-
-
-@dataclass
-class Visit:
-    """One open visit. `rows` are its validated observations, in pieces without copies; `origin` is the feed's own."""
-
-    client: Any  # as given
-    visit_id: Any
-    rows: list[np.ndarray] = field(default_factory=list)
-    changed: bool = False  # since its last score
-    full: bool = False
-    folded: float | None = None  # observations older than so many hours may be no longer here
-    seen: float = 0.0  # by the processor's clock
-    level: str | None = None  # of the last score
-    origin: Any = None
-
-    @property
-    def n_rows(self) -> int:
-        return sum(map(len, self.rows))
+CLOSED_AT_ONCE = 500  # idle visits, so that others are not kept waiting
 
 
 class StreamProcessor:
     """Keeps open visits and scores those that changed; loads config and model when it is made.
 
     Observations may come in any order, several times, and late: the score of a visit is the one that the batch gives on
-    the same rows, to the last bit. `min_observations`: a visit with fewer different ones is not scored.
+    the same rows at the same moment, to the last bit. `as_of` is that moment: ``now``, ``last`` (the last observation
+    of each visit, for feeds that are replayed), or a time. `min_observations`: a visit with fewer different ones is not
+    scored. `codes` is the site's map of codes.
 
     Bounds: `max_visits` (beyond it the visit that was silent the longest is scored and dropped) and `max_observations`
     of a visit. Old observations are folded away where no feature of the model can see them; where the model looks at
@@ -86,16 +66,19 @@ class StreamProcessor:
         max_visits: int = 100_000,
         max_observations: int = 50_000,
         idle_hours: float = 48.0,
-        future_hours: float = 24.0,
+        as_of: str = NOW,
+        codes: SiteCodes | None = None,
         clock: Callable[[], float] = time.time,
         prediction_log: str = OFF,
     ):
-        self._monitor = prediction_log
-        self._use(ProductionPipeline(config_path, model_path))
-        self._looked, self._problem = time.monotonic(), ""
+        if as_of not in (NOW, LAST):
+            to_micros(as_of)  # raises `BadObservations`
+        self.deployed = Deployed(
+            ProductionPipeline(config_path, model_path, codes), "stream", prediction_log, _check_meaning
+        )
         self.min_observations = min_observations
         self.max_visits, self.max_observations = max_visits, max_observations
-        self.idle_hours, self.future_hours, self.clock = idle_hours, future_hours, clock
+        self.idle_hours, self.as_of, self.clock = idle_hours, as_of, clock
         self.visits: OrderedDict[Key, Visit] = OrderedDict()  # the longest silent first
         self.set_aside: Counter[str] = Counter()
         self.dropped = 0  # visits dropped because there were too many
@@ -103,66 +86,66 @@ class StreamProcessor:
         self._late_results: list[dict[str, Any]] = []  # last scores of visits that were dropped
         self._dropped: OrderedDict[bytes, None] = OrderedDict()  # marks of dropped visits, the oldest first
         self._newly_dropped: deque[Key] = deque(maxlen=REMEMBERED)
-        self.codes: list[str] = []  # in order of arrival; rows hold places in it
+        self.codes: list[str] = []  # rows hold places in it
         self._concepts: list[Concept | None] = []
         self._place: dict[str, int] = {}
+        self._free: list[int] = []  # places of codes that no open visit has any more
         self._codes_at_most = FORGETTABLE  # before those that are in use are looked for
+        self.journaled = False  # are `changed` and `closed` taken by a journal?
+        self.changed: dict[Key, Visit] = {}  # visits that are not kept as they are
+        self.closed: list[Visit] = []  # visits that were dropped and are still kept
 
-    def _use(self, pipeline: ProductionPipeline) -> None:
-        self.pipeline = pipeline
-        self._fold_hours = _fold_hours(pipeline)
-        self._log = PredictionLog.open(self._monitor, pipeline, "stream")
+    @property
+    def pipeline(self) -> ProductionPipeline:
+        return self.deployed.pipeline
+
+    @property
+    def look_back(self) -> float | None:
+        """How many hours back the model looks, but for the latest value of each code; None: the whole visit."""
+        return self.pipeline.reproducer.plan.look_back
 
     def renew(self) -> None:
-        """Takes up the model that was deployed since. Where that cannot be, the old one goes on, and the log says why.
+        """Takes up the model that was deployed since. If it cannot be used the old one stays in use, and the log says
+        why. `predict_due` does it every few seconds."""
+        if self.deployed.renew():
+            self._check_all_folded()
 
-        `predict_due` does it every few seconds.
-        """
-        self._looked = time.monotonic()
-        try:
-            successor = self.pipeline.successor()
-        except FeaturePipelineError as error:
-            if str(error) != self._problem:
-                self._problem = str(error)
-                log.error("error: %s; the stream goes on with model %s", error, self.pipeline.model_version)
-            return
-        if successor is None:
-            return
-        if successor.config.synonyms != self.pipeline.config.synonyms:
-            # units were converted by what the codes meant when they came
-            if self._problem != successor.model_version:
-                self._problem = successor.model_version
-                log.error("error: model %s gives codes other meanings; restart the stream", successor.model_version)
-            return
-        self._use(successor)
+    def _check_all_folded(self) -> None:
         for visit in self.visits.values():
             self._check_folded(visit)
-        log.info("model %s is loaded", successor.model_version)
 
-    def restore(self, key: Key, full: bool = False, folded: float | None = None, level: str | None = None) -> None:
-        """Says of an open visit what an earlier process knew: that it had given it up, or folded it, and the risk level
-        of the last score that it gave."""
-        visit = self.visits.get(key)
-        if visit is None:
-            return
-        visit.level = level or visit.level
-        if folded is not None:
-            visit.folded = min(folded, visit.folded or folded)
-        if full:
-            self._give_up(visit)
-        self._check_folded(visit)
+    def adopt(self, visits: Iterable[tuple[int, Mapping[str, Any], np.ndarray]], codes: Mapping[int, str]) -> None:
+        """Opens the visits that a journal has kept: number, content, rows. Their scores were given."""
+        places = range(max(codes, default=-1) + 1)
+        self.codes = [codes.get(place, "") for place in places]
+        self._concepts = [self.pipeline.reproducer.codes.meaning(code)[0] for code in self.codes]
+        self._place = {code: place for place, code in codes.items()}
+        self._free = [place for place in places if place not in codes]
+        now = self.clock()
+        for number, content, rows in visits:
+            visit = Visit(**content, rows=[rows], seen=now, number=number, pieces=1, n_rows_kept=len(rows))
+            visit.kept = visit.content()
+            self.visits[as_text(visit.client), as_text(visit.visit_id)] = visit
+            self._check_folded(visit)
+
+    def _note(self, visit: Visit) -> None:
+        """Says that the visit is not kept as it is."""
+        if self.journaled:
+            self.changed[as_text(visit.client), as_text(visit.visit_id)] = visit
 
     def _check_folded(self, visit: Visit) -> None:
         """Gives up a visit that would be scored from a part of what the model looks at."""
-        if visit.folded is not None and (self._fold_hours is None or self._fold_hours > visit.folded):
+        if visit.folded is not None and (self.look_back is None or self.look_back > visit.folded):
             self._give_up(visit)
 
     def _give_up(self, visit: Visit) -> None:
         if visit.full:
             return
-        visit.full, visit.changed = True, False
+        visit.full, visit.changed, visit.rewrite = True, False, True
         self._count({"visit_full": visit.n_rows})
-        visit.rows = [visit.rows[0][:1]]
+        self.deployed.current.log.record_error("visit_full")
+        visit.rows, visit.fresh = [visit.rows[0][:1].copy()], []
+        self._note(visit)
 
     # ------------------------------------------------------------------------------------------ observations
 
@@ -184,47 +167,48 @@ class StreamProcessor:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        records = [record for record, _ in waiting]
+        rows = [(record, origin) for record, origin in waiting if isinstance(record, Mapping)]
+        if len(rows) < len(waiting):
+            self._count({"malformed": len(waiting) - len(rows)})
+        if not rows:
+            return
         try:
-            read = self.pipeline.reproducer.read(records)
-        except BadObservations as error:
-            # nothing usable; where a column is missing the rows are all of no expected form
-            self._count(error.set_aside or {"malformed": len(records)})
+            read = self.deployed.current.read([record for record, _ in rows], self.clock())
+        except BadObservations:  # a column is in none of the records
+            self._count({"malformed": len(rows)})
             return
         self._count(read.set_aside)
-        origins: dict[Key, Any] = {}
-        for record, origin in waiting:
-            if origin is not None and isinstance(record, Mapping):
-                origins.setdefault((as_text(record.get("client")), as_text(record.get("visit_id"))), origin)
-        self._take(read, origins)
+        self._take(read, [rows[row][1] for row in read.first_row.tolist()])
 
     def _count(self, reasons: Mapping[str, int]) -> None:
         for reason, n in reasons.items():
             self.set_aside[reason] += n
             log.warning("set aside: %d observations: %s", n, REASONS[reason])
 
-    def _take(self, read: Observations, origins: Mapping[Key, Any]) -> None:
-        for code in read.codes:
-            if code not in self._place:
-                self._place[code] = len(self.codes)
+    def _name_place(self, code: str) -> int:
+        """Where `code` is among the codes; it gets a place if it has none."""
+        if code not in self._place:
+            concept = self.pipeline.reproducer.codes.meaning(code)[0]
+            if self._free:
+                place = self._free.pop()
+                self.codes[place], self._concepts[place] = code, concept
+            else:
+                place = len(self.codes)
                 self.codes.append(code)
-                self._concepts.append(concept_of(code, self.pipeline.config.synonyms))
-        own = np.array([self._place[code] for code in read.codes], dtype=np.int32)
+                self._concepts.append(concept)
+            self._place[code] = place
+        return self._place[code]
+
+    def _take(self, read: Observations, origins: Sequence[Any]) -> None:
+        own = np.array([self._name_place(code) for code in read.codes], dtype=np.int32)
         rows = np.empty(len(read.time), dtype=ROW)
         rows["code"] = np.repeat(own[read.group_code], np.diff(read.group_start))
         for name in ("time", "value", "low", "high"):
             rows[name] = getattr(read, name)
         now = self.clock()
-        latest = int((now + self.future_hours * 3600) * 1e6)
         bounds = read.group_start[read.visit_group_start].tolist()
-        future = bool((rows["time"] > latest).any())
         for i, key in enumerate(read.keys()):
             own_rows = rows[bounds[i] : bounds[i + 1]]
-            if future:
-                late = own_rows["time"] > latest
-                if late.any():
-                    self._count({"future": int(late.sum())})
-                    own_rows = own_rows[~late]
             if not len(own_rows):
                 continue  # a visit begins with its first usable observation
             visit = self.visits.get(key)
@@ -234,7 +218,7 @@ class StreamProcessor:
                     self._count({"visit_dropped": len(own_rows)})
                     continue
                 self._make_room()
-                visit = self.visits[key] = Visit(read.client[i], read.visit_id[i], origin=origins.get(key))
+                visit = self.visits[key] = Visit(read.client[i], read.visit_id[i], origin=origins[i])
             else:
                 self.visits.move_to_end(key)
             visit.seen = now
@@ -243,9 +227,12 @@ class StreamProcessor:
                 continue
             visit.rows.append(own_rows.copy())
             visit.changed = True
+            if self.journaled:
+                visit.fresh.append(visit.rows[-1])
+            self._note(visit)
             if visit.n_rows > self.max_observations:
                 self._shrink(visit)
-        if len(self.codes) > self._codes_at_most:
+        if len(self._place) > self._codes_at_most:
             self._forget_codes()
 
     def _forget_codes(self) -> None:
@@ -254,16 +241,11 @@ class StreamProcessor:
         for visit in self.visits.values():
             for rows in visit.rows:
                 used[rows["code"]] = True
-        kept = np.flatnonzero(used)
-        new = np.zeros(len(used), dtype=np.int32)
-        new[kept] = np.arange(len(kept))
-        for visit in self.visits.values():
-            for rows in visit.rows:
-                rows["code"] = new[rows["code"]]
-        self.codes = [self.codes[i] for i in kept]
-        self._concepts = [self._concepts[i] for i in kept]
-        self._place = {code: i for i, code in enumerate(self.codes)}
-        self._codes_at_most = 2 * len(kept) + FORGETTABLE
+        for code, place in list(self._place.items()):
+            if not used[place]:
+                del self._place[code]
+                self._free.append(place)
+        self._codes_at_most = 2 * len(self._place) + FORGETTABLE
 
     def _make_room(self) -> None:
         while len(self.visits) >= self.max_visits:
@@ -283,16 +265,16 @@ class StreamProcessor:
 
     def _shrink(self, visit: Visit) -> None:
         rows = self._distinct(visit)
-        if self._fold_hours is not None:
+        if self.look_back is not None:
             rows = self._folded(rows)
-            visit.rows = [rows]
-            visit.folded = min(self._fold_hours, visit.folded or self._fold_hours)
+            visit.rows, visit.rewrite = [rows], True
+            visit.folded = min(self.look_back, self.look_back if visit.folded is None else visit.folded)
         if len(rows) > self.max_observations:
             self._give_up(visit)
 
     def _folded(self, rows: np.ndarray) -> np.ndarray:
         """Without the rows older than any window, but for the latest of each code."""
-        horizon = rows["time"].max() - int(self._fold_hours * MICROSECONDS_PER_HOUR)
+        horizon = rows["time"].max() - int(self.look_back * MICROSECONDS_PER_HOUR)
         order = np.lexsort((rows["high"], rows["low"], rows["value"], rows["time"], rows["code"]))
         rows = rows[order]
         last = np.append(rows["code"][1:] != rows["code"][:-1], True)
@@ -325,9 +307,11 @@ class StreamProcessor:
         return max(map(len, visit.rows)) >= least or (visit.n_rows >= least and len(self._distinct(visit)) >= least)
 
     def predict_visit(self, visit_id: Any, client: Any = None) -> dict[str, Any]:
-        """The score of one open visit: ``visit_id, client, sepsis_probability, risk_level, num_observations,
-        timestamp`` (of its last observation, UTC), ``model_version``. Raises `KeyError` where no such visit is open or
-        it is too full to be scored."""
+        """The score of one open visit: ``visit_id, client, sepsis_probability`` (None where the risk is UNKNOWN),
+        ``risk_level, reason`` and ``missing`` inputs of UNKNOWN, ``num_observations`` that the model uses,
+        ``unused_codes`` with their numbers of observations, ``timestamp`` of its last observation, ``as_of`` (both
+        UTC), ``hours_since_newest`` from the newest one that the model uses, ``model_version``. Raises `KeyError` where
+        no such visit is open or it has too many observations to be scored."""
         self.settle()
         key = self._key(visit_id, client)
         if key is None or self.visits[key].full:
@@ -338,8 +322,8 @@ class StreamProcessor:
         """The scores of all visits that changed since their last one, in one vectorised call; and the last scores of
         visits that were dropped meanwhile. `where` may leave visits for later."""
         self.settle()
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self.renew()
+        if self.deployed.look():
+            self._check_all_folded()
         due = [key for key, visit in self.visits.items() if visit.changed and self._due(visit) and where(visit)]
         results = self._late_results + self._score(due)
         self._late_results = []
@@ -354,31 +338,33 @@ class StreamProcessor:
     def _score(self, keys: Sequence[Key], record: bool = True) -> list[dict[str, Any]]:
         if not keys:
             return []
-        start = time.perf_counter()
         observations = self._observations(keys)
-        visit, moments = np.arange(len(keys)), observations.last_time
-        found = self.pipeline.assess(observations, visit, moments)
-        probability, levels = found.probability, found.level.tolist()
-        lengths = observations.group_start[observations.visit_group_start]
-        if record:
-            self._log.record(observations, visit, moments, found, time.perf_counter() - start)
+        moments = moments_of(observations, self.as_of, self.clock())
+        model = self.deployed.current
+        assessed = model.score(observations, np.arange(len(keys)), moments, record)
+        used, unused = _by_use(model.pipeline, observations)
+        hours = np.where(assessed.newest == NO_TIME, np.nan, (moments - assessed.newest) / MICROSECONDS_PER_HOUR)
+        columns = {
+            "sepsis_probability": _or_none(assessed.probability),
+            "risk_level": assessed.level.tolist(),
+            "reason": assessed.reason.tolist(),
+            "missing": assessed.missing(),
+            "num_observations": used,
+            "unused_codes": unused,
+            "timestamp": iso_times(observations.last_time),
+            "as_of": iso_times(moments),
+            "hours_since_newest": _or_none(hours),
+        }
         results = []
-        for i, (key, p, time_) in enumerate(zip(keys, probability.tolist(), iso_times(moments), strict=True)):
-            visit_ = self.visits[key]
-            visit_.changed = False
-            results.append(
-                {
-                    "visit_id": visit_.visit_id,
-                    "client": visit_.client,
-                    "sepsis_probability": p,
-                    "risk_level": levels[i],
-                    "num_observations": int(lengths[i + 1] - lengths[i]),
-                    "timestamp": time_,
-                    "model_version": self.pipeline.model_version,
-                    "previous_level": visit_.level,
-                }
-            )
-            visit_.level = levels[i]
+        for key, *row in zip(keys, *columns.values(), strict=True):
+            visit = self.visits[key]
+            visit.changed = False
+            about = {"visit_id": visit.visit_id, "client": visit.client}
+            result = about | dict(zip(columns, row, strict=True)) | {"model_version": model.pipeline.model_version}
+            results.append({**result, "previous_level": visit.level})
+            if visit.level != result["risk_level"]:
+                visit.level = result["risk_level"]
+                self._note(visit)
         return results
 
     def _observations(self, keys: Sequence[Key]) -> Observations:
@@ -416,7 +402,7 @@ class StreamProcessor:
         self.settle()
         key = self._key(visit_id, client)
         if key is not None:
-            del self.visits[key]
+            self._end(key)
         elif client is not None:
             self._dropped.pop(mark_of((as_text(client), as_text(visit_id))), None)
 
@@ -426,7 +412,7 @@ class StreamProcessor:
         horizon = self.clock() - self.idle_hours * 3600
         idle = []
         for key, visit in self.visits.items():
-            if visit.seen > horizon:
+            if visit.seen > horizon or len(idle) == CLOSED_AT_ONCE:
                 break
             idle.append(key)
         self._close(idle)
@@ -436,9 +422,15 @@ class StreamProcessor:
     def _close(self, keys: Sequence[Key]) -> None:
         self._late_results += self._score([key for key in keys if self._due(self.visits[key])])
         for key in keys:
-            del self.visits[key]
+            self._end(key)
         self._newly_dropped += keys
         self.remember_dropped(map(mark_of, keys))
+
+    def _end(self, key: Key) -> None:
+        visit = self.visits.pop(key)
+        if self.journaled:
+            self.changed.pop(key, None)
+            self.closed.append(visit)
 
     def remember_dropped(self, marks: Iterable[bytes]) -> None:
         """Remembers dropped visits by their marks; beyond `REMEMBERED` of them the oldest are forgotten."""
@@ -450,10 +442,6 @@ class StreamProcessor:
     def was_dropped(self, key: Key) -> bool:
         """Is it a visit that was dropped, so that what comes of it now would be a part?"""
         return bool(self._dropped) and mark_of(key) in self._dropped
-
-    def dropped_marks(self) -> Sequence[bytes]:
-        """All that is remembered of dropped visits, the oldest first."""
-        return list(self._dropped)
 
     def newly_dropped(self) -> list[Key]:
         """The visits that were dropped since it was asked last."""
@@ -467,19 +455,23 @@ class StreamProcessor:
             self.visits.pop(key, None)
 
 
-def mark_of(key: Key) -> bytes:
-    """8 bytes by which a visit is told from a million others."""
-    return hashlib.blake2b("\0".join(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _check_meaning(old: ProductionPipeline | None, new: ProductionPipeline) -> None:
+    """Observations were read by what the old model's codes mean. Raises `BadConfig` where the new one's mean others."""
+    if old is not None and old.reproducer.codes.meaning_sha256 != new.reproducer.codes.meaning_sha256:
+        raise BadConfig(f"model {new.model_version} gives codes other meanings; restart the stream")
 
 
-def _fold_hours(pipeline: ProductionPipeline) -> float | None:
-    """How far back the model looks, but for the latest value of each code; None where it looks at the whole visit.
+def _by_use(pipeline: ProductionPipeline, observations: Observations) -> tuple[list[int], list[dict[str, int]]]:
+    """For each visit the number of observations that the model uses, and the numbers of others by code."""
+    is_used = np.array([pipeline.reproducer.is_used(code) for code in observations.codes], dtype=bool)
+    used = is_used[observations.group_code]
+    length = np.diff(observations.group_start)
+    counted = np.bincount(observations.group_visit, weights=length * used, minlength=observations.n_visits)
+    unused: list[dict[str, int]] = [{} for _ in range(observations.n_visits)]
+    for group in np.flatnonzero(~used).tolist():
+        unused[observations.group_visit[group]][observations.codes[observations.group_code[group]]] = int(length[group])
+    return counted.astype(np.int64).tolist(), unused
 
-    The clinical scores look at the last 24 h and at static codes.
-    """
-    plan = pipeline.reproducer.plan
-    if set(plan.columns.get(None, {})) - {"last"}:
-        return None
-    if set(plan.context) - {name for name in CONTEXT if name == "hour_of_day" or name.endswith("h")}:
-        return None
-    return float(max([24, *(window for window in plan.columns if window is not None)]))
+
+def _or_none(numbers: np.ndarray) -> list[float | None]:
+    return [None if number != number else number for number in numbers.tolist()]
