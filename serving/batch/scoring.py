@@ -90,7 +90,9 @@ def score_table(key: str, moment: Moment, table: pd.DataFrame, row: np.ndarray) 
             "risk_level": pa.array(np.concatenate([part.level for part in parts]), pa.string()),
             "reason": pa.array(np.concatenate([part.reason for part in parts]), pa.string()),
             "as_of": pa.array(moments, pa.int64()),
-            "hours_since_newest": pa.array((moments - newest) / MICROSECONDS_PER_HOUR, pa.float64(), mask=~known),
+            "hours_since_newest": pa.array(
+                np.round((moments - newest) / MICROSECONDS_PER_HOUR, 3), pa.float64(), mask=~known
+            ),
         }
     )
     return Scores(

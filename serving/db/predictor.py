@@ -320,7 +320,9 @@ class DatabasePredictor:
                 "newest_observation": newest_date.get(keys[i]),
                 "reason": assessed.reason[j] if j >= 0 else NOTHING_USABLE,
                 "as_of": _when(as_of),
-                "hours_since_newest": None if newest == NO_TIME else float((as_of - newest) / MICROSECONDS_PER_HOUR),
+                "hours_since_newest": None
+                if newest == NO_TIME
+                else round(float(as_of - newest) / MICROSECONDS_PER_HOUR, 3),
             }
             written.append({name: value for name, value in row.items() if name in tables.predictions})
         return Batch(

@@ -153,15 +153,10 @@ class Journal:
         [(tables,)] = self._db.execute("SELECT count(*) FROM sqlite_master")
         if not tables and not application and not finished:
             self._db.executescript(SCHEMA)
+        elif not tables:
+            raise self._damaged("it is empty")
         elif application != APPLICATION:
-            raise (
-                self._damaged("it is empty")
-                if not tables
-                else BadConfig(
-                    f"{str(self.path)!r} is not a state file of this program (line 1); it is left as it is: give --state "
-                    "another name"
-                )
-            )
+            raise BadConfig(f"{str(self.path)!r} is not a state file of this program; give --state another name")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA wal_autocheckpoint = 0")  # a thread does it: nobody waits for the disk
         self._db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")

@@ -49,8 +49,9 @@ def observations_of(message: hl7.Message, pipeline: ProductionPipeline) -> tuple
 
     Client is PID-3.1, visit PV1-19.1, both of the patient's own group: a message may hold several patients. Time is
     OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else UTC; code OBX-3.1 (or the alternative
-    OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or deleted (OBX-11) are left
-    out. A corrected one (C) counts as one more observation: what it corrects stays, as it does in a table.
+    OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or deleted
+    (OBX-11) are left out. A corrected one (C) counts as one more observation: what it corrects stays, as it does in a
+    table.
     """
     kind = (_text(message, "MSH", 9, 1), _text(message, "MSH", 9, 2))
     if kind != ("ORU", "R01"):

@@ -353,7 +353,7 @@ class StreamProcessor:
             "unused_codes": unused,
             "timestamp": iso_times(observations.last_time),
             "as_of": iso_times(moments),
-            "hours_since_newest": _or_none(hours),
+            "hours_since_newest": _or_none(np.round(hours, 3)),
         }
         results = []
         for key, *row in zip(keys, *columns.values(), strict=True):
