@@ -19,7 +19,7 @@ from training.check import check
 def run_suite(arguments: argparse.Namespace) -> int:
     import pytest
 
-    options = ["-n", str(arguments.jobs), "--dist", "loadfile"] if arguments.jobs > 1 else []
+    options = ["-n", str(arguments.jobs), "--dist", "worksteal"] if arguments.jobs > 1 else []
     if arguments.fast:
         options += ["-m", "not slow"]
     return int(pytest.main(options))

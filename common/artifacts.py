@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what they say about their making."""
+"""Files that are written whole or not at all, and the versions of the libraries that made them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LIBRARIES = ("numpy", "pandas", "scikit-learn", "lightgbm", "joblib")
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` to write to, renamed to it at the end: readers see the old file or the new one,
-    whole. After an error nothing is left of it."""
+    """A temporary file beside `path`, which is renamed to `path` at the end. Readers see the whole old file or the
+    whole new one. After an error the temporary file is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -43,8 +43,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
-    """True for the only process that holds the lock file `path`; without `wait` False where another holds it. The
-    lock ends with its process, however that ends."""
+    """True for the one process that holds the lock file `path`. Without `wait`: False if another process holds it. The
+    lock ends with its process, however the process ends."""
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -55,7 +55,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
 
 
 def write_tables(tables: Mapping[Path, Any]) -> None:
-    """Writes each frame to its path (format by suffix), all of them whole or none at all; equal frames give equal
+    """Writes each frame to its path, in the format of its suffix: all of them or none. Equal frames give equal
     bytes."""
     with contextlib.ExitStack() as stack:
         for path, frame in tables.items():

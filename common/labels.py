@@ -24,12 +24,12 @@ RETROSPECTIVE = (
 
 
 def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
-    """Labels as a frame ``visit_id, client, sepsis, sepsis_onset, bad_onset``: texts, 0 or 1 (-1 where neither),
+    """Labels as a frame ``visit_id, client, sepsis, sepsis_onset, bad_onset``: texts, 0 or 1 (-1 if neither),
     microseconds, and whether an onset is given that is not a date.
 
-    Reads .csv, .csv.gz and .parquet. Warns of columns that are not used where none is `sepsis_onset`: one may be meant
-    for it. Raises `BadObservations` when a column is missing or stands twice, when onsets are given and none of a
-    septic visit is a date, or the file cannot be read.
+    Reads .csv, .csv.gz and .parquet. Without a column `sepsis_onset`, warns of the columns that are not used: one may
+    hold the onset under another name. Raises `BadObservations` if a column is missing or occurs twice, if no onset of a
+    septic visit is a date, or if the file cannot be read.
     """
     if not isinstance(source, str | Path | pd.DataFrame):
         raise BadObservations(f"labels must be a file or a frame, not {type(source).__name__}")
@@ -37,14 +37,14 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     table = source if isinstance(source, pd.DataFrame) else read_cells(source, where)
     missing = [name for name in LABEL_COLUMNS if name not in table.columns]
     if missing:
-        # the other names are not shown: in a file without a header they are a patient's data
+        # the other names are not shown: in a file without a header they are data of a patient
         raise BadObservations(
             f"{where}: missing column {listed(missing)} among {table.shape[1]}; "
             "expected visit_id, client, sepsis and optionally sepsis_onset"
         )
     names = [name for name in table.columns if name in (*LABEL_COLUMNS, "sepsis_onset")]
     if len(set(names)) < len(names):
-        raise BadObservations(f"{where}: a column stands twice; expected visit_id, client, sepsis, sepsis_onset")
+        raise BadObservations(f"{where}: a column occurs twice; expected visit_id, client, sepsis, sepsis_onset")
     known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
     sepsis = table["sepsis"].map(lambda cell: known.get(as_text(cell).casefold(), -1)).to_numpy()
     out = pd.DataFrame(
@@ -57,7 +57,7 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
         n_bad = int(septic["bad_onset"].sum())
         if n_bad and (septic["sepsis_onset"] == NO_TIME).all():
             raise BadObservations(
-                f"{where}: sepsis_onset of septic visits holds {n_bad} values and not one date; "
+                f"{where}: none of the {n_bad} values in sepsis_onset of septic visits is a date; "
                 "expected ISO 8601, such as 2024-12-31T20:30, between 1900 and 2299"
             )
     else:
@@ -68,7 +68,7 @@ def read_labels(source: str | Path | pd.DataFrame) -> pd.DataFrame:
 
 
 def read_cells(path: str | Path, where: str) -> pd.DataFrame:
-    """A file as it stands, the cells of a text file as texts. Raises `BadObservations`, which names it as `where`."""
+    """A file as it is, the cells of a text file as texts. Raises `BadObservations`, which names the file as `where`."""
     try:
         if str(path).endswith(".parquet"):
             return pd.read_parquet(path)
@@ -78,7 +78,7 @@ def read_cells(path: str | Path, where: str) -> pd.DataFrame:
             return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     except pd.errors.ParserWarning:
         raise BadObservations(
-            f"{where} cannot be read: a row has more fields than the header; a comma at its end?"
+            f"{where} cannot be read: a row has more fields than the header; is there a comma at its end?"
         ) from None
     except FileNotFoundError:
         raise BadObservations(f"{where} does not exist") from None

@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def page(title: str, notices: Sequence[str], *parts: str, warnings: Sequence[str] = ()) -> str:
-    """A whole document; `parts` are HTML, texts elsewhere are escaped."""
+    """A whole document. `parts` are HTML; all other texts are escaped."""
     head = html.escape(title)
     boxes = "".join(f'<p class="notice">{html.escape(line)}</p>' for line in notices)
     boxes += "".join(f'<p class="warning">{html.escape(line)}</p>' for line in warnings)
@@ -56,7 +56,7 @@ def facts_table(facts: Mapping[str, Any]) -> str:
 
 
 def frame_table(frame: pd.DataFrame) -> str:
-    """A frame, its names with spaces for underscores; fractions with four digits, missing values empty."""
+    """A frame. Underscores in names become spaces, fractions have four digits, missing values are empty."""
     columns = [
         ("" if frame[name].dtype.kind not in "iuf" else ' class="number"', _NAMES.get(name, str(name)), frame[name])
         for name in frame
@@ -74,7 +74,7 @@ def _shown(value: Any) -> str:
 
 
 def image(figure: Any, alt: str) -> str:
-    """A matplotlib figure as a picture inside the page."""
+    """A matplotlib figure as an image inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()

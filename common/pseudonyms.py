@@ -1,6 +1,6 @@
-"""Keyed hashes that stand for clients and visits wherever names must not appear: logs, metrics, exports.
+"""Keyed hashes in place of clients and visits, wherever names must not appear: logs, metrics, exports.
 
-``pseudonymized`` makes a table of observations or labels fit to be handed on.
+``pseudonymized`` prepares a table of observations or labels for other people.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SHORTEST_KEY = 16  # characters
 LONGEST_SHIFT = 3652  # days
 DATES = ("observation_date", "sepsis_onset")
 MICROSECONDS_PER_DAY = 24 * MICROSECONDS_PER_HOUR
-UNREADABLE = "unreadable"  # stands for what a date should have been, and may be anything
+UNREADABLE = "unreadable"  # replaces a text that is not a date, and may be anything
 
 
 class Pseudonyms:
-    """HMAC-SHA256 under one key: the same name gives the same pseudonym, and nobody without the key can tell whose.
+    """HMAC-SHA256 under one key. The same name gives the same pseudonym; without the key nobody can find the name.
 
-    `lasting` says whether the key outlives this process; without one, pseudonyms cannot be joined to outcomes later.
+    `lasting`: the key outlives this process, so that pseudonyms can be joined to outcomes later.
     """
 
     def __init__(self, key: str | None = None):
@@ -37,7 +37,7 @@ class Pseudonyms:
 
     @classmethod
     def from_environment(cls) -> Pseudonyms:
-        """Under the key in the environment variable `KEY_VARIABLE`, or a random one where it is not set."""
+        """With the key in the environment variable `KEY_VARIABLE`, or a random key if it is not set."""
         return cls(os.environ.get(KEY_VARIABLE))
 
     def digest(self, *texts: str) -> bytes:
@@ -55,37 +55,37 @@ class Pseudonyms:
         return self.digest("client", client).hex()[:16]
 
     def shift_days(self, client: str) -> int:
-        """By how many days all dates of a client are moved into the past, 1 to `LONGEST_SHIFT`: whole days, since the
-        hour of the day is a feature."""
+        """The number of days by which all dates of a client move into the past, 1 to `LONGEST_SHIFT`. Whole days,
+        because the hour of the day is a feature."""
         return 1 + int.from_bytes(self.digest("shift", client)[:8], "big") % LONGEST_SHIFT
 
 
 def lasting_pseudonyms() -> Pseudonyms:
-    """Those of the environment. Raises `BadConfig` without a key: files made apart from one another would not fit."""
+    """Those of the environment. Raises `BadConfig` without a key: separately made files would not match."""
     pseudonyms = Pseudonyms.from_environment()
     if not pseudonyms.lasting:
-        raise BadConfig(f"{KEY_VARIABLE} is not set: pseudonyms need a key, kept apart from the files")
+        raise BadConfig(f"{KEY_VARIABLE} is not set: pseudonyms need a key; keep it apart from the files")
     return pseudonyms
 
 
 def pseudonymized(frame: pd.DataFrame, pseudonyms: Pseudonyms, also: tuple[str, ...] = ()) -> pd.DataFrame:
     """A table of observations or labels with client and visit replaced and its dates shifted by client.
 
-    Intervals within a client and the hour of the day (UTC) stay, so features and labels stay the same. What the reader
-    sets aside stays as unusable as it was: an empty client or visit stays empty, a date that is none becomes
-    `UNREADABLE`; without a client there is no shift, and the date becomes empty. (Dates of the first ten years that the
-    reader takes, from 1900 on, may be shifted out of them.) Columns that are neither observations'
-    nor labels' nor named in `also` are dropped. Raises `BadConfig` where the table has no client or visit.
+    Intervals within a client and the hour of the day (UTC) stay, and so do features and labels. A row that the reader
+    sets aside remains unusable: an empty client or visit stays empty, a text that is not a date becomes `UNREADABLE`,
+    and a date without a client becomes empty, because no shift is known. (The reader takes dates from 1900 on; a shift
+    may move the first ten years out of its range.) Columns of neither observations nor labels are dropped, unless
+    `also` names them. Raises `BadConfig` if the table has no client or visit.
     """
     own = [column for column in frame.columns if column in (*COLUMNS, "sepsis", *DATES, *also)]
     for name in ("client", "visit_id"):
         if name not in own:
-            raise BadConfig(f"nothing can be pseudonymized without the column {name!r}")
+            raise BadConfig(f"column {name!r} is missing; a table can be pseudonymized only with client and visit_id")
     if len(set(own)) < len(own):
-        raise BadConfig("a column stands twice; which one counts cannot be told")
+        raise BadConfig("a column occurs twice; leave one of the two")
     client, clients = text_places(frame["client"])
     visit, visits = text_places(frame["visit_id"])
-    # what stands last is for empty cells, whose place is -1; with a letter before the digits they are no number
+    # the last entry is for empty cells, whose place is -1; the letter keeps hashes from being read as numbers
     new_client = np.array([*(f"c{pseudonyms.client(name)}" for name in clients), None], dtype=object)
     days = np.array([*map(pseudonyms.shift_days, clients), 0])
     clients.append("")
@@ -97,7 +97,7 @@ def pseudonymized(frame: pd.DataFrame, pseudonyms: Pseudonyms, also: tuple[str, 
         known = (times != NO_TIME) & (client >= 0)
         times = np.where(known, times - MICROSECONDS_PER_DAY * days[client], NO_TIME)
         unreadable = ~known & ~empty & (client >= 0)
-        moments = times.view("datetime64[us]")  # NO_TIME is its empty one
+        moments = times.view("datetime64[us]")  # NO_TIME is NaT
         if unreadable.any():
             moments = [UNREADABLE if bad else text for bad, text in zip(unreadable, iso_times(times), strict=True)]
         out[column] = pd.Series(moments, index=frame.index)

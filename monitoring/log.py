@@ -42,9 +42,9 @@ predictions = sa.Table(
     sa.Column("as_of", sa.DateTime()),  # the moment that the score is for
     sa.Column("score", sa.Double()),  # NULL if the risk is UNKNOWN
     sa.Column("risk_level", sa.String(8), nullable=False),
-    sa.Column("bins", sa.Text(), nullable=False),  # a letter for each feature of the profile: a, b, ..., - for empty
-    sa.Column("codes", sa.Text(), nullable=False),  # for each of the model's codes 1 where the visit has it, else 0
-    sa.Column("unknown", sa.Integer(), nullable=False),  # observations of codes that the model does not know
+    sa.Column("bins", sa.Text(), nullable=False),  # a letter for each watched feature: a, b, ..., - if empty
+    sa.Column("codes", sa.Text(), nullable=False),  # for each of the model's codes 1 if the visit has it, else 0
+    sa.Column("unknown", sa.Integer(), nullable=False),  # number of observations of codes that the model does not use
     sa.Column("seconds", sa.Double(), nullable=False),  # duration of the call
     sa.Column("reason", sa.String(32)),  # why the risk is UNKNOWN, as `ProductionPipeline.assess` has it
     sa.Column("newest", sa.DateTime()),  # time of the newest observation that was used
@@ -108,8 +108,8 @@ def open_engine(url: str) -> sa.Engine:
             cursor = connection.cursor()
             cursor.execute("PRAGMA busy_timeout = 10000")
             cursor.execute("PRAGMA journal_mode = WAL")
-            cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
-            cursor.execute(f"PRAGMA wal_autocheckpoint = {4 * WAL_PAGES}")  # should `_checkpoint` not come to it
+            cursor.execute("PRAGMA synchronous = NORMAL")  # safe if a process is killed
+            cursor.execute(f"PRAGMA wal_autocheckpoint = {4 * WAL_PAGES}")  # if `_checkpoint` falls behind
             cursor.close()
 
     for attempt in range(OPENING_TRIES):
@@ -125,12 +125,12 @@ def open_engine(url: str) -> sa.Engine:
 
 
 def url_of(url: str | None) -> str:
-    """The URL that is meant: the one given, else of the environment, else the default."""
+    """The URL that is given, else that of the environment, else the default."""
     return url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
 class PredictionLog:
-    """Writes rows for one pipeline and one source. `open` makes one; a log that fails never stops the scoring."""
+    """Writes rows for one pipeline and one source. A log that cannot be written never stops the scoring."""
 
     def __init__(
         self,
@@ -150,7 +150,8 @@ class PredictionLog:
 
     @classmethod
     def open(cls, url: str | None, pipeline: ProductionPipeline, source: str) -> PredictionLog:
-        """The log at `url` (None: the environment's, else `DEFAULT_URL`; ``off``: none) for what `source` scores."""
+        """The log at `url` for what `source` scores. None: the URL of the environment, else `DEFAULT_URL`. ``off``: no
+        log."""
         url, engine = url_of(url), None
         if url != OFF:
             try:
@@ -213,7 +214,7 @@ class PredictionLog:
         return self._write(_NEW_PREDICTION, rows)
 
     def record_error(self, kind: str, n: int = 1) -> bool:
-        """Counts requests, files or visits that could not be scored."""
+        """Logs that `n` requests, files or visits could not be scored."""
         if self._engine is None:
             return False
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
@@ -224,26 +225,26 @@ class PredictionLog:
             with self._engine.begin() as connection:
                 connection.execute(statement, rows)
         except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-            if not self._failing:  # once, not for every prediction
+            if not self._failing:  # logged once, not for every prediction
                 log.error("error: the prediction log cannot be written: %s", type(error).__name__)
             self._failing = True
             return False
         if self._failing:
-            log.warning("the prediction log is written again")
+            log.warning("the prediction log can be written again")
         self._failing = False
         if self._engine.dialect.name == "sqlite":
-            self._pages += 3 + len(rows) // 10  # about so many go to the write-ahead log
+            self._pages += 3 + len(rows) // 10  # about as many go to the write-ahead log
             if self._pages >= WAL_PAGES and self._checkpointing.acquire(blocking=False):
                 self._pages = 0
                 threading.Thread(target=self._checkpoint, daemon=True).start()
         return True
 
     def _checkpoint(self) -> None:
-        """Brings the write-ahead log into the database. Left to SQLite, a request would wait for the disk meanwhile."""
+        """Moves the write-ahead log into the database. If SQLite did it, a request would wait for the disk."""
         try:
             with self._engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
-        except sa.exc.SQLAlchemyError:  # it is tried again later
+        except sa.exc.SQLAlchemyError:  # the next checkpoint tries again
             pass
         finally:
             self._checkpointing.release()

@@ -1,8 +1,8 @@
-"""Makes files of observations and labels fit to be handed on: hashes for client and visit, dates shifted by client.
+"""Prepares files of observations and labels for other people: hashes for client and visit, dates shifted by client.
 
-The key comes from the environment variable SEPSIS_PSEUDONYM_KEY. Files made under one key fit one another. Features,
-labels and scores stay those of the originals, and so does what is set aside. Values stay as they are: a rare one may
-still tell who it is.
+The key is in the environment variable SEPSIS_PSEUDONYM_KEY. Files that were made with one key can be joined. Features,
+labels, scores, and rows that are set aside stay those of the originals. Values stay, too: a rare value may still
+identify a patient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def work(arguments: argparse.Namespace) -> int:
     names, out = lasting_pseudonyms(), Path(arguments.out_dir)
     paths = arguments.files
     if len({path.name for path in paths}) < len(paths):
-        raise BadConfig("two of the files have the same name; they would overwrite one another")
+        raise BadConfig("two of the files have the same name; one would overwrite the other")
     for path in paths:
         if (out / path.name).exists() and (out / path.name).samefile(path):
             raise BadConfig(f"{str(path)!r} would be overwritten; choose another --out-dir")

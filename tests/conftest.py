@@ -8,6 +8,7 @@ import os
 import tempfile
 import uuid
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ from feature_pipeline import ProductionPipeline
 from sources.demo_cohort import make_demo_cohort
 
 os.environ["SEPSIS_MONITOR_URL"] = "off"  # tests that look at the prediction log name one
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: what is left at the end is short, so that no process waits long."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: tests of a file stay together, with their fixtures
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_what_is_not_asked_for_is_left_out(key):
     assert pseudonymized(frame, Pseudonyms(KEY + "x"))["client"][0] != out["client"][0]
     with pytest.raises(BadConfig, match="client"):
         pseudonymized(frame.drop(columns="client"), Pseudonyms(KEY))
-    with pytest.raises(BadConfig, match="twice"):
+    with pytest.raises(BadConfig, match="occurs twice"):
         pseudonymized(pd.concat([frame, frame[["client"]]], axis=1), Pseudonyms(KEY))
 
 
