@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.command_line import DONE, SOME_FAILED, log, make_parser, run
+from common.command_line import DONE, SOME_FAILED, log, make_parser, read_site_codes, run
 from feature_pipeline import BadConfig
+from training.adapt import AdaptOptions, adapt
 from training.comparison import compare_and_promote
 from training.retraining import RetrainOptions, retrain
 from training.thresholds import add_threshold_options, describe_thresholds, rule_of, set_thresholds
@@ -27,8 +28,8 @@ def work(arguments: argparse.Namespace) -> int:
     directory, start = Path(arguments.models_dir), time.perf_counter()
     data = arguments.observations, arguments.labels
     if rule := rule_of(arguments):
-        if not arguments.set_thresholds:
-            raise BadConfig("thresholds of the deployed model are changed with --set-thresholds")
+        if not (arguments.set_thresholds or arguments.adapt):
+            raise BadConfig("thresholds of the deployed model are changed with --set-thresholds, or with --adapt")
     elif arguments.set_thresholds:
         raise BadConfig("--set-thresholds needs --alert-budget, --alerts-per-100-patient-days or --risk-thresholds")
     if arguments.list:
@@ -60,6 +61,12 @@ def work(arguments: argparse.Namespace) -> int:
         lines, done = retrain(directory, options)
         print(*lines, sep="\n")
         return DONE if done else SOME_FAILED
+    elif arguments.adapt:
+        site_codes = read_site_codes(arguments.codes)
+        rest = arguments.force, arguments.seed, arguments.jobs
+        lines, done = adapt(directory, AdaptOptions(*data, rule, arguments.reason, site_codes, *rest))
+        print(*lines, sep="\n")
+        return DONE if done else SOME_FAILED
     else:
         train = train_full if arguments.full else train_holdout
         print(train(directory, *data, seed=arguments.seed, jobs=arguments.jobs).rstrip())
@@ -69,7 +76,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
-        __doc__, "python train_best_model.py --full", "observations", "labels", "models-dir", "seed", "jobs"
+        __doc__, "python train_best_model.py --full", "observations", "labels", "models-dir", "codes", "seed", "jobs"
     )
     parser.set_defaults(seed=None)
     what = parser.add_mutually_exclusive_group()
@@ -84,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--retrain",
         action="store_true",
         help="search on old and new data, compare on new patients, deploy if not worse; safe to run from cron",
+    )
+    what.add_argument(
+        "--adapt",
+        action="store_true",
+        help="adapt the deployed model to patients of this hospital, compare on others of them, deploy if not worse",
     )
     what.add_argument(
         "--set-thresholds",

@@ -57,12 +57,15 @@ REFUSED = "not promoted: the new model is worse; --force promotes it all the sam
 
 
 def learned_clients(config: Config) -> set[str]:
-    """The clients that a deployed model was trained on, where the labels of its training are still there."""
-    try:
-        return training_clients(config)
-    except BadObservations as error:
-        log.warning("warning: which patients model %s has seen cannot be told: %s", config.model_version, error)
-        return set()
+    """The clients that a deployed model, or one that it was adapted from, was trained on, where the labels of the
+    training are still there."""
+    clients: set[str] = set()
+    for source in (config.training_source, *config.adapted.get("trained_before", [])):
+        try:
+            clients |= training_clients(source)
+        except BadObservations as error:
+            log.warning("warning: not all patients that model %s has seen are known: %s", config.model_version, error)
+    return clients
 
 
 TOLERANCE = 0.005  # of ROC AUC and average precision: a smaller loss is none

@@ -41,6 +41,8 @@ def load_data(config: Config, observations: str | None, labels: str | None) -> T
     source = config.data
     if observations is None and labels is None:
         observations, labels = source["observations"], source["labels"]
+        if observations is None and not source["synthetic"]:
+            raise BadConfig("the data that the model was searched with are not here: name --observations and --labels")
     of_training = config.trained_on
     synthetic = any(s.get("synthetic") and s.get("observations") == observations for s in (source, of_training))
     data = load_training_data(observations, labels, config.snapshots, config.synonyms, synthetic)
@@ -150,6 +152,7 @@ def recipe(config: Config, paths: tuple[str, str], synthetic: bool) -> Config:
         metrics={name: figures for name, figures in config.metrics.items() if name != "out_of_fold"},
         trained_on={"observations": paths[0], "labels": paths[1], "synthetic": synthetic},
         trained_at=None,
+        adapted={},
         reference_profile={},
         model_version=None,
         model_sha256=None,

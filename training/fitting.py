@@ -59,6 +59,10 @@ class FeatureTable:
         septic = np.isin(data.group, data.group[data.label == 1])
         return cls(*tables, copied=septic | (data.group % 3 == 0))
 
+    def at(self, rows: np.ndarray) -> FeatureTable:
+        """The table of some of the snapshots."""
+        return FeatureTable(self.plain[:, rows], self.hidden[:, rows], self.copied[rows])
+
     def rows(self, rows: np.ndarray, columns: np.ndarray, hidden: bool = False) -> np.ndarray:
         """(n_rows, n_columns) of some snapshots and features."""
         return self._stack([(self.hidden if hidden else self.plain, rows)], columns)

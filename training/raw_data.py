@@ -11,7 +11,7 @@ import pandas as pd
 from common.artifacts import write_tables
 from common.command_line import log
 from common.labels import read_cells, read_labels
-from feature_pipeline import COLUMNS, BadConfig, Config, as_text, read_table
+from feature_pipeline import COLUMNS, BadConfig, BadObservations, as_text, read_table
 from sources.demo_cohort import make_demo_cohort
 
 HELD_OUT = 0.3  # of the new data's clients
@@ -24,13 +24,16 @@ def raw_data(source: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Observations and labels that the deployed model was trained on. Raises `BadObservations`."""
     if source["synthetic"] and not source["observations"]:
         return tuple(as_cells(frame) for frame in make_demo_cohort())
+    if not (source["observations"] and source["labels"]):
+        raise BadObservations("the data that the model was trained on are not here")
     return read_raw(source["observations"], source["labels"])
 
 
-def training_clients(config: Config) -> set[str]:
-    """The clients that a deployed model was trained on. Raises `BadObservations` where their labels are gone."""
-    source = config.training_source
+def training_clients(source: dict[str, Any]) -> set[str]:
+    """The clients of data that a model was trained on. Raises `BadObservations` where their labels are gone."""
     demo = source["synthetic"] and not source["labels"]
+    if not (demo or source["labels"]):
+        raise BadObservations("its training data are not here")
     return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
 
 

@@ -85,6 +85,11 @@ class TrainingData:
             f"visits ({positive_visits:,} positive), {len(self.label):,} snapshots ({self.label.mean():.2%} positive)"
         )
 
+    def at(self, rows: np.ndarray) -> TrainingData:
+        """Some of the snapshots."""
+        some = {name: getattr(self, name)[rows] for name in ("visit", "as_of", "label", "onset", "group")}
+        return replace(self, **some)
+
     def evaluate(self, names: list[str]) -> np.ndarray:
         """(n_snapshots, n_features) float64 with NaN where empty."""
         return FeaturePlan(names).evaluate(self.observations, self.visit, self.as_of)

@@ -219,3 +219,27 @@ def choose(
         of_group = np.bincount(np.unique(of.group, return_inverse=True)[1], gain)
         chosen = RECALIBRATED if of_group.sum() > NOISE * of_group.std() * np.sqrt(len(of_group)) else AS_IT_IS
     return chosen, trials
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The choice, fitted on all local snapshots of its source, with their calibrated out-of-fold probabilities."""
+
+    candidate: Candidate
+    trials: list[Trial]
+    model: ScoreModel
+    probability: np.ndarray
+
+
+def fit_best(source: Source, known: Sequence[Candidate], jobs: int = 1) -> Fitted:
+    """Chooses among `known` by cross-validation on the local patients of `source`, fits and calibrates the choice."""
+    rows = np.arange(len(source.data.label))
+    parts = dict.fromkeys(part for candidate in known for part, _ in candidate.parts)
+    out_of_fold = source.out_of_fold(parts, rows, jobs=jobs)
+    candidate, trials = choose(source.parent, known, out_of_fold, source.seed)
+    model, log_odds = source.mixed(candidate, rows), out_of_fold.log_odds(candidate)
+    if candidate.calibrated:
+        model.slope, model.intercept = fit_platt(log_odds, out_of_fold.label)
+    else:
+        model.slope, model.intercept = source.parent.slope, source.parent.intercept
+    return Fitted(candidate, trials, model, model.calibrate(log_odds))
