@@ -51,6 +51,7 @@ def serve(arguments: argparse.Namespace) -> int:
     given = {
         "config": arguments.config,
         "model": arguments.model,
+        "codes": arguments.codes,
         "api_keys": arguments.api_keys,
         "monitor_url": arguments.monitor,
         "audit_log": arguments.audit_log,
@@ -79,7 +80,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__, "python api_server.py --port 5000", "config", "model")
+    parser = make_parser(__doc__, "python api_server.py --port 5000", "config", "model", "codes")
     parser.set_defaults(config=None, model=None)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="to listen on")

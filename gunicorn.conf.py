@@ -49,7 +49,7 @@ def on_starting(server):
 
 def prepare(server):
     """Settings are checked once, before workers would fail one after the other; what workers share is made here."""
-    from common.command_line import spare_the_loaded
+    from common.command_line import read_site_codes, spare_the_loaded
     from common.pseudonyms import Pseudonyms
     from feature_pipeline import BadConfig
     from serving.api.limits import check_rate_limit
@@ -61,6 +61,7 @@ def prepare(server):
     try:
         settings = Settings.from_environment()
         check_rate_limit(settings)
+        read_site_codes(settings.codes)
         keep_keys(settings.api_keys)
         share_pseudonym_key()
         Pseudonyms.from_environment()

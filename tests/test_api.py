@@ -30,7 +30,7 @@ from serving.api.app import create_app
 from serving.api.limits import ThreadSafeMemory
 from serving.api.security import keep_keys, new_key, read_keys
 from serving.api.settings import Settings
-from tests.test_api_server import until
+from tests.test_api_server import MINIMUM, model_with, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,14 +39,6 @@ LOCAL = {"REMOTE_ADDR": "127.0.0.1"}
 PREDICT, FHIR = "/predict?as_of=last", "/fhir/predict?as_of=last"  # the example patients are of 2024
 LOINC, UCUM = "http://loinc.org", "http://unitsofmeasure.org"
 AFAR = {"REMOTE_ADDR": "192.0.2.7"}
-
-
-def model_with(models_dir, folder, minimum):
-    """The paths of the session's model with another minimum of evidence."""
-    shutil.copytree(models_dir, folder)
-    config = json.loads((folder / "best_model_config.json").read_text())
-    (folder / "best_model_config.json").write_text(json.dumps({**config, "minimum_evidence": minimum}))
-    return folder / "best_model_config.json", folder / "best_model.pkl"
 
 
 @pytest.fixture(scope="module")
@@ -833,12 +825,6 @@ def test_cds_failures_are_no_advice_that_all_is_well(viewed, tmp_path):
 
 # ------------------------------------------------------------------------------------- evidence and moments
 
-MINIMUM = {
-    "inputs": ["heart_rate", "respiratory_rate", "systolic_bp", "temperature"],
-    "at_least": 3,
-    "within_hours": 24.0,
-    "newest_hours": 8.0,
-}
 VITALS = {"8867-4": (124, "/min"), "9279-1": (29, "/min"), "8480-6": (84, "mm[Hg]"), "8310-5": (39.2, "Cel")}
 
 
@@ -1045,7 +1031,7 @@ def test_series_are_the_observations_as_the_model_reads_them(strict):
     rows += [plain("8302-2", 180), {**plain("HR", 80, 60, 100), "observation_date": "2024-07-02T07:00:00Z"}]
     (prediction,) = strict.post("/predict?series=1", json=rows).get_json()["predictions"]
     series = {own["code"]: own for own in prediction["series"]}
-    assert (series["HR"]["name"], series["HR"]["unit"], series["HR"]["used"]) == ("heart rate", "1/min", True)
+    assert (series["HR"]["name"], series["HR"]["unit"], series["HR"]["used"]) == ("heart rate", "/min", True)
     assert series["HR"]["points"] == [
         ["2024-07-02T07:00:00Z", 80, 60, 100],
         ["2024-07-02T08:00:00Z", 90, None, None],

@@ -18,11 +18,13 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from feature_pipeline import ProductionPipeline
 from serving.api import workers
 from serving.api.security import new_key
 from serving.api.settings import Settings
@@ -31,6 +33,22 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "new_patient_data.json"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 60
+
+
+MINIMUM = {
+    "inputs": ["heart_rate", "respiratory_rate", "systolic_bp", "temperature"],
+    "at_least": 3,
+    "within_hours": 24.0,
+    "newest_hours": 8.0,
+}
+
+
+def model_with(models_dir, folder, minimum):
+    """The paths of a copy of the session's model in `folder`, with another minimum of evidence."""
+    shutil.copytree(models_dir, folder)
+    config = json.loads((folder / "best_model_config.json").read_text())
+    (folder / "best_model_config.json").write_text(json.dumps({**config, "minimum_evidence": minimum}))
+    return folder / "best_model_config.json", folder / "best_model.pkl"
 
 
 def free_port():
@@ -53,9 +71,9 @@ def until(condition, what):
 class Server:
     """gunicorn on loopback, with a models directory of its own."""
 
-    def __init__(self, folder, models_dir, *options, **settings):
+    def __init__(self, folder, models_dir, *options, minimum=None, **settings):
         self.models, self.port, self.folder = folder / "models", free_port(), folder
-        shutil.copytree(models_dir, self.models)
+        model_with(models_dir, self.models, minimum)
         env = {
             **os.environ,
             "SEPSIS_CONFIG": str(self.models / "best_model_config.json"),
@@ -86,7 +104,7 @@ class Server:
         return self.request(path)
 
     def predict(self, data=None):
-        status, text = self.request("/predict", EXAMPLE.read_bytes() if data is None else data)
+        status, text = self.request("/predict?as_of=last", EXAMPLE.read_bytes() if data is None else data)
         return status, json.loads(text)
 
     def workers(self):
@@ -97,6 +115,12 @@ class Server:
         self.process.terminate()
         assert self.process.wait(PATIENCE) == 0
         self.log.close()
+
+
+@pytest.fixture(scope="module")
+def pipeline(models_dir, tmp_path_factory):
+    """The model that the services have."""
+    return ProductionPipeline(*model_with(models_dir, tmp_path_factory.mktemp("pipeline") / "models", None))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +156,7 @@ def load(server, threads=4):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
 def test_curl_as_in_the_readme(server, pipeline):
-    command = re.search(r"^\$ (curl -s -X POST \S+/predict .*?) \|", (ROOT / "README.md").read_text(), re.M)[1]
+    command = re.search(r"^\$ (curl -s -X POST \S+/predict\S* .*?) \|", (ROOT / "README.md").read_text(), re.M)[1]
     command = command.replace("localhost:5000", f"localhost:{server.port}")
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
@@ -312,7 +336,7 @@ def predicted(proxied, body=None):
     """An answer through nginx."""
     headers = {"Content-Type": "application/json", "X-API-Key": proxied.key}
     body = EXAMPLE.read_bytes() if body is None else body
-    request = urllib.request.Request(f"https://localhost:{proxied.port}/predict", body, headers)
+    request = urllib.request.Request(f"https://localhost:{proxied.port}/predict?as_of=last", body, headers)
     with urllib.request.urlopen(request, timeout=PATIENCE, context=proxied.trusted) as answer:
         return answer.status, json.loads(answer.read())
 
@@ -548,6 +572,12 @@ def test_a_person_tries_the_demo_patients(page, pipeline):
     number = re.search(r"visit (\d+)", visits.nth(3).inner_text())[1]
     assert f"Visit {number}" in page.locator("#detail h3").inner_text()
     assert page.locator("#detail .reasons li").count() == 6 and page.locator("#detail svg").count() >= 4
+    assert "__" not in page.locator("#detail").inner_text()  # a ward's words
+    chart = page.locator("#detail figure", has_text="heart rate (HR) in /min").first
+    labels = chart.locator(".tick").all_text_contents()
+    assert any(re.fullmatch(r"\d\d:\d\d|\d\d-\d\d", text) for text in labels)  # a time axis
+    assert sum(re.fullmatch(r"\d+", text) is not None for text in labels) >= 2, labels  # and one of values
+    assert page.locator("#detail .band").count() >= 1  # a reference range
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390  # nothing beyond a phone's edge
 
@@ -560,7 +590,72 @@ def test_a_person_pastes_csv_with_a_bad_row(page):
     page.locator("#visits button").first.wait_for()
     assert page.locator("#visits button").count() == 2
     assert "not a number (rows 3)" in page.locator("#remarks").inner_text()
-    assert "no score" in page.locator("#visits").inner_text()
+    unknown = page.locator("#visits .UNKNOWN")
+    assert unknown.count() == 1 and "nothing usable" in unknown.inner_text()
+
+
+@pytest.mark.parametrize("next_one", ["[{]", '[{"visit_id": 1}]'])
+def test_what_cannot_be_scored_clears_the_patients_before(page, next_one):
+    page.get_by_role("button", name="Try the demo patients").click()
+    page.locator("#detail h3").wait_for()
+    page.get_by_label("Observations, as CSV").fill(next_one)
+    page.get_by_role("button", name="Score").click()
+    page.locator("#status.bad").wait_for()
+    assert page.locator("#visits button").count() == 0 and not page.locator("#results").is_visible()
+    assert page.locator("#detail").text_content() == ""
+
+
+@pytest.fixture
+def strict_page(browser, models_dir, tmp_path):
+    """The page of a service whose model needs three of four vital signs, and that has a site map."""
+    (tmp_path / "codes.csv").write_text("code,concept,unit\nTEMPERATUR,temperature,[degF]\n")
+    server = Server(tmp_path, models_dir, minimum=MINIMUM, SEPSIS_CODES=str(tmp_path / "codes.csv"))
+    page = browser.new_page()
+    page.goto(f"http://localhost:{server.port}/")
+    yield page
+    page.close()
+    server.stop()
+
+
+def test_unknown_and_stale_visits_look_like_no_low_risk(strict_page):
+    page, now = strict_page, datetime.now(UTC)
+
+    def rows(visit, hours, **values):
+        time_ = (now - timedelta(hours=hours)).isoformat(timespec="seconds")
+        return [f"{visit},x,{time_},{code.replace('_', ' ')},{value}" for code, value in values.items()]
+
+    vitals = {"HR": 72, "SBP": 124, "Temp": 36.8, "Resp": 14}
+    lines = ["visit_id,client,observation_date,observation_type_code,observation_value"]
+    lines += rows(1, 1, PULSE_OXI=71, BLOOD_PRESSURE="70/40") + rows(2, 20, **vitals) + rows(3, 1, **vitals)
+    lines += rows(4, -50, **vitals) + rows(3, 1, **{"8302-2": 180})
+    page.get_by_label("Observations, as CSV").fill("\n".join(lines))
+    page.get_by_role("button", name="Score").click()
+    page.locator("#visits button").first.wait_for()
+
+    def shown(visit):
+        return page.locator("#visits button", has_text=f"visit {visit}")
+
+    def look(visit):
+        style = "e => [getComputedStyle(e).borderTopStyle, getComputedStyle(e).backgroundImage]"
+        return shown(visit).evaluate(style)
+
+    for visit, why in ((1, "too little measured"), (2, "data too old"), (4, "nothing usable")):
+        text = shown(visit).inner_text()
+        assert "UNKNOWN" in text and why in text and "%" not in text and "LOW" not in text
+        assert look(visit) != look(3)
+    assert "%" in shown(3).inner_text()
+    shown(1).click()
+    page.locator("#detail h3", has_text="Visit 1").wait_for()
+    detail = page.locator("#detail").inner_text()
+    assert "missing: heart rate, respiratory rate, temperature" in detail and "not mean that the risk is low" in detail
+    assert "systolic blood pressure" in detail and "70 mmHg" in detail and "SpO2" in detail
+    remarks = page.locator("#remarks").inner_text()
+    assert "8302-2 (1)" in remarks and "4 not used: observation_date is more than 5 minutes later than now" in remarks
+    page.get_by_role("button", name="Service").click()
+    page.locator("#site td").first.wait_for()
+    assert "TEMPERATUR" in page.locator("#site").inner_text()
+    assert "3 of heart rate" in page.locator("#card").inner_text()
+    assert "data too old" in page.locator("#unknown").inner_text()
 
 
 def test_a_person_pastes_nonsense(page):

@@ -13,7 +13,7 @@ from werkzeug.exceptions import BadRequest, PreconditionFailed, UnprocessableEnt
 from feature_pipeline import SET_ASIDE_REASONS, ProductionPipeline
 from serving.api import fhir
 from serving.api.service import Scored
-from serving.api.words import age_text, unknown_text
+from serving.api.words import age_text
 from serving.evidence import unused_text
 
 OBSERVATIONS = {
@@ -119,8 +119,7 @@ def cards(found: fhir.Found, scored: Scored) -> list[dict[str, Any]]:
         moment = f"{datetime.fromisoformat(prediction['as_of']):%Y-%m-%d %H:%M} UTC"
         age = "" if hours is None else f"The newest observation that the model uses is {age_text(hours)} old."
         if p is None:
-            why = unknown_text(prediction["reason"], prediction["missing"], hours)
-            out.append((-1, unknown_card(why, [age, *remarks], version)))
+            out.append((-1, unknown_card(prediction["reason_text"], [age, *remarks], version)))
             continue
         detail = [f"Probability of sepsis{within} of {moment}: {percent(p)}. {age}"]
         if own:

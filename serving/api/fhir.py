@@ -28,7 +28,6 @@ from common.fhir import NOT_USED as PART_NOT_USED
 from common.fhir import Identity, NotUsed, Reading, readings
 from feature_pipeline import ProductionPipeline, iso_times, to_micros, to_unit
 from serving.api.service import Scored, count_set_aside
-from serving.api.words import unknown_text
 from serving.evidence import unused_text
 
 MIME = "application/fhir+json"
@@ -330,8 +329,7 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
         if prediction["reason"] is None:
             resource["prediction"] = [_prediction(prediction, scored.horizon_hours)]
         else:
-            why = unknown_text(prediction["reason"], prediction["missing"], prediction["hours_since_newest"])
-            resource["note"] = [{"text": f"Risk UNKNOWN ({prediction['reason']}): {why}."}]
+            resource["note"] = [{"text": f"Risk UNKNOWN ({prediction['reason']}): {prediction['reason_text']}."}]
         if (newest := prediction["newest_observation"]) is not None:
             text = f"Newest observation that the model uses: {newest}, {prediction['hours_since_newest']:g} h before."
             resource.setdefault("note", []).append({"text": text})

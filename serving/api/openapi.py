@@ -183,7 +183,8 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         used={"type": "boolean", "description": "does the model look at this code?"},
         points={
             "type": "array",
-            "items": {"type": "array", "description": "time, value, lower and upper bound of the reference range"},
+            "description": "time, value, lower and upper bound of the reference range",
+            "items": {"type": "array", "items": {"type": ["string", "number", "null"]}},
         },
     )
     prediction = _object(
@@ -192,6 +193,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         sepsis_probability=probability,
         risk_level={"enum": ["LOW", "MEDIUM", "HIGH", "UNKNOWN"]},
         reason=why,
+        reason_text={**time_, "description": "the same in words"},
         missing={"type": "array", "items": text, "description": "quantities that were not measured recently"},
         as_of={**time_, "description": "the moment that is scored, UTC"},
         newest_observation={**time_, "description": "of those that the model uses, UTC"},

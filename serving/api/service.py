@@ -17,6 +17,7 @@ import pandas as pd
 
 from common.command_line import log, read_site_codes
 from feature_pipeline import (
+    CONCEPTS,
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     SET_ASIDE_REASONS,
@@ -31,7 +32,7 @@ from feature_pipeline import (
 )
 from serving.api import metrics
 from serving.api.settings import Settings
-from serving.api.words import code_words, reason_text
+from serving.api.words import code_words, reason_text, unknown_text
 from serving.deployed import LOOK_SECONDS, NOW, Deployed, ServedModel, moments_of
 
 MOST_REASONS = 20
@@ -291,6 +292,7 @@ class Scored:
                 "sepsis_probability": p if p == p else None,
                 "risk_level": level,
                 "reason": reason,
+                "reason_text": reason and unknown_text(reason, missing, age if age == age else None),
                 "missing": missing,
                 "as_of": moment,
                 "newest_observation": newest,
@@ -358,8 +360,8 @@ class Scored:
         return out
 
     def series(self) -> list[list[dict[str, Any]]]:
-        """Each visit's observations as the model reads them, by code: ``code``, its ``name`` and ``unit`` for people,
-        whether the code is ``used``, and ``points`` of time, value and reference range."""
+        """Each visit's observations as the model reads them, by code in the order of `CONCEPTS`: ``code``, its ``name``
+        and ``unit`` for people, whether the code is ``used``, ``points`` of time, value and reference range."""
         o = self.observations
         out: list[list[dict[str, Any]]] = [[] for _ in range(o.n_visits)]
         times = iso_times(o.time)
@@ -367,7 +369,8 @@ class Scored:
             [value if value == value else None for value in column.tolist()] for column in (o.value, o.low, o.high)
         ]
         bounds = zip(o.group_visit.tolist(), o.group_code.tolist(), pairwise(o.group_start.tolist()), strict=True)
-        for visit, code, (start, end) in bounds:
+        place = [n if n >= 0 else len(CONCEPTS) for n in o.concept_of_code.tolist()]
+        for visit, code, (start, end) in sorted(bounds, key=lambda group: (group[0], place[group[1]], group[1])):
             name, unit = code_words(o.codes[code], self.codes)
             points = list(zip(*(column[start:end] for column in (times, *columns)), strict=True))
             used = self.pipeline.reproducer.is_used(o.codes[code])

@@ -71,14 +71,15 @@ def code_words(code: str, codes: Codes) -> tuple[str, str]:
     concept, _ = codes.meaning(code)
     if concept is None:
         return code, ""
-    return concept_words(concept.name), "" if concept.unit in ("1", "code", "0/1", "fraction") else concept.unit
+    unit = "" if concept.unit in ("1", "code", "0/1", "fraction") else concept.unit
+    return concept_words(concept.name), "/min" if unit == "1/min" else unit
 
 
 def feature_words(feature: str, codes: Codes) -> tuple[str, str]:
     """(a feature's name for people, the unit of its value).
 
     >>> feature_words("HR__max__24h", Codes()), feature_words("clinical__news2", Codes())
-    (('heart rate, highest in 24 h', '1/min'), ('NEWS2 score', ''))
+    (('heart rate, highest in 24 h', '/min'), ('NEWS2 score', ''))
     """
     try:
         asked = parse_feature(feature)
@@ -106,7 +107,7 @@ def _clinical_words(feature: Feature) -> str:
 
 
 def reason_text(reason: dict[str, Any], codes: Codes) -> str:
-    """A feature with its value: ``heart rate, highest in 24 h: 124 1/min``."""
+    """A feature with its value: ``heart rate, highest in 24 h: 124 /min``."""
     words, unit = feature_words(reason["feature"], codes)
     return f"{words}: not measured" if reason["value"] is None else f"{words}: {reason['value']:.4g} {unit}".rstrip()
 

@@ -1,19 +1,17 @@
 // The page: scores observations, shows each visit's risk with its reasons and charts, and the state of the service.
-import { bars, lineChart } from "/static/charts.js";
+import { bars, clock, lineChart, short } from "/static/charts.js";
 import { make } from "/static/dom.js";
-import { parseObservations, seriesByVisit, visitKey } from "/static/observations.js";
+import { parseObservations, visitKey } from "/static/observations.js";
 
 const $ = (id) => document.getElementById(id);
-const ORDER = { HIGH: 0, MEDIUM: 1, LOW: 2, UNKNOWN: 3 };
+const ORDER = { HIGH: 0, MEDIUM: 1, UNKNOWN: 2, LOW: 3 }; // an unknown risk may be a high one
 const SIGNS = { HIGH: "▲▲", MEDIUM: "▲", LOW: "●", UNKNOWN: "?" };
-const VITALS = [["heart rate", /^(hr|heart.?rate|pulse|8867-4)$/i], ["systolic pressure", /^(sbp|systolic.*|8480-6)$/i],
-  ["mean pressure", /^(map|mbp|8478-0)$/i], ["respiratory rate", /^(resp|rr|respir.*|9279-1)$/i],
-  ["temperature", /^(temp.*|8310-5)$/i], ["oxygen saturation", /^(spo2|o2sat|59408-5|2708-6)$/i],
-  ["lactate", /^(lactate|2524-7|32693-4)$/i], ["white cells", /^(wbc|6690-2)$/i]];
-const DETAILS = "explain=6&trajectory=16", MOST = 16; // of each visit
-let model = null, scored = [], series = new Map(), given = [];
+const WHY = { insufficient_evidence: "too little measured", stale: "data too old", nothing_usable: "nothing usable" };
+const DETAILS = "explain=6&trajectory=16&series=1", MOST = 16; // of each visit
+let model = null, scored = [], given = [], moment = "now";
 
 export const percent = (p) => (p === null ? "no score" : p < 0.001 ? "< 0.1%" : p > 0.999 ? "> 99.9%" : `${(100 * p).toFixed(p < 0.1 || p > 0.99 ? 1 : 0)}%`);
+const ago = (hours) => (hours < 1 ? `${Math.round(hours * 60)} min` : hours < 72 ? `${Math.round(hours)} h` : `${Math.round(hours / 24).toLocaleString("en")} days`);
 
 async function ask(path, options = {}) {
   const key = $("key").value.trim();
@@ -25,41 +23,34 @@ async function ask(path, options = {}) {
 
 function say(text, kind = "") { $("status").textContent = text; $("status").className = kind; }
 
-const WORDS = { last: "latest", min: "lowest", max: "highest", mean: "mean", std: "spread", count: "number measured", slope: "trend an hour",
-  change: "change since first", delta: "change since previous", age: "hours since measured", measured: "ever measured", rate: "values an hour",
-  gap: "hours between last two", outside: "distance outside range", share_below: "share below range", share_above: "share above range",
-  cv: "relative spread", mean_abs_change: "mean step", departure: "latest against mean", zscore: "latest in standard deviations",
-  ewm: "recent mean", departure_ewm: "latest against recent mean", hours_since_max: "hours since highest", hours_since_min: "hours since lowest" };
-const SCORES = { sirs: "SIRS", qsofa: "qSOFA", news2: "NEWS2", sofa: "SOFA (partial)" };
-
-// a feature's name for people
-function inWords(feature) {
-  const [code, name, window] = feature.split("__").length > 3 ? [feature, "", ""] : feature.split("__");
-  if (code === "clinical" || code === "context") {
-    const [score, ...part] = name.split("_");
-    if (SCORES[score]) return `${SCORES[score]}${part.length ? `, ${part.join(" ")}` : ""}`;
-    return name.replaceAll("_", " ");
-  }
-  return `${code}${name ? `: ${WORDS[name] || name.replaceAll("_", " ")}` : ""}${window ? ` in ${window.replace("h", " h")}` : ""}`;
-}
-
 // ------------------------------------------------------------------------------------------------- scoring
 
+// nothing of the visits before stays where the next ones cannot be read or scored
+function clear() {
+  [scored, given] = [[], []];
+  for (const id of ["remarks", "visits", "detail", "count"]) $(id).replaceChildren();
+  $("results").hidden = true;
+}
+
 async function score(text) {
-  $("remarks").replaceChildren();
+  clear();
+  moment = $("moment").value;
   let observations;
   try { observations = parseObservations(text); } catch (error) { return say(`These observations cannot be read: ${error.message}`, "bad"); }
   say(`Scoring ${observations.length.toLocaleString("en")} observations …`);
   const n = new Set(observations.filter((row) => row).map(visitKey)).size;
   const [answer, body] = await predict(observations, n * MOST <= (model?.limits.visits ?? 2000)); // else when a visit is opened
+  clear(); // an earlier answer may have come meanwhile
   if (!answer) return say("The service does not answer.", "bad");
   if (!answer.ok) {
     asideRemarks(body.set_aside);
     return say(body.message, "bad");
   }
-  [series, given] = [seriesByVisit(observations), observations];
+  given = observations;
   scored = body.predictions.sort((a, b) => ORDER[a.risk_level] - ORDER[b.risk_level] || (b.sepsis_probability ?? -1) - (a.sepsis_probability ?? -1));
-  for (const text of body.warnings) $("remarks").append(make("li", {}, text));
+  const unused = Object.entries(body.unused_codes).map(([code, rows]) => `${code} (${rows.toLocaleString("en")})`);
+  if (unused.length) $("remarks").append(make("li", {}, `Codes that the model does not use, with their numbers of observations: ${unused.join(", ")}`));
+  if (body.warnings.length) $("remarks").append(make("li", {}, make("details", {}, make("summary", {}, "For the data team"), ...body.warnings.map((text) => make("p", {}, text)))));
   asideRemarks(body.set_aside);
   say("");
   $("version").textContent = `model ${body.model_version}`;
@@ -69,16 +60,16 @@ async function score(text) {
 // [answer, body], or [null] where none comes
 async function predict(observations, details) {
   try {
-    const answer = await ask(`/predict${details ? `?${DETAILS}` : ""}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(observations) });
+    const answer = await ask(`/predict?as_of=${encodeURIComponent(moment)}${details ? `&${DETAILS}` : ""}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(observations) });
     return [answer, await answer.json()];
   } catch { return [null]; }
 }
 
-// reasons and scores over time of one visit of many
+// reasons, scores over time and observations of one visit of many
 async function addDetails(p) {
-  if (p.trajectory || p.sepsis_probability === null) return;
+  if (p.series) return;
   const [answer, body] = await predict(given.filter((row) => row && visitKey(row) === visitKey(p)), true);
-  if (answer?.ok) Object.assign(p, { reasons: body.predictions[0].reasons, trajectory: body.predictions[0].trajectory });
+  if (answer?.ok) for (const name of ["reasons", "trajectory", "series"]) p[name] = body.predictions[0][name];
 }
 
 function asideRemarks(aside) {
@@ -90,12 +81,12 @@ function asideRemarks(aside) {
 
 function showVisits() {
   const count = (level) => scored.filter((p) => p.risk_level === level).length;
-  $("count").textContent = `${scored.length} ${scored.length === 1 ? "visit" : "visits"}: ${["HIGH", "MEDIUM", "LOW", "UNKNOWN"].map((l) => `${count(l)} ${l}`).join(", ")}`;
+  $("count").textContent = `${scored.length} ${scored.length === 1 ? "visit" : "visits"}: ${Object.keys(ORDER).map((l) => `${count(l)} ${l}`).join(", ")}`;
   $("visits").replaceChildren(...scored.map((p, i) => make("li", {},
-    make("button", { type: "button", class: `visit ${p.risk_level}`, "data-index": i },
+    make("button", { type: "button", class: `visit ${p.risk_level} ${p.reason || ""}`, "data-index": i },
       make("span", { class: "badge" }, make("span", { "aria-hidden": "true" }, `${SIGNS[p.risk_level]} `), p.risk_level),
       make("span", { class: "who" }, `visit ${p.visit_id}`, make("small", {}, `${p.client}`)),
-      make("span", { class: "p" }, percent(p.sepsis_probability))))));
+      make("span", { class: "p" }, p.reason ? WHY[p.reason] : percent(p.sepsis_probability))))));
   $("results").hidden = false;
   if (scored.length) showDetail(0, false);
 }
@@ -107,28 +98,42 @@ async function showDetail(index, focus = true) {
   if ($("visits").querySelector("[aria-pressed=true]")?.dataset.index !== String(index) || scored[index] !== p) return; // another one was opened meanwhile
   const box = $("detail");
   const horizon = model && !model.retrospective && model.horizon_hours ? ` within ${model.horizon_hours} h` : "";
+  const newest = p.hours_since_newest === null ? "" : `; newest observation that the model uses: ${clock(Date.parse(p.newest_observation))} UTC, ${ago(p.hours_since_newest)} before`;
   box.replaceChildren(make("h3", {}, `Visit ${p.visit_id}, ${p.client}`),
-    make("p", { class: `headline ${p.risk_level}` },
-      make("span", { class: "badge" }, make("span", { "aria-hidden": "true" }, `${SIGNS[p.risk_level]} `), `${p.risk_level} risk`),
-      ` ${percent(p.sepsis_probability)}${p.sepsis_probability === null ? ": nothing usable was observed" : ` probability of sepsis${horizon}`}`),
-    p.as_of ? make("p", { class: "quiet" }, `as of ${p.as_of.replace("T", " ").replace("Z", " UTC")}`) : null);
+    make("p", { class: `headline ${p.risk_level} ${p.reason || ""}` },
+      make("span", { class: "badge" }, make("span", { "aria-hidden": "true" }, `${SIGNS[p.risk_level]} `), p.reason ? "risk UNKNOWN" : `${p.risk_level} risk`),
+      p.reason ? ` ${p.reason_text}. ` : ` ${percent(p.sepsis_probability)} probability of sepsis${horizon}`,
+      p.reason ? make("b", {}, "This does not mean that the risk is low.") : null),
+    make("p", { class: "quiet" }, `${p.as_of ? `as of ${clock(Date.parse(p.as_of))} UTC; ` : ""}${p.num_observations.toLocaleString("en")} observations that the model uses${newest}`));
   if (p.reasons?.length) {
     box.append(make("h4", {}, "Strongest reasons"), make("ul", { class: "reasons" }, ...p.reasons.map((r) =>
-      make("li", { class: r.contribution > 0 ? "up" : "down" }, make("span", { class: "sign" }, r.contribution > 0 ? "raises" : "lowers"),
-        make("span", { title: r.feature }, ` ${inWords(r.feature)} `), make("b", {}, r.value === null ? "not measured" : String(Number(r.value.toPrecision(4))))))));
+      make("li", { class: r.contribution > 0 ? "up" : "down", title: r.feature }, make("span", { class: "sign" }, r.contribution > 0 ? "raises" : "lowers"), ` ${r.text}`))));
   }
-  const codes = series.get(visitKey(p)) || new Map();
-  const times = [...codes.values()].flat().map((point) => point[0]);
-  const scores = (p.trajectory || []).filter((q) => q.sepsis_probability !== null).map((q) => [Date.parse(q.as_of), q.sepsis_probability]);
-  if (times.length) {
-    const span = [Math.min(...times), Math.max(...times)];
-    const levels = model ? [{ value: model.risk_thresholds.medium, label: "MEDIUM" }, { value: model.risk_thresholds.high, label: "HIGH" }] : [];
-    if (scores.length) box.append(make("h4", {}, "Score over time"), lineChart("probability of sepsis", scores, { span, low: 0, high: 1, height: 120, marks: levels, format: percent }));
-    const shown = VITALS.map(([name, like]) => [name, [...codes].find(([code]) => like.test(code))]).filter(([, found]) => found);
-    if (shown.length) box.append(make("h4", {}, "Vital signs and laboratory"),
-      make("div", { class: "charts" }, ...shown.map(([name, [code, points]]) => lineChart(`${name} (${code})`, points, { span }))));
-  }
+  const series = (p.series || []).map((own) => ({ ...own, points: own.points.map(([time, ...rest]) => [Date.parse(time), ...rest]) }));
+  const times = series.flatMap((own) => own.points.map((point) => point[0]));
+  const [first, last] = [Math.min(...times), Math.max(...times)];
+  // a moment long after the last observation would press all others together
+  const scores = (p.trajectory || []).map((q) => [Date.parse(q.as_of), q.sepsis_probability]).filter((q) => q[0] <= last + (last - first) / 4);
+  if (times.length) box.append(...charts(series, scores, [first, Math.max(last, ...scores.map((point) => point[0]))], !p.reason));
   if (focus) { box.focus({ preventScroll: true }); if (box.getBoundingClientRect().top > innerHeight * 0.6 || box.getBoundingClientRect().top < 0) box.scrollIntoView({ block: "start" }); }
+}
+
+// the score over time, then a chart of every code; a code with one value is a line of text
+function charts(series, scores, span, now) {
+  const out = [];
+  if (scores.some((point) => point[1] !== null)) {
+    const levels = model ? [{ value: model.risk_thresholds.medium, label: "MEDIUM", at: "end" }, { value: model.risk_thresholds.high, label: "HIGH" }] : [];
+    const top = Math.min(1, 1.15 * Math.max(...scores.map((point) => point[1] ?? 0), ...levels.map((level) => level.value)));
+    out.push(make("h4", {}, now ? "Score over time" : "Earlier scores"), lineChart("probability of sepsis", scores, { span, width: innerWidth < 600 ? 330 : 520, height: 150, low: 0, high: top, marks: levels, format: (v) => `${short(100 * v)}%` }));
+  }
+  const measured = (own) => (own.points.length > 1
+    ? lineChart(`${own.name}${own.name === own.code ? "" : ` (${own.code})`}`, own.points, { span, unit: own.unit, note: own.points.some((p) => Number.isFinite(p[2])) ? "band: reference range" : "" })
+    : make("p", { class: "single" }, make("b", {}, own.name), `${own.name === own.code ? "" : ` (${own.code})`} ${short(own.points[0][1])} ${own.unit}`, make("small", {}, ` ${clock(own.points[0][0])} UTC`)));
+  const inOrder = (list) => [...list].sort((a, b) => (b.points.length > 1) - (a.points.length > 1));
+  const [used, unused] = [inOrder(series.filter((own) => own.used)), inOrder(series.filter((own) => !own.used))];
+  if (used.length) out.push(make("h4", {}, "What was measured"), make("div", { class: "charts" }, ...used.map(measured)));
+  if (unused.length) out.push(make("details", {}, make("summary", {}, `Not used by the model: ${unused.map((own) => own.name).join(", ")}`), make("div", { class: "charts" }, ...unused.map(measured))));
+  return out;
 }
 
 $("visits").addEventListener("click", (event) => {
@@ -139,6 +144,7 @@ $("input").addEventListener("submit", (event) => { event.preventDefault(); score
 $("demo").addEventListener("click", async () => {
   const text = await (await fetch("/demo-patients")).text();
   $("data").value = text;
+  $("moment").value = "last"; // they are patients of 2024
   score(text);
 });
 const readFile = async (file) => { if (file) { const text = await file.text(); $("data").value = text.length > 200000 ? `${file.name}: ${file.size.toLocaleString("en")} bytes` : text; score(text); } };
@@ -159,6 +165,7 @@ async function loadModel() {
   model = await answer.json();
   $("version").textContent = `model ${model.model_version}`;
   $("synthetic").hidden = !model.synthetic;
+  $("retrospective").hidden = !model.retrospective;
 }
 
 function samples(text) {
@@ -184,6 +191,7 @@ async function showService() {
     return row;
   })));
   $("levels").replaceChildren(bars(of("sepsis_predictions_total").map((s) => ({ label: `${SIGNS[s.labels.risk_level] || ""} ${s.labels.risk_level}`, value: s.value, kind: s.labels.risk_level }))));
+  $("unknown").replaceChildren(bars(of("sepsis_unknown_risk_total").map((s) => ({ label: WHY[s.labels.reason] || s.labels.reason, value: s.value }))));
   $("requests").replaceChildren(bars(of("sepsis_requests_total").filter((s) => !s.labels.route.startsWith("/static")).map((s) => ({ label: `${s.labels.route} ${s.labels.status}`, value: s.value, kind: s.labels.status >= "400" ? "HIGH" : "" })).sort((a, b) => b.value - a.value).slice(0, 12)));
   $("aside").replaceChildren(bars(of("sepsis_rows_set_aside_total").map((s) => ({ label: s.labels.reason.replaceAll("_", " "), value: s.value }))));
   if (!model) return;
@@ -193,9 +201,13 @@ async function showService() {
   const rows = [["version", model.model_version], ["features", `${model.n_features}, set ${model.feature_set}`], ["model", model.model],
     ["looks ahead", model.retrospective ? "no: scores whole stays" : `${model.horizon_hours} h`], ["trained", model.trained_at], ["on", model.trained_on],
     ["risk levels", `MEDIUM from ${model.risk_thresholds.medium}, HIGH from ${model.risk_thresholds.high}`],
-    ["ROC AUC, test part", figure("roc_auc")], ["average precision", figure("average_precision")]];
+    ["needs", minimum(model.minimum_evidence)], ["ROC AUC, test part", figure("roc_auc")], ["average precision", figure("average_precision")]];
+  const site = Object.entries(model.site_codes).map(([code, [concept, unit]]) => make("tr", {}, make("th", { scope: "row" }, code), make("td", {}, `${concept.replaceAll("_", " ")}${unit ? `, in ${unit}` : ""}`)));
+  $("site").replaceChildren(site.length ? make("table", { class: "bars" }, make("tbody", {}, ...site)) : make("p", { class: "quiet" }, "none; SEPSIS_CODES or --codes names one"));
   $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value ?? "–"))]));
 }
+
+const minimum = (m) => (m ? `${m.at_least} of ${m.inputs.map((name) => name.replaceAll("_", " ")).join(", ")} within ${m.within_hours} h, the newest of all no older than ${m.newest_hours} h` : "any observation");
 
 function show(view) {
   for (const name of ["patients", "service"]) {

@@ -19,7 +19,7 @@ function shape(given, depth = 0) {
       ([name, part]) => `${pad}"${name}"${required.has(name) ? "" : "?"}: ${shape(part, depth + 1)}`);
     return `{\n${lines.join(",\n")}\n${"  ".repeat(depth)}}`;
   }
-  return [schema.type].flat().join(" | ");
+  return [schema.type ?? "any"].flat().join(" | ");
 }
 
 const operations = document.getElementById("operations");
@@ -28,7 +28,7 @@ for (const [path, methods] of Object.entries(spec.paths)) {
     const box = make("article", {}, make("h2", {}, make("code", {}, `${method.toUpperCase()} ${path}`)),
       make("p", {}, [operation.summary, operation.description].filter(Boolean).join(". ")));
     for (const option of operation.parameters || []) {
-      box.append(make("p", {}, make("code", {}, `?${option.name}=`), ` ${option.description} (0 to ${option.schema.maximum})`));
+      box.append(make("p", {}, make("code", {}, `?${option.name}=`), ` ${option.description}${option.schema.maximum ? ` (0 to ${option.schema.maximum})` : ""}`));
     }
     if (operation.requestBody) {
       const [kind, body] = Object.entries(operation.requestBody.content)[0];

@@ -39,25 +39,3 @@ function parseCsv(text) {
 }
 
 export const visitKey = (row) => JSON.stringify([String(row.client).trim(), String(row.visit_id).trim()]);
-
-// visit -> code -> [[milliseconds, value], ...] in order of time
-export function seriesByVisit(observations) {
-  const visits = new Map();
-  for (const row of observations) {
-    if (row === null || typeof row !== "object") continue; // the service tells of it
-    const time = Date.parse(zoned(String(row.observation_date)));
-    const value = Number(String(row.observation_value ?? "").replace(/^[<>=≤≥~\s]+/, "") || NaN);
-    if (!Number.isFinite(time) || !Number.isFinite(value)) continue;
-    const key = visitKey(row);
-    if (!visits.has(key)) visits.set(key, new Map());
-    const codes = visits.get(key);
-    const code = String(row.observation_type_code);
-    if (!codes.has(code)) codes.set(code, []);
-    codes.get(code).push([time, value]);
-  }
-  for (const codes of visits.values()) for (const points of codes.values()) points.sort((a, b) => a[0] - b[0]);
-  return visits;
-}
-
-// a time without a zone is UTC, as in the service
-const zoned = (text) => (/(Z|[+-]\d\d:?\d\d)$/i.test(text.trim()) ? text : `${text.trim().replace(" ", "T")}${text.includes(":") ? "Z" : ""}`);
