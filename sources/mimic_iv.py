@@ -67,7 +67,7 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     }
 
 
-def add_parser(commands: Any) -> None:
-    add_source(
-        commands, "mimic-iv", read, __doc__, "physionet/mimiciv/3.1 --out prepared", "FOLDER", "holds hosp/ and icu/"
-    )
+def add_to(commands: Any) -> None:
+    """The command ``prepare_data.py mimic-iv``."""
+    example = "physionet.org/files/mimiciv/3.1 --out prepared"
+    add_source(commands, "mimic-iv", __doc__, example, read, "FOLDER", "the folder that holds hosp/ and icu/")

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
-from command_line import DONE, Formatter, add_log_options, available_cores, log
-from feature_pipeline import BadObservations, FeaturePipelineError
-from sources.tables import one_line, open_database, reason_of
+from common.command_line import DONE, add_command, available_cores, log, number, read_synonyms
+from feature_pipeline import BadObservations
+from sources.tables import duckdb, open_database, reason_of
 
 HERE = Path(__file__).parent
 
@@ -80,32 +79,25 @@ Reader = Callable[[duckdb.DuckDBPyConnection, argparse.Namespace], dict[str, boo
 
 
 def add_source(
-    commands: Any, name: str, reader: Reader, about: str, example: str, source: str, help_of_source: str, **also: Any
+    commands: Any, name: str, about: str, example: str, reader: Reader, source: str, help_of_source: str
 ) -> argparse.ArgumentParser:
     """The command `name` of the door, with the options that every source has."""
-    parser = commands.add_parser(
-        name,
-        help=about.strip().splitlines()[0],
-        description=about,
-        epilog=f"example:\n  python prepare_data.py {name} {example}",
-        formatter_class=Formatter,
-    )
-    option = parser.add_argument
+    command = add_command(commands, name, about, f"python prepare_data.py {name} {example}", work)
+    command.set_defaults(reader=reader)
+    option = command.add_argument
     option("source", metavar=source, help=help_of_source)
     option("--out", required=True, type=Path, metavar="DIR", help="where the tables and the report are written")
     option(
         "--time",
         choices=("available", "charted"),
         default="available",
-        help="time of an observation: when it could be seen (where the source tells), or when it was taken",
+        help="time of an observation: when it could be seen, where the source tells; or when it was taken",
     )
     option("--visits", choices=("hospital", "icu"), default="hospital", help="hospital stays, or intensive-care stays")
-    option("--codes", metavar="FILE", help="a corrected codes.csv, whose concepts replace the suggested ones")
-    option("--memory", default="1GB", help="most memory that DuckDB takes; the rest is kept in files under --out")
-    option("--threads", type=int, default=available_cores(), help="threads of DuckDB")
-    add_log_options(parser, default=argparse.SUPPRESS)
-    parser.set_defaults(reader=reader, work=work, **also)
-    return parser
+    option("--synonyms", metavar="FILE", help="a corrected codes.csv; its concepts replace the suggested ones")
+    option("--memory", default="1GB", help="most memory that DuckDB takes; what is more is kept in files under --out")
+    option("--threads", type=number(int, 1), default=available_cores(), help="threads of DuckDB")
+    return command
 
 
 def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -114,24 +106,27 @@ def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:
 
 def work(arguments: argparse.Namespace) -> int:
     """Reads a source and writes what is made of it."""
-    from sources.report import write_report
+    from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
 
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True, mode=0o750)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare") as folder:
         con = open_database(Path(folder) / "tables.duckdb", arguments.memory)
         try:
-            con.execute(f"SET threads = {max(1, arguments.threads)}")
+            con.execute(f"SET threads = {arguments.threads}")
+            con.execute(f"SET VARIABLE time = '{arguments.time}'")
+            con.execute(f"SET VARIABLE by_time = {arguments.visits == 'icu'}")
             con.execute(MACROS)
             have = arguments.reader(con, arguments)
             facts = prepare(con, arguments, have)
+            facts["codes"] = tabulate_codes(con, read_synonyms(arguments.synonyms))
             write_report(con, arguments, facts)
         except duckdb.OutOfMemoryException:
             raise BadObservations(
                 f"--memory {arguments.memory} is not enough for this source; try more of it, or fewer --threads"
             ) from None
         except (duckdb.IOException, duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            if arguments_debug(arguments):
+            if arguments.debug:
                 raise
             raise BadObservations(f"{arguments.source}: {broken_file(error)}{reason_of(error)}") from None
         finally:
@@ -147,14 +142,8 @@ def work(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def arguments_debug(arguments: argparse.Namespace) -> bool:
-    return getattr(arguments, "debug", False)
-
-
 def broken_file(error: Exception) -> str:
     """The name of the file that DuckDB speaks of, where it does."""
-    import re
-
     match = re.search(r"[^\s\"':]+\.(csv\.gz|csv|parquet|ndjson|json)\b", str(error))
     return f"{Path(match[0]).name}: " if match else ""
 

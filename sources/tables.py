@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
-from command_line import progress
+from common.command_line import progress
 from feature_pipeline import BadConfig, BadObservations, listed
+
+try:
+    import duckdb
+except ModuleNotFoundError:  # the commands of prepare_data.py that read no such tables do without it
+    duckdb = None
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 BATCH = 50_000  # rows that are fetched from a database at once
@@ -37,6 +41,8 @@ class Table:
 
 def open_database(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
     """A DuckDB database in the file `path`, with bounded memory; what does not fit is kept beside the file."""
+    if duckdb is None:
+        raise BadConfig("reading tables needs DuckDB: pip install -r requirements-prepare.txt")
     con = duckdb.connect(str(path))
     try:
         con.execute("SET memory_limit = ?", [memory])
@@ -73,12 +79,15 @@ def files_of(name: str, files: Sequence[Path]) -> list[Path]:
 
 def scan(files: Sequence[Path]) -> str:
     """The SQL that reads files of one table. Lines that are no rows of the table are rejected, and counted."""
-    names = "[" + ", ".join("'" + str(path).replace("'", "''") + "'" for path in files) + "]"
-    if all(path.name.lower().endswith(".parquet") for path in files):
-        return f"read_parquet({names}, union_by_name = true)"
-    if any(path.name.lower().endswith(".parquet") for path in files):
+    names = ["'" + str(path).replace("'", "''") + "'" for path in files]
+    parquet = [path.name.lower().endswith(".parquet") for path in files]
+    if all(parquet):
+        return f"read_parquet([{', '.join(names)}], union_by_name = true)"
+    if any(parquet):
         raise BadConfig(f"{files[0]} and {files[-1]} are two formats of one table; keep one")
-    return f"read_csv({names}, all_varchar = true, header = true, union_by_name = true, store_rejects = true)"
+    # rejects are counted only where DuckDB does not itself unite the files
+    parts = [f"FROM read_csv({name}, all_varchar = true, header = true, store_rejects = true)" for name in names]
+    return f"({' UNION ALL BY NAME '.join(parts)})"
 
 
 def columns_of(con: duckdb.DuckDBPyConnection, source: str, where: str) -> dict[str, tuple[str, str]]:
