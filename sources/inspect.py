@@ -11,13 +11,13 @@ FITTING = 0.9  # share of a code's values that its concept must allow
 
 # Words of a name that do not change what is measured, once the name is known to be about blood or the patient.
 _NOISE = re.compile(
-    r"\b(serum|plasma|whole blood|blood gas|blood|arterial|venous|capillary|non[- ]?invasive(ly)?|invasive|manual|"
-    r"automated count|level|measured|measurement|patient|fahrenheit|celsius|calc(ulated)?|apache[ii]*|by pulse oximetry)\b|"
+    r"\b(serum|plasma|whole blood|blood gas|blood|arterial|capillary|non[- ]?invasive(ly)?|invasive|manual|"
+    r"automated count|level|measured|measurement|patient|fahrenheit|celsius|calc(ulated)?)\b|"
     r"\[[^\]]*\]|\b(in|by|of|or|on)\b"
 )
 # What is measured elsewhere than in the blood, is set on a machine, or is a limit of an alarm.
 _OTHER = re.compile(
-    r"\b(urine|urinary|csf|cerebrospinal|spinal|pleural|ascites|ascitic|peritoneal|joint|synovial|stool|fluid|gastric|"
+    r"\b(urine|urinary|csf|cerebrospinal|spinal|pleural|venous|dipstick|ascites|ascitic|peritoneal|joint|synovial|stool|fluid|gastric|"
     r"dialysate|amniotic|bone marrow|sweat|cord|alarm|goal|target|set|setting|limit|high|low|desired|type|rhythm|"
     r"site|source|route|device|free|ionized|ionised|hold|inspired gas|room|skin|variation|pulmonary|intracranial|"
     r"fetal|spontaneous|orthostatic|lying|standing|pain|score|history|therapeutic|mixed|central)\b"
@@ -26,9 +26,10 @@ _OTHER = re.compile(
 _NAMES = tuple(
     (re.compile(pattern), concept)
     for pattern, concept in (
-        (r"(blood pressure|\bbp\b|\babp\b|\bnibp\b|pressure).*systolic|systolic.*(blood pressure|\bbp\b)", "systolic_bp"),
-        (r"(blood pressure|\bbp\b|\babp\b|\bnibp\b|pressure).*diastolic|diastolic.*(blood pressure|\bbp\b)", "diastolic_bp"),
-        (r"(blood pressure|\bbp\b|\babp\b|\bnibp\b).*mean|mean.*(blood pressure|arterial pressure|\bbp\b)", "mean_bp"),
+        (r"(pressure|\bn?i?a?bp\b).*systolic|systolic.*(pressure|\bbp\b)", "systolic_bp"),
+        (r"(pressure|\bn?i?a?bp\b).*diastolic|diastolic.*(pressure|\bbp\b)", "diastolic_bp"),
+        (r"(blood pressure|\bn?i?a?bp\b).*mean|mean.*(blood pressure|arterial pressure|\bbp\b)", "mean_bp"),
+        (r"oxygen saturation.*(blood gas|arterial blood$)", "sao2"),
         (r"(o2|oxygen) sat\w*.*pulse|pulse ox|spo2", "spo2"),
         (r"inspired (o2|oxygen) fraction|inhaled oxygen concentration|fio2", "fio2"),
         (r"^respiratory rate|^resp(iratory)? rate|^respirations?$", "respiratory_rate"),

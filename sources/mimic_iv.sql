@@ -27,7 +27,7 @@ SELECT hadm_id AS visit_id, subject_id AS client, wall(charttime) AS charted, wa
 FROM outputevents;
 
 CREATE TABLE code_names AS
-SELECT itemid AS code, concat(label, ' (', fluid, ')') AS name FROM d_labitems
+SELECT itemid AS code, concat(label, ' (', concat_ws(', ', fluid, category), ')') AS name FROM d_labitems
 UNION ALL
 SELECT itemid, label FROM d_items;
 

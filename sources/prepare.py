@@ -1,8 +1,8 @@
 """What every source shares: options, the tables that it fills, and what is written from them.
 
 A source fills `visits`, `source_rows`, `code_names` and, where it has them, `icu_stays`, `patients_known`,
-`antibiotics`, `cultures`, `vasopressors`, `ventilation` and `urine`: tables or views of a DuckDB database, with times of
-the wall clock. From these come ``observations.parquet``, ``labels.parquet``, ``codes.csv`` and the report.
+`antibiotics`, `cultures`, `vasopressors`, `ventilation` and `urine`: tables or views of a DuckDB database, with
+times of the wall clock. From these come ``observations.parquet``, ``labels.parquet``, ``codes.csv`` and the report.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import DONE, add_command, available_cores, log, number, read_synonyms
+from common.fhir import NOT_USED
 from feature_pipeline import BadObservations
 from sources.tables import duckdb, open_database, reason_of
 
@@ -44,7 +45,8 @@ CREATE MACRO per_kg(rate, unit, weight) AS CASE replace(replace(lower(unit), 'µ
     WHEN 'ug/kg/min' THEN rate WHEN 'mg/kg/min' THEN rate * 1000 WHEN 'ug/kg/hour' THEN rate / 60
     WHEN 'ug/min' THEN rate / nullif(weight, 0) WHEN 'mg/min' THEN rate * 1000 / nullif(weight, 0)
     WHEN 'ug/hour' THEN rate / 60 / nullif(weight, 0) WHEN 'mg/hour' THEN rate * 1000 / 60 / nullif(weight, 0) END;
-CREATE MACRO is_urine(name) AS regexp_matches(lower(name), 'urine|foley|^void|condom cath|suprapubic|straight cath|nephrost|ileoconduit|texas cath')
+CREATE MACRO is_urine(name) AS regexp_matches(
+        lower(name), 'urine|foley|^void|condom cath|suprapubic|straight cath|nephrost|ileoconduit|texas cath')
     AND NOT regexp_matches(lower(name), 'incontinen|irrig|count|stool');
 """
 
@@ -74,6 +76,8 @@ LEFT_OUT = {
     "no_value": "no value",
     "no_number": "its value is no number",
 }
+
+LEFT_OUT |= {reason: text for reason, text in NOT_USED.items() if reason not in LEFT_OUT}
 
 Reader = Callable[[duckdb.DuckDBPyConnection, argparse.Namespace], dict[str, bool]]
 
@@ -149,7 +153,7 @@ def broken_file(error: Exception) -> str:
 
 
 def prepare(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, have: dict[str, bool]) -> dict[str, Any]:
-    """From the source's tables to `observations.parquet` and, where asked for, labels; gives the facts for the report."""
+    """From the source's tables to `observations.parquet`; gives the facts for the report."""
     complete_tables(con, arguments, have)
     facts: dict[str, Any] = {"source": arguments.command, "time": arguments.time, "visits_are": arguments.visits}
     facts |= visits_of(con, arguments)
@@ -161,11 +165,15 @@ def prepare(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, have:
     write_parquet(con, SELECT_OBSERVATIONS, observations)
     con.execute(f"CREATE VIEW observations AS SELECT * FROM read_parquet('{sql_text(observations)}')")
     con.execute(LEFT_OUT_BY_CODE)
+    if table_exists(con, "source_left_out"):  # what the source could not make a row of
+        con.execute("INSERT INTO left_out SELECT reason, code, n FROM source_left_out")
+        facts["rows"] += scalar(con, "SELECT coalesce(sum(n), 0)::BIGINT FROM source_left_out")
     facts["left_out"] = dict(
         con.execute("SELECT reason, sum(n)::BIGINT FROM left_out GROUP BY reason ORDER BY reason").fetchall()
     )
     facts["observations"] = scalar(con, "SELECT count(*) FROM observations")
-    facts["visits_with_observations"] = scalar(con, "SELECT count(*) FROM (SELECT DISTINCT client, visit_id FROM observations)")
+    with_rows = "SELECT count(*) FROM (SELECT DISTINCT client, visit_id FROM observations)"
+    facts["visits_with_observations"] = scalar(con, with_rows)
     if not facts["observations"]:
         reasons = "; ".join(f"{n} x {LEFT_OUT[reason]}" for reason, n in facts["left_out"].items())
         raise BadObservations(f"{arguments.source}: no observation in {facts['rows']} rows ({reasons})")
@@ -178,13 +186,19 @@ def scalar(con: duckdb.DuckDBPyConnection, query: str) -> Any:
     return con.execute(query).fetchone()[0]
 
 
+def table_exists(con: duckdb.DuckDBPyConnection, name: str) -> bool:
+    return scalar(con, f"SELECT count(*) FROM duckdb_tables() WHERE table_name = '{name}'") > 0
+
+
 def sql_text(value: Any) -> str:
     return str(value).replace("'", "''")
 
 
 def rejected(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
     """{file: lines that were no rows of its table}"""
-    if not scalar(con, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"):
+    if table_exists(con, "source_problems"):
+        return dict(con.execute("SELECT file, n FROM source_problems").fetchall())
+    if not table_exists(con, "reject_errors"):
         return {}
     return {
         Path(path).name: n
@@ -332,5 +346,3 @@ WHERE score IS NOT NULL AND charted IS NOT NULL
 GROUP BY client, charted HAVING count(*) = 3;
 INSERT INTO code_names VALUES ('9269-2', 'Glasgow coma scale, sum of its three parts');
 """
-
-

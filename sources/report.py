@@ -11,7 +11,6 @@ import pandas as pd
 
 from common import pages
 from common.artifacts import write_atomic, write_json, write_tables
-from common.command_line import read_synonyms
 from feature_pipeline import CONCEPT, CONCEPTS, Concept
 from sources.inspect import doubts, linear, suggest
 from sources.prepare import LEFT_OUT
@@ -221,5 +220,3 @@ def histograms(con: duckdb.DuckDBPyConnection, concepts: Iterable[str]) -> Any:
         axes.tick_params(labelsize=7)
         axes.set_yticks([])
     return figure
-
-

@@ -68,7 +68,7 @@ def files_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
 
 def files_of(name: str, files: Sequence[Path]) -> list[Path]:
-    """Those of `files` that hold the table `name`: called so, in parts (name_0001, name-2), or in a folder called so."""
+    """Those of `files` that hold the table `name`: called so, its parts (name_0001), or all of a folder called so."""
     called = re.compile(rf"(2b_)?{re.escape(name)}([-_.]?\d+)*\.(csv|csv\.gz|parquet)", re.IGNORECASE)
     found = [path for path in files if called.fullmatch(path.name) or path.parent.name.lower() == name]
     whole = [path for path in found if path.name.lower() in {f"{name}{suffix}" for suffix in SUFFIXES}]
@@ -135,9 +135,7 @@ def add_view(con: duckdb.DuckDBPyConnection, table: Table, source: str | None, w
         if kind in ("DOUBLE", "FLOAT") and name.endswith("_id"):
             cell = f"CAST({cell} AS BIGINT)"
         cells.append(f"CAST({cell} AS VARCHAR) AS {name}")
-    con.execute(
-        f"CREATE VIEW {table.name} AS SELECT {', '.join(cells)} FROM {source or '(SELECT 1) WHERE false'}"
-    )
+    con.execute(f"CREATE VIEW {table.name} AS SELECT {', '.join(cells)} FROM {source or '(SELECT 1) WHERE false'}")
 
 
 def add_folder(con: duckdb.DuckDBPyConnection, tables: Sequence[Table], folder: Path) -> list[str]:
