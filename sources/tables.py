@@ -206,16 +206,21 @@ def add_database(con: duckdb.DuckDBPyConnection, tables: Sequence[Table], argume
     present = []
     with connected(arguments.source) as connection:
         inspector = sa.inspect(connection)
-        there = {name.lower(): name for name in inspector.get_table_names() + inspector.get_view_names()}
+        schema = arguments.schema
+        names = inspector.get_table_names(schema=schema) + inspector.get_view_names(schema=schema)
+        there = {name.lower(): name for name in names}
         if missing := [table.name for table in tables if table.required and table.name not in there]:
             raise BadConfig(f"the database has no table {listed(missing)} among {len(there)}")
         for table in tables:
             if table.name not in there:
                 add_view(con, table, None, "")
                 continue
-            have = {column["name"].lower(): column["name"] for column in inspector.get_columns(there[table.name])}
+            have = {
+                column["name"].lower(): column["name"]
+                for column in inspector.get_columns(there[table.name], schema=schema)
+            }
             wanted = [name for name in (*table.needs, *table.also) if name in have]
-            source = sa.table(there[table.name], *(sa.column(have[name]) for name in wanted))
+            source = sa.table(there[table.name], *(sa.column(have[name]) for name in wanted), schema=schema)
             # the database turns its cells into text itself: numbers come without a rounding, and far quicker
             query = sa.select(*(sa.cast(source.c[have[name]], sa.Text) for name in wanted))
             if wanted:
