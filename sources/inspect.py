@@ -12,7 +12,7 @@ FITTING = 0.9  # share of a code's values that its concept must allow
 # Words of a name that do not change what is measured, once the name is known to be about blood or the patient.
 _NOISE = re.compile(
     r"\b(serum|plasma|whole blood|blood gas|blood|arterial|capillary|non[- ]?invasive(ly)?|invasive|manual|"
-    r"automated count|level|measured|measurement|patient|fahrenheit|celsius|calc(ulated)?)\b|"
+    r"automated count|level|measured|measurement|patient|fahrenheit|celsius|calc(ulated)?|estimated)\b|"
     r"\[[^\]]*\]|\b(in|by|of|or|on)\b"
 )
 # What is measured elsewhere than in the blood, is set on a machine, or is a limit of an alarm.
@@ -20,7 +20,7 @@ _OTHER = re.compile(
     r"\b(urine|urinary|csf|cerebrospinal|spinal|pleural|venous|dipstick|ascites|ascitic|peritoneal|joint|synovial|stool|fluid|gastric|"
     r"dialysate|amniotic|bone marrow|sweat|cord|alarm|goal|target|set|setting|limit|high|low|desired|type|rhythm|"
     r"site|source|route|device|free|ionized|ionised|hold|inspired gas|room|skin|variation|pulmonary|intracranial|"
-    r"fetal|spontaneous|orthostatic|lying|standing|pain|score|history|therapeutic|mixed|central)\b"
+    r"fetal|spontaneous|orthostatic|lying|standing|supine|sitting|iabp|pain|score|history|therapeutic|mixed|central)\b"
 )
 # Names that are no synonym but for their order or length; the first that matches counts.
 _NAMES = tuple(
@@ -30,6 +30,10 @@ _NAMES = tuple(
         (r"(pressure|\bn?i?a?bp\b).*diastolic|diastolic.*(pressure|\bbp\b)", "diastolic_bp"),
         (r"(blood pressure|\bn?i?a?bp\b).*mean|mean.*(blood pressure|arterial pressure|\bbp\b)", "mean_bp"),
         (r"oxygen saturation.*(blood gas|arterial blood$)", "sao2"),
+        (r"^(oxygen|o2) \[partial pressure\] in (arterial )?blood", "pao2"),
+        (r"^carbon dioxide \[partial pressure\] in (arterial )?blood", "paco2"),
+        (r"^c[- ]reactive protein", "crp"),
+        (r"^aptt\b", "ptt"),
         (r"(o2|oxygen) sat\w*.*pulse|pulse ox|spo2", "spo2"),
         (r"inspired (o2|oxygen) fraction|inhaled oxygen concentration|fio2", "fio2"),
         (r"^respiratory rate|^resp(iratory)? rate|^respirations?$", "respiratory_rate"),
@@ -92,7 +96,7 @@ def doubts(concept: Concept, unit: str, share_allowed: float) -> str:
 
 
 def _by_name(name: str) -> Concept | None:
-    lower = re.sub(r"[,;_/]+", " ", name.lower()).strip()
+    lower = re.sub(r"[,;_/|]+", " ", name.lower()).strip()
     if not lower or _OTHER.search(lower):
         return None
     inside = re.findall(r"\(([^)]*)\)", lower)
@@ -100,10 +104,10 @@ def _by_name(name: str) -> Concept | None:
     short = _NOISE.sub(" ", bare)
     texts = [" ".join(text.split()) for text in (lower, bare, short)]
     swapped = " ".join(reversed(texts[-1].split(" ", 1)))
-    for text in (*texts, swapped, *inside):
-        if text and (concept := concept_of(text)):
-            return concept
     for pattern, concept_name in _NAMES:
         if any(pattern.search(text) for text in texts):
             return CONCEPT[concept_name]
+    for text in (*texts, swapped, *inside):
+        if text and (concept := concept_of(text)):
+            return concept
     return None

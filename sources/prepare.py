@@ -332,7 +332,7 @@ SELECT code, CASE WHEN regexp_matches(lower(name), 'eye') THEN 1 WHEN regexp_mat
 FROM (SELECT code, any_value(name ORDER BY name) AS name FROM code_names GROUP BY code)
 WHERE regexp_matches(lower(name), 'gcs|glasgow') AND regexp_matches(lower(name), 'eye|verbal|motor');
 INSERT INTO coma_parts
-SELECT * FROM (VALUES ('9267-6', 1), ('9270-0', 2), ('9268-4', 3)) WHERE col0 NOT IN (SELECT code FROM coma_parts);
+SELECT * FROM (VALUES ('9267-6', 1), ('9270-0', 2), ('9268-4', 3), ('220739', 1), ('223900', 2), ('223901', 3)) WHERE col0 NOT IN (SELECT code FROM coma_parts);
 INSERT INTO rows
 SELECT any_value(visit_id ORDER BY visit_id), client, charted, max(available), '9269-2', NULL,
        sum(score), NULL, NULL, NULL
