@@ -1,113 +1,111 @@
-"""What a hospital's codes mean: the concept that is suggested for each, with the reason."""
+"""Looks at a table as it is: what its columns and codes are taken for, and why. Writes a map and codes to correct."""
 
 from __future__ import annotations
 
-import re
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from common.units import to_kept_unit
-from feature_pipeline import CONCEPT, Concept, concept_of
+import pandas as pd
 
-FITTING = 0.9  # share of a code's values that its concept must allow
+from common.artifacts import write_atomic
+from common.command_line import DONE, add_command, table_path
+from feature_pipeline import BadObservations, listed
+from sources import table
+from sources.prepare import common_options, working_database
+from sources.prepare import work as prepare_work
+from sources.tables import columns_of, quoted, scan
 
-# Words of a name that do not change what is measured, once the name is known to be about blood or the patient.
-_NOISE = re.compile(
-    r"\b(serum|plasma|whole blood|blood gas|blood|arterial|capillary|non[- ]?invasive(ly)?|invasive|manual|"
-    r"automated count|level|measured|measurement|patient|fahrenheit|celsius|calc(ulated)?|estimated)\b|"
-    r"\[[^\]]*\]|\b(in|by|of|or|on)\b"
+# tried in this order where times are no ISO 8601; 1/2/2024 is read as the first that reads all of them
+FORMATS = (
+    *("%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M:%S"),
+    *(
+        "%d.%m.%Y %H:%M",
+        "%m/%d/%Y %I:%M:%S %p",
+        "%m/%d/%Y %I:%M %p",
+        "%Y%m%d%H%M%S",
+        "%Y%m%d %H:%M:%S",
+        "%d-%b-%Y %H:%M:%S",
+    ),
 )
-# What is measured elsewhere than in the blood, is set on a machine, or is a limit of an alarm.
-_OTHER = re.compile(
-    r"\b(urine|urinary|csf|cerebrospinal|spinal|pleural|venous|dipstick|ascites|ascitic|peritoneal|joint|synovial|stool|fluid|gastric|"
-    r"dialysate|amniotic|bone marrow|sweat|cord|alarm|goal|target|set|setting|limit|high|low|desired|type|rhythm|"
-    r"site|source|route|device|free|ionized|ionised|hold|inspired gas|room|skin|variation|pulmonary|intracranial|"
-    r"fetal|spontaneous|orthostatic|lying|standing|supine|sitting|iabp|pain|score|history|therapeutic|mixed|central)\b"
-)
-# Names that are no synonym but for their order or length; the first that matches counts.
-_NAMES = tuple(
-    (re.compile(pattern), concept)
-    for pattern, concept in (
-        (r"(pressure|\bn?i?a?bp\b).*systolic|systolic.*(pressure|\bbp\b)", "systolic_bp"),
-        (r"(pressure|\bn?i?a?bp\b).*diastolic|diastolic.*(pressure|\bbp\b)", "diastolic_bp"),
-        (r"(blood pressure|\bn?i?a?bp\b).*mean|mean.*(blood pressure|arterial pressure|\bbp\b)", "mean_bp"),
-        (r"oxygen saturation.*(blood gas|arterial blood$)", "sao2"),
-        (r"^(oxygen|o2) \[partial pressure\] in (arterial )?blood", "pao2"),
-        (r"^carbon dioxide \[partial pressure\] in (arterial )?blood", "paco2"),
-        (r"^c[- ]reactive protein", "crp"),
-        (r"^aptt\b", "ptt"),
-        (r"(o2|oxygen) sat\w*.*pulse|pulse ox|spo2", "spo2"),
-        (r"inspired (o2|oxygen) fraction|inhaled oxygen concentration|fio2", "fio2"),
-        (r"^respiratory rate|^resp(iratory)? rate|^respirations?$", "respiratory_rate"),
-        (r"^heart rate$|^pulse( rate)?$", "heart_rate"),
-        (r"^(body )?temp(erature)?( [cf])?$", "temperature"),
-        (r"glasgow coma (scale|score).*(total|sum)|^gcs total$", "gcs"),
-        (r"^glucose( finger ?stick| meter)?$", "glucose"),
-        (r"^calcium (total|non-?ioni[sz]ed)$", "calcium"),
-        (r"^bilirubin total$|^total bilirubin$|^bilirubin\.total", "bilirubin_total"),
-        (r"^bilirubin direct$|^direct bilirubin$|^bilirubin\.(glucuronid|direct)", "bilirubin_direct"),
-        (r"^(platelet count|platelets)", "platelets"),
-        (r"^(white blood cells?|wbc|leukocytes)", "wbc"),
-        (r"^(urea nitrogen|bun|blood urea nitrogen)$", "bun"),
-        (r"^(hemoglobin|hgb)$", "hemoglobin"),
-        (r"^alk(aline)? phosph\w*$", "alkaline_phosphatase"),
-        (r"^asp?arate aminotransferase|^aspartate aminotransferase", "ast"),
-        (r"^alanine aminotransferase", "alt"),
-        (r"^po2$|^(o2|oxygen) pressure$|^oxygen partial pressure|^pao2$", "pao2"),
-        (r"^pco2$|^co2 pressure$|^carbon dioxide partial pressure|^paco2$", "paco2"),
-        (r"^base excess", "base_excess"),
-        (r"^(lactate|lactic acid)$", "lactate"),
+LOOKED_AT = 10_000  # times whose form is looked at
+SHOWN = 25  # codes
+
+
+def time_of(con: Any, source: str, column: str) -> dict[str, str]:
+    """The [time] part of a map, from the form of the column's first times; empty where they are ISO 8601."""
+    texts = f"(SELECT CAST({quoted(column)} AS VARCHAR) AS t FROM {source} WHERE t <> '' LIMIT {LOOKED_AT})"
+
+    def share(test: str) -> float:
+        return con.execute(f"SELECT coalesce(avg((({test}) IS NOT NULL)::INTEGER), 1) FROM {texts}").fetchone()[0]
+
+    if share("wall(t)") > 0.5:
+        return {}
+    if share("try_cast(t AS BIGINT)") > 0.95:
+        return {"minutes_after": "2000-01-01"}
+    best = max(FORMATS, key=lambda form: share(f"try_strptime(t, '{form}')"))
+    return {"format": best} if share(f"try_strptime(t, '{best}')") > 0.5 else {}
+
+
+def map_text(guessed: dict[str, str], time: dict[str, str], left: list[str]) -> str:
+    """A map.toml, with the columns that nothing was found for as comments."""
+    lines = ["[columns]"]
+    for name in (*table.NEEDED, *table.ALSO):
+        if name in guessed:
+            lines.append(f"{name} = {json.dumps(guessed[name])}")
+        elif name in table.NEEDED:
+            lines.append(f"# {name} = ")
+    lines += ["", "[time]", *(f"{key} = {json.dumps(value)}" for key, value in time.items())] if time else []
+    return "\n".join([*lines, f"# not used: {', '.join(left) or 'none'}", ""])
+
+
+def work(arguments: argparse.Namespace) -> int:
+    source, out = scan([Path(arguments.source)]), arguments.out
+    with working_database(arguments) as con:
+        have = columns_of(con, source, arguments.source)
+        guessed = table.guess_map(have)
+        time = time_of(con, source, guessed["observation_date"]) if "observation_date" in guessed else {}
+    own = [name for name, _ in have.values()]
+    write_atomic(out / "map.toml", map_text(guessed, time, [name for name in own if name not in guessed.values()]))
+    print("columns")
+    for name in (*table.NEEDED, *table.ALSO):
+        if name in guessed or name in table.NEEDED:
+            print(f"  {name:22} {guessed.get(name, 'not found')}")
+    if missing := [name for name in table.NEEDED if name not in guessed]:
+        raise BadObservations(
+            f"{arguments.source}: no column looks like {listed(missing)}; complete {out / 'map.toml'}, then run "
+            "prepare_data.py table"
+        )
+    with tempfile.TemporaryDirectory(dir=out, prefix=".inspect") as folder:
+        seen = argparse.Namespace(**vars(arguments))
+        seen.reader, seen.map, seen.sql, seen.out = table.read, out / "map.toml", None, Path(folder)
+        prepare_work(seen)
+        for name in ("codes.csv", "report.json", "report.html"):
+            shutil.move(Path(folder) / name, out / name)
+    _show(pd.read_csv(out / "codes.csv", keep_default_na=False), json.loads((out / "report.json").read_text()))
+    return DONE
+
+
+def _show(codes: pd.DataFrame, report: dict[str, Any]) -> None:
+    print(f"\nrows {report['rows']}, visits {report['visits']}; left out: {report['left_out'] or 'none'}")
+    print(f"\ncodes, the {min(SHOWN, len(codes))} most frequent of {len(codes)}")
+    for row in codes.sort_values(["rows", "code"], ascending=[False, True]).head(SHOWN).itertuples():
+        why = f" ({row.why})" if row.why else ""
+        print(f"  {row.code:24.24} {row.rows:>9} {row.unit or '-':10.10} {row.concept or '-'}{why}")
+    for row in codes[(codes["unit_unknown"] > 0) | (codes["outside_limits"] > 0)].itertuples():
+        limits = f"{row.outside_limits} outside of {row.concept}'s limits"
+        print(f"  {row.code}: {row.unit_unknown} rows in an unknown unit, {limits}")
+    absent = [entry["concept"] for entry in report["coverage"] if not entry["rows"]]
+    print(f"\nconcepts: {len(report['coverage']) - len(absent)} found; none for {', '.join(absent) or 'no other'}")
+
+
+def add_to(commands: Any) -> None:
+    """The command ``prepare_data.py inspect``."""
+    command = add_command(
+        commands, "inspect", __doc__, "python prepare_data.py inspect flowsheet.csv.gz --out look", work
     )
-)
-
-
-def suggest(code: str, name: str) -> tuple[Concept | None, str]:
-    """The concept that a code may stand for, and whether the code itself or its name says so.
-
-    Unit and values are still to be asked: see `doubts`.
-
-    >>> suggest("8867-4", "")[0].name, suggest("220179", "Non Invasive Blood Pressure systolic")[0].name
-    ('heart_rate', 'systolic_bp')
-    >>> suggest("51478", "Glucose (Urine)")
-    (None, '')
-    """
-    if (concept := concept_of(code)) is not None:
-        return concept, "the code"
-    concept = _by_name(name)
-    return concept, "the name" if concept else ""
-
-
-def linear(concept: Concept, unit: str) -> tuple[float, float] | None:
-    """(factor, offset) from `unit` to the concept's own; None where it cannot be converted.
-
-    >>> linear(concept_of("Temp"), "[degF]")[0] * 212 + linear(concept_of("Temp"), "[degF]")[1]
-    100.0
-    """
-    at_0, at_1000 = to_kept_unit(concept, 0.0, unit), to_kept_unit(concept, 1000.0, unit)
-    return None if at_0 is None or at_1000 is None else ((at_1000 - at_0) / 1000, at_0)
-
-
-def doubts(concept: Concept, unit: str, share_allowed: float) -> str:
-    """Why a code does not stand for `concept` after all, from its most frequent unit and the share of its values that
-    the concept allows; empty where nothing speaks against it."""
-    if linear(concept, unit) is None:
-        return f"but its unit {unit!r} cannot be converted"
-    if share_allowed < FITTING:
-        return f"but only {share_allowed:.0%} of its values fit {concept.unit}"
-    return ""
-
-
-def _by_name(name: str) -> Concept | None:
-    lower = re.sub(r"[,;_/|]+", " ", name.lower()).strip()
-    if not lower or _OTHER.search(lower):
-        return None
-    inside = re.findall(r"\(([^)]*)\)", lower)
-    bare = re.sub(r"\([^)]*\)", " ", lower)
-    short = _NOISE.sub(" ", bare)
-    texts = [" ".join(text.split()) for text in (lower, bare, short)]
-    swapped = " ".join(reversed(texts[-1].split(" ", 1)))
-    for pattern, concept_name in _NAMES:
-        if any(pattern.search(text) for text in texts):
-            return CONCEPT[concept_name]
-    for text in (*texts, swapped, *inside):
-        if text and (concept := concept_of(text)):
-            return concept
-    return None
+    command.add_argument("source", type=lambda text: str(table_path(text)), metavar="FILE", help="one table")
+    common_options(command)

@@ -8,10 +8,11 @@ times of the wall clock. From these come ``observations.parquet``, ``labels.parq
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,14 @@ def add_source(
     """The command `name` of the door, with the options that every source has."""
     command = add_command(commands, name, about, f"python prepare_data.py {name} {example}", work)
     command.set_defaults(reader=reader)
+    command.add_argument("source", metavar=source, help=help_of_source)
+    common_options(command)
+    return command
+
+
+def common_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(concepts=None)
     option = command.add_argument
-    option("source", metavar=source, help=help_of_source)
     option("--out", required=True, type=Path, metavar="DIR", help="where the tables and the report are written")
     option(
         "--time",
@@ -101,43 +108,48 @@ def add_source(
     option("--synonyms", metavar="FILE", help="a corrected codes.csv; its concepts replace the suggested ones")
     option("--memory", default="1GB", help="most memory that DuckDB takes; what is more is kept in files under --out")
     option("--threads", type=number(int, 1), default=available_cores(), help="threads of DuckDB")
-    return command
 
 
 def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:
     con.execute((HERE / f"{name}.sql").read_text(encoding="utf-8"))
 
 
-def work(arguments: argparse.Namespace) -> int:
-    """Reads a source and writes what is made of it."""
-    from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
-
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True, mode=0o750)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare") as folder:
+@contextlib.contextmanager
+def working_database(arguments: argparse.Namespace) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database under --out with the macros, gone at the end. What DuckDB says of a file becomes one line."""
+    arguments.out.mkdir(parents=True, exist_ok=True, mode=0o750)
+    with tempfile.TemporaryDirectory(dir=arguments.out, prefix=".prepare") as folder:
         con = open_database(Path(folder) / "tables.duckdb", arguments.memory)
         try:
             con.execute(f"SET threads = {arguments.threads}")
             con.execute(f"SET VARIABLE time = '{arguments.time}'")
             con.execute(f"SET VARIABLE by_time = {arguments.visits == 'icu'}")
             con.execute(MACROS)
-            have = arguments.reader(con, arguments)
-            facts = prepare(con, arguments, have)
-            facts["codes"] = tabulate_codes(con, read_synonyms(arguments.synonyms))
-            write_report(con, arguments, facts)
+            yield con
         except duckdb.OutOfMemoryException:
             raise BadObservations(
                 f"--memory {arguments.memory} is not enough for this source; try more of it, or fewer --threads"
             ) from None
         except (duckdb.IOException, duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            if arguments.debug:
+            if getattr(arguments, "debug", False):
                 raise
             raise BadObservations(f"{arguments.source}: {broken_file(error)}{reason_of(error)}") from None
         finally:
             con.close()
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Reads a source and writes what is made of it."""
+    from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
+
+    with working_database(arguments) as con:
+        have = arguments.reader(con, arguments)
+        facts = prepare(con, arguments, have)
+        facts["codes"] = tabulate_codes(con, arguments.concepts or read_synonyms(arguments.synonyms))
+        write_report(con, arguments, facts)
     log.info(
         "%s: %d observations of %d visits from %d rows; left out: %s",
-        out,
+        arguments.out,
         facts["observations"],
         facts["visits_with_observations"],
         facts["rows"],
@@ -332,7 +344,8 @@ SELECT code, CASE WHEN regexp_matches(lower(name), 'eye') THEN 1 WHEN regexp_mat
 FROM (SELECT code, any_value(name ORDER BY name) AS name FROM code_names GROUP BY code)
 WHERE regexp_matches(lower(name), 'gcs|glasgow') AND regexp_matches(lower(name), 'eye|verbal|motor');
 INSERT INTO coma_parts
-SELECT * FROM (VALUES ('9267-6', 1), ('9270-0', 2), ('9268-4', 3), ('220739', 1), ('223900', 2), ('223901', 3)) WHERE col0 NOT IN (SELECT code FROM coma_parts);
+SELECT * FROM (VALUES ('9267-6', 1), ('9270-0', 2), ('9268-4', 3), ('220739', 1), ('223900', 2), ('223901', 3))
+WHERE col0 NOT IN (SELECT code FROM coma_parts);
 INSERT INTO rows
 SELECT any_value(visit_id ORDER BY visit_id), client, charted, max(available), '9269-2', NULL,
        sum(score), NULL, NULL, NULL

@@ -12,7 +12,7 @@ import pandas as pd
 from common import pages
 from common.artifacts import write_atomic, write_json, write_tables
 from feature_pipeline import CONCEPT, CONCEPTS, Concept
-from sources.inspect import doubts, linear, suggest
+from sources.meanings import doubts, linear, suggest
 from sources.prepare import LEFT_OUT
 from sources.tables import duckdb
 

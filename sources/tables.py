@@ -228,3 +228,10 @@ def add_database(con: duckdb.DuckDBPyConnection, tables: Sequence[Table], argume
             add_view(con, table, f"read_{table.name}" if wanted else None, f"the table {table.name}")
             present.append(table.name)
     return present
+
+
+def add_database_query(con: duckdb.DuckDBPyConnection, name: str, query: str, arguments: argparse.Namespace) -> None:
+    """The table `name` with the rows that a query of a database gives, streamed."""
+    with connected(arguments.source) as connection:
+        result = connection.exec_driver_sql(query)
+        stream(con, name, [column.lower() for column in list(result.keys())], result.partitions(), arguments)
