@@ -18,8 +18,6 @@ CREATE OR REPLACE MACRO urine_points(volume) AS CASE
     WHEN volume < 200 THEN 4 WHEN volume < 500 THEN 3 WHEN volume IS NOT NULL THEN 0
 END;
 
-CREATE OR REPLACE MACRO end_of_hour(t) AS date_trunc('hour', t - INTERVAL 1 MICROSECOND) + INTERVAL 1 HOUR;
-
 CREATE OR REPLACE TABLE sofa_points AS
 WITH wanted AS (
     SELECT e.*, w.first_hour, w.last_hour

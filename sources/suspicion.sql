@@ -1,6 +1,6 @@
 -- Suspicion of infection: an antibiotic and a culture near one another (Seymour et al., JAMA 2016;315:762,
 -- doi 10.1001/jama.2016.0288), with the details of mimic-code (commit 8bcbd190ca75, suspicion_of_infection.sql).
--- Reads: antibiotics, cultures, episodes. Makes: antibiotic_orders, suspicions (one row for each order).
+-- Reads: antibiotics, drugs, cultures, episodes. Makes: antibiotic_orders, suspicions (one row for each order).
 --
 --   culture first     the antibiotic follows within 72 h; the suspicion has the time of the culture
 --   antibiotic first  the culture follows within 24 h; the suspicion has the time of the antibiotic
@@ -8,10 +8,6 @@
 -- Both are of one patient, whatever the visit. Culture first has precedence, and of several cultures the earliest one.
 -- The first of the two must be strictly earlier: an antibiotic and a culture of the same minute do not match.
 -- Where only the date of a culture is known, calendar days are compared: 0 to 3 days after, 0 to 1 day before.
-
-CREATE OR REPLACE TABLE drugs AS
-SELECT name, antimicrobial(name) AS substance, is_reference_antibiotic(name) AS reference
-FROM (SELECT DISTINCT name FROM antibiotics WHERE name IS NOT NULL);
 
 -- What was ordered; in a source without orders, what was given. A patient's orders count for the episode in which they
 -- start: a stay in intensive care, or the whole visit.

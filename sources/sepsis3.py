@@ -1,0 +1,279 @@
+"""Sepsis labels from a hospital's own tables: Sepsis-3 in two forms, and the CDC's Adult Sepsis Event.
+
+The definitions stand in the SQL files beside this one, each with its sources: `suspicion.sql`, `sofa.sql`, `sepsis3.sql`,
+`ase.sql`. This file gives them their settings, and makes of their results one row for each visit. `docs/labels.md`
+explains all of it for clinicians.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from feature_pipeline import SOFA_BANDS, SOFA_UNVENTILATED, BadConfig
+
+if TYPE_CHECKING:
+    import duckdb
+
+HERE = Path(__file__).parent
+
+DEFINITIONS = {
+    "sepsis3": "Sepsis-3 as in mimic-code: suspicion of infection, and SOFA of 2 or more near it",
+    "sepsis3-rise": "Sepsis-3 as in ricu: suspicion of infection, and a rise of SOFA by 2 or more near it",
+    "ase": "CDC Adult Sepsis Event: blood culture, 4 days of antimicrobials, a failing organ; by calendar day",
+}
+ONSETS = ("earlier", "suspicion", "sofa", "later")
+SOFA_PARTS = ("respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal")
+ASE_ORGANS = ("cardiovascular", "respiratory", "renal", "liver", "coagulation", "lactate")
+
+# What others found with these definitions: share of septic stays, share of those that began early.
+PUBLISHED: dict[str, tuple[dict[str, str], ...]] = {
+    "sepsis3": (
+        {
+            "septic": "49.1 % of 11,791 stays in intensive care (MIMIC-III)",
+            "source": "Johnson et al., Crit Care Med 2018;46:494-499",
+        },
+    ),
+    "sepsis3-rise": (
+        {
+            "septic": "18.8 % of 136,478 stays in intensive care (four databases; septic at admission left out)",
+            "source": "Moor et al., eClinicalMedicine 2023;62:102124, doi 10.1016/j.eclinm.2023.102124",
+        },
+    ),
+    "ase": (
+        {
+            "septic": "6.0 % of 2,901,019 hospital stays of adults (409 hospitals)",
+            "source": "Rhee et al., JAMA 2017;318:1241-1249, doi 10.1001/jama.2017.13836",
+        },
+        {
+            "septic": "95,154 of 2.2 million hospital stays of adults (136 hospitals)",
+            "first_two_days": "87.9 % community-onset",
+            "source": "Rhee et al., Crit Care Med 2019;47:1169, doi 10.1097/CCM.0000000000003817",
+        },
+    ),
+}
+
+# Hours from the start of the visit to the onset, for the table "when in the stay".
+WHEN = ((None, 0), (0, 6), (6, 24), (24, 48), (48, 72), (72, None))
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Which definition, and what of it a hospital chooses. Raises `BadConfig` for what does not go together."""
+
+    definition: str = "sepsis3"
+    onset: str = "earlier"  # of the suspicion and the organ dysfunction
+    visits: str = "hospital"  # what a label is for: a hospital stay, or a stay in intensive care ("icu")
+    sofa_hours: str = "icu"  # where SOFA is counted: in intensive care, or in the whole hospital stay ("hospital")
+    lactate: bool = False  # does lactate count as an organ of the Adult Sepsis Event?
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("labels", self.definition, tuple(DEFINITIONS)),
+            ("onset", self.onset, ONSETS),
+            ("visits", self.visits, ("hospital", "icu")),
+            ("sofa-hours", self.sofa_hours, ("icu", "hospital")),
+        ):
+            if value not in allowed:
+                raise BadConfig(f"--{name} {value!r} is unknown; choose from {', '.join(allowed)}")
+        if self.visits == "icu" and (self.definition == "ase" or self.sofa_hours == "hospital"):
+            what = "--labels ase" if self.definition == "ase" else "--sofa-hours hospital"
+            raise BadConfig(f"{what} is about hospital stays and does not go with --visits icu; take --visits hospital")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """`table` has one row for each visit that could be judged; `left_out` counts the others by reason."""
+
+    table: pd.DataFrame
+    left_out: dict[str, int]
+    summary: dict[str, Any]
+
+
+def make_labels(con: duckdb.DuckDBPyConnection, settings: LabelSettings | None = None) -> Labels:
+    """Labels of the visits in `con`, a database with the tables that the sources fill.
+
+    Reads `visits` (columns `discharge` and `esrd` where it has them), `icu_stays` (`hours_from`, `hours_to` where it has
+    them), `antibiotics`, `cultures`, `vasopressors`, `ventilation`, `urine`, and `measurements`, which is made from
+    `rows` and `meanings` where the source did not make it.
+    """
+    settings = settings or LabelSettings()
+    _prepare(con, settings)
+    if settings.definition == "ase":
+        _run(con, "ase")
+        judged = con.execute(_ASE_LABELS).df()
+    else:
+        _run(con, "suspicion")
+        con.execute(_HOURS)
+        _run(con, "sofa")
+        _run(con, "sepsis3")
+        parts = ", ".join(f"CASE WHEN s.visit_id IS NOT NULL THEN s.{p} ELSE w.{p} END AS {p}" for p in SOFA_PARTS)
+        con.execute((HERE / "labels.sql").read_text(encoding="utf-8").format(parts=parts))
+        judged = con.execute("SELECT * FROM labelled ORDER BY client, visit_id").df()
+        for part in SOFA_PARTS:
+            judged[part] = judged[part].astype("Int8")
+    for kind in ("vasopressors", "ventilation", "urine"):
+        judged[f"{kind}_known"] = not _is_empty(con, kind)
+    absent = [kind for kind in ("antibiotics", "cultures") if _is_empty(con, kind)]
+    if settings.definition == "ase" and not absent and not con.execute(_ANY_BLOOD).fetchone():
+        absent = ["blood cultures"]
+    if absent:
+        judged["left_out"] = f"the source has no {' and no '.join(absent)}"
+    left_out = judged["left_out"].dropna().value_counts().sort_index().to_dict()
+    kept = judged[judged["left_out"].isna()].reset_index(drop=True)
+    table = kept.drop(columns=["left_out", "visit_start"])
+    return Labels(table, left_out, _summary(con, kept, left_out, settings))
+
+
+def _run(con: duckdb.DuckDBPyConnection, name: str) -> None:
+    con.execute((HERE / f"{name}.sql").read_text(encoding="utf-8"))
+
+
+def _is_empty(con: duckdb.DuckDBPyConnection, table: str) -> bool:
+    return con.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is None
+
+
+def _prepare(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> None:
+    """Variables and macros, and the tables `judged_visits` and `episodes`."""
+    con.execute(f"SET VARIABLE rise = {settings.definition == 'sepsis3-rise'}")
+    con.execute(f"SET VARIABLE onset = '{settings.onset}'")
+    con.execute(f"SET VARIABLE lactate = {settings.lactate}")
+    _run(con, "antimicrobials")
+    con.execute(_DRUGS)
+    for measured, (edges, points) in SOFA_BANDS.items():
+        bands = " ".join(f"WHEN x < {edge} THEN {point}" for edge, point in zip(edges, points, strict=False))
+        con.execute(
+            f"CREATE OR REPLACE MACRO sofa_{measured}(x) AS CASE {bands} WHEN x IS NOT NULL THEN {points[-1]} END"
+        )
+    con.execute(f"CREATE OR REPLACE MACRO sofa_unventilated() AS {SOFA_UNVENTILATED}")
+    if not con.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'measurements'").fetchone():
+        _run(con, "measurements")
+    of_visits, of_stays = _columns(con, "visits"), _columns(con, "icu_stays")
+    discharge, esrd = (name if name in of_visits else "NULL" for name in ("discharge", "esrd"))
+    hours = [name if name in of_stays else "NULL::TIMESTAMP" for name in ("hours_from", "hours_to")]
+    by_stay = settings.visits == "icu"
+    con.execute(_JUDGED_STAYS if by_stay else _JUDGED_VISITS.format(discharge=discharge, esrd=esrd))
+    if settings.sofa_hours == "icu" and (by_stay or not _is_empty(con, "icu_stays")):
+        judged_id = "stay_id" if by_stay else "visit_id"
+        con.execute(_STAY_EPISODES.format(hours_from=hours[0], hours_to=hours[1], judged_id=judged_id))
+    else:
+        con.execute(_VISIT_EPISODES)
+
+
+def _columns(con: duckdb.DuckDBPyConnection, table: str) -> set[str]:
+    return {row[0] for row in con.execute(f"DESCRIBE {table}").fetchall()}
+
+
+_DRUGS = """
+CREATE OR REPLACE TABLE drugs AS
+SELECT name, antimicrobial(name) AS substance, is_reference_antibiotic(name) AS reference
+FROM (SELECT DISTINCT name FROM antibiotics WHERE name IS NOT NULL);
+"""
+
+# A visit_id that stands twice counts once, as for the observations.
+_JUDGED_VISITS = """
+CREATE OR REPLACE TABLE judged_visits AS
+SELECT visit_id, client, visit_start, visit_end, visit_start::DATE AS first_day, visit_end::DATE AS last_day,
+       coalesce(died, false) OR coalesce({discharge}::VARCHAR IN ('died', 'hospice', 'acute_care'), false) AS ended_early,
+       {esrd}::BOOLEAN AS esrd
+FROM visits
+WHERE visit_id IS NOT NULL AND client IS NOT NULL AND visit_start IS NOT NULL
+QUALIFY row_number() OVER (PARTITION BY visit_id ORDER BY visit_start, visit_end, client) = 1;
+"""
+
+_JUDGED_STAYS = """
+CREATE OR REPLACE TABLE judged_visits AS
+SELECT stay_id AS visit_id, client, stay_start AS visit_start, stay_end AS visit_end
+FROM icu_stays
+WHERE stay_id IS NOT NULL AND client IS NOT NULL AND stay_start IS NOT NULL
+QUALIFY row_number() OVER (PARTITION BY stay_id ORDER BY stay_start, stay_end, client) = 1;
+"""
+
+# Where SOFA is counted: a stay in intensive care, or a whole visit. `judged_id` is the visit that the label is for.
+_STAY_EPISODES = """
+CREATE OR REPLACE TABLE episodes AS
+SELECT stay_id AS episode_id, stay_id, visit_id, client, {judged_id} AS judged_id, false AS whole_visit,
+       stay_start AS episode_start, coalesce(stay_end, 'infinity'::TIMESTAMP) AS episode_end,
+       coalesce({hours_from}, stay_start) AS hours_from, coalesce({hours_to}, stay_end) AS hours_to
+FROM icu_stays
+WHERE {judged_id} IN (SELECT visit_id FROM judged_visits);
+"""
+
+_VISIT_EPISODES = """
+CREATE OR REPLACE TABLE episodes AS
+SELECT visit_id AS episode_id, NULL::VARCHAR AS stay_id, visit_id, client, visit_id AS judged_id, true AS whole_visit,
+       visit_start AS episode_start, coalesce(visit_end, 'infinity'::TIMESTAMP) AS episode_end,
+       visit_start AS hours_from, visit_end AS hours_to
+FROM judged_visits;
+"""
+
+# SOFA is counted in the hours of an episode that lie in the window of one of its suspicions.
+_HOURS = """
+CREATE OR REPLACE MACRO end_of_hour(t) AS date_trunc('hour', t - INTERVAL 1 MICROSECOND) + INTERVAL 1 HOUR;
+CREATE OR REPLACE TABLE hours AS
+SELECT DISTINCT e.episode_id, unnest(generate_series(
+           greatest(end_of_hour(e.hours_from), end_of_hour(s.suspicion_time - INTERVAL 48 HOURS)),
+           least(end_of_hour(e.hours_from) + date_diff('hour', e.hours_from, e.hours_to) * INTERVAL 1 HOUR,
+                 date_trunc('hour', s.suspicion_time + INTERVAL 24 HOURS)),
+           INTERVAL 1 HOUR)) AS hour
+FROM suspicions s JOIN episodes e USING (episode_id)
+WHERE s.suspicion_time IS NOT NULL;
+"""
+
+_ANY_BLOOD = "SELECT 1 FROM cultures WHERE blood LIMIT 1"
+
+_ASE_LABELS = f"""
+SELECT v.visit_id, v.client, (e.visit_id IS NOT NULL)::TINYINT AS sepsis,
+       CASE getvariable('onset') WHEN 'suspicion' THEN e.suspicion_time WHEN 'sofa' THEN e.dysfunction_time
+            WHEN 'later' THEN greatest(e.suspicion_time, e.dysfunction_time)
+            ELSE least(e.suspicion_time, e.dysfunction_time) END AS sepsis_onset,
+       e.suspicion_time, e.antibiotic_time, e.culture_time, e.dysfunction_time, e.qualifying_days, e.community_onset,
+       {", ".join(f"e.{organ}" for organ in ASE_ORGANS)},
+       CASE WHEN d.administered THEN 'given' WHEN d.visit_id IS NOT NULL THEN 'ordered' END AS antimicrobials,
+       v.visit_start, NULL::VARCHAR AS left_out
+FROM judged_visits v
+LEFT JOIN adult_sepsis_events e USING (visit_id)
+LEFT JOIN (SELECT visit_id, bool_and(administered) AS administered FROM antimicrobial_days GROUP BY visit_id) d
+     USING (visit_id)
+ORDER BY v.client, v.visit_id
+"""
+
+
+def _summary(
+    con: duckdb.DuckDBPyConnection, kept: pd.DataFrame, left_out: dict[str, int], settings: LabelSettings
+) -> dict[str, Any]:
+    """Figures for the report: how many visits are septic, when in the stay, and what others found."""
+    septic = kept[kept["sepsis"] == 1]
+    hours = (septic["sepsis_onset"] - septic["visit_start"]).dt.total_seconds() / 3600
+    days = (septic["sepsis_onset"].dt.normalize() - septic["visit_start"].dt.normalize()).dt.days
+    when = {}
+    for low, high in WHEN:
+        name = "before the visit" if low is None else f"{low} to {high} h" if high else f"{low} h and later"
+        inside = (hours >= (float("-inf") if low is None else low)) & (hours < (float("inf") if high is None else high))
+        when[name] = int(inside.sum())
+    n = len(septic)
+    return {
+        "definition": settings.definition,
+        "means": DEFINITIONS[settings.definition],
+        "onset": settings.onset,
+        "visits": len(kept),
+        "septic": n,
+        "septic_share": n / len(kept) if len(kept) else None,
+        "when": when,
+        "median_hours_to_onset": float(hours.median()) if n else None,
+        # in the first 6 hours, or before the visit
+        "at_arrival_share": float((hours < 6).mean()) if n else None,
+        "first_two_days_share": float((days < 2).mean()) if n else None,
+        "left_out": left_out,
+        "published": list(PUBLISHED[settings.definition]),
+        **({} if settings.definition == "ase" else _suspicion_summary(con)),
+    }
+
+
+def _suspicion_summary(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """How many antibiotic orders there were, and how many had a culture near them: few mean that cultures are missing."""
+    orders, matched = con.execute("SELECT count(*), count(suspicion_time) FROM suspicions").fetchone()
+    return {"antibiotic_orders": orders, "orders_with_culture": matched}
