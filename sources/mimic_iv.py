@@ -13,20 +13,20 @@ TABLES = (
     Table(
         "admissions",
         ("subject_id", "hadm_id", "admittime", "dischtime"),
-        ("edregtime", "hospital_expire_flag"),
+        ("edregtime", "hospital_expire_flag", "discharge_location"),
         required=True,
     ),
     Table("patients", ("subject_id", "gender", "anchor_age", "anchor_year")),
     Table(
         "labevents",
         ("subject_id", "hadm_id", "itemid", "charttime", "value", "valuenum"),
-        ("storetime", "valueuom", "ref_range_lower", "ref_range_upper"),
+        ("storetime", "valueuom", "ref_range_lower", "ref_range_upper", "specimen_id"),
         required=True,
     ),
     Table(
         "chartevents",
         ("subject_id", "hadm_id", "charttime", "itemid", "value", "valuenum"),
-        ("storetime", "valueuom"),
+        ("storetime", "valueuom", "stay_id"),
     ),
     Table("outputevents", ("subject_id", "hadm_id", "charttime", "itemid", "value"), ("storetime", "valueuom")),
     Table("icustays", ("subject_id", "hadm_id", "stay_id", "intime", "outtime")),
@@ -50,12 +50,15 @@ TABLES = (
         ("subject_id", "hadm_id", "micro_specimen_id", "chartdate", "charttime", "spec_type_desc"),
         ("org_itemid", "org_name"),
     ),
+    Table("diagnoses_icd", ("hadm_id", "icd_code")),
 )
 
 
 def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     there = set(add_folder(con, TABLES, Path(arguments.source)))
     run_sql(con, "mimic_iv")
+    if arguments.labels != "none":
+        run_sql(con, "mimic_iv_labels")
     return {
         "icu_stays": "icustays" in there,
         "antibiotics": bool(there & {"prescriptions", "emar"}),

@@ -1,7 +1,8 @@
 -- What the sepsis labels need of MIMIC-IV beyond the tables of mimic_iv.sql, after the rules of mimic-code (MIT licence,
 -- commit 8bcbd190ca75, mimic-iv/concepts): the Glasgow coma scale of intubated patients, PaO2/FiO2 of arterial
 -- samples, invasive ventilation from the chart, and the hours of a stay.
--- Reads: labevents, chartevents, procedureevents, icu_stays. Makes: measurements, ventilation; fills icu_stays' hours.
+-- Reads: labevents, chartevents, procedureevents, admissions, diagnoses_icd, icu_stays, visits. Makes: measurements,
+-- ventilation; adds columns to icu_stays and visits.
 
 CREATE OR REPLACE TABLE chart AS
 SELECT subject_id AS client, hadm_id AS visit_id, stay_id, wall(charttime) AS time, itemid::INTEGER AS item,
@@ -19,6 +20,13 @@ SELECT s.* EXCLUDE (hours_from, hours_to), h.hours_from, h.hours_to
 FROM (FROM icu_stays SELECT *, NULL AS hours_from, NULL AS hours_to) s
 LEFT JOIN (SELECT stay_id, min(time) AS hours_from, max(time) AS hours_to FROM chart WHERE item = 220045 GROUP BY ALL) h
        USING (stay_id);
+
+-- For the Adult Sepsis Event: where the patient went, and kidney failure that needs dialysis (ICD N18.6, 585.6).
+CREATE OR REPLACE TABLE visits AS
+SELECT v.*,
+       CASE a.discharge_location WHEN 'HOSPICE' THEN 'hospice' WHEN 'ACUTE HOSPITAL' THEN 'acute_care' END AS discharge,
+       v.visit_id IN (SELECT hadm_id FROM diagnoses_icd WHERE icd_code IN ('N186', '5856')) AS esrd
+FROM visits v LEFT JOIN admissions a ON a.hadm_id = v.visit_id;
 
 -- ------------------------------------------------------------------------------------------ invasive ventilation
 -- A status lasts from its first record to the record that follows its last one, or to its last one where nothing follows

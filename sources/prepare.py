@@ -19,6 +19,7 @@ from typing import Any
 from common.command_line import DONE, add_command, available_cores, log, number, read_synonyms
 from common.fhir import NOT_USED
 from feature_pipeline import BadObservations
+from sources.labels import add_label_options, settings_of, write_labels
 from sources.tables import duckdb, open_database, reason_of
 
 HERE = Path(__file__).parent
@@ -108,6 +109,7 @@ def common_options(command: argparse.ArgumentParser) -> None:
     option("--synonyms", metavar="FILE", help="a corrected codes.csv; its concepts replace the suggested ones")
     option("--memory", default="1GB", help="most memory that DuckDB takes; what is more is kept in files under --out")
     option("--threads", type=number(int, 1), default=available_cores(), help="threads of DuckDB")
+    add_label_options(command)
 
 
 def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -142,10 +144,12 @@ def work(arguments: argparse.Namespace) -> int:
     """Reads a source and writes what is made of it."""
     from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
 
+    settings_of(arguments)  # options that do not go together are refused before anything is read
     with working_database(arguments) as con:
         have = arguments.reader(con, arguments)
         facts = prepare(con, arguments, have)
         facts["codes"] = tabulate_codes(con, arguments.concepts or read_synonyms(arguments.synonyms))
+        facts["labels"] = write_labels(con, arguments)
         write_report(con, arguments, facts)
     log.info(
         "%s: %d observations of %d visits from %d rows; left out: %s",

@@ -12,6 +12,7 @@ import pandas as pd
 from common import pages
 from common.artifacts import write_atomic, write_json, write_tables
 from feature_pipeline import CONCEPT, CONCEPTS, Concept
+from sources.labels import report_parts
 from sources.meanings import doubts, linear, suggest
 from sources.prepare import LEFT_OUT
 from sources.tables import duckdb
@@ -150,7 +151,7 @@ def write_report(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, 
                 **{f"has {kind.replace('_', ' ')}": "yes" if has else "no" for kind, has in facts["has"].items()},
             }
         ),
-        *facts.get("label_parts", ()),
+        *report_parts(facts["labels"]),
         pages.heading("Left out"),
         pages.facts_table({LEFT_OUT[reason]: n for reason, n in facts["left_out"].items()})
         if facts["left_out"]

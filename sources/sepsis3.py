@@ -1,15 +1,15 @@
 """Sepsis labels from a hospital's own tables: Sepsis-3 in two forms, and the CDC's Adult Sepsis Event.
 
-The definitions stand in the SQL files beside this one, each with its sources: `suspicion.sql`, `sofa.sql`, `sepsis3.sql`,
-`ase.sql`. This file gives them their settings, and makes of their results one row for each visit. `docs/labels.md`
-explains all of it for clinicians.
+The definitions stand in the SQL files beside this one, each with its sources: `suspicion.sql`, `sofa.sql`,
+`sepsis3.sql`, `ase.sql`. This file gives them their settings, and makes of their results one row for each visit.
+`docs/labels.md` explains all of it for clinicians.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -28,36 +28,6 @@ DEFINITIONS = {
 ONSETS = ("earlier", "suspicion", "sofa", "later")
 SOFA_PARTS = ("respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal")
 ASE_ORGANS = ("cardiovascular", "respiratory", "renal", "liver", "coagulation", "lactate")
-
-# What others found with these definitions: share of septic stays, share of those that began early.
-PUBLISHED: dict[str, tuple[dict[str, str], ...]] = {
-    "sepsis3": (
-        {
-            "septic": "49.1 % of 11,791 stays in intensive care (MIMIC-III)",
-            "source": "Johnson et al., Crit Care Med 2018;46:494-499",
-        },
-    ),
-    "sepsis3-rise": (
-        {
-            "septic": "18.8 % of 136,478 stays in intensive care (four databases; septic at admission left out)",
-            "source": "Moor et al., eClinicalMedicine 2023;62:102124, doi 10.1016/j.eclinm.2023.102124",
-        },
-    ),
-    "ase": (
-        {
-            "septic": "6.0 % of 2,901,019 hospital stays of adults (409 hospitals)",
-            "source": "Rhee et al., JAMA 2017;318:1241-1249, doi 10.1001/jama.2017.13836",
-        },
-        {
-            "septic": "95,154 of 2.2 million hospital stays of adults (136 hospitals)",
-            "first_two_days": "87.9 % community-onset",
-            "source": "Rhee et al., Crit Care Med 2019;47:1169, doi 10.1097/CCM.0000000000003817",
-        },
-    ),
-}
-
-# Hours from the start of the visit to the onset, for the table "when in the stay".
-WHEN = ((None, 0), (0, 6), (6, 24), (24, 48), (48, 72), (72, None))
 
 
 @dataclass(frozen=True)
@@ -84,23 +54,16 @@ class LabelSettings:
             raise BadConfig(f"{what} is about hospital stays and does not go with --visits icu; take --visits hospital")
 
 
-@dataclass(frozen=True)
-class Labels:
-    """`table` has one row for each visit that could be judged; `left_out` counts the others by reason."""
+def judge_visits(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> pd.DataFrame:
+    """One row for each visit in `con`, a database with the tables that the sources fill.
 
-    table: pd.DataFrame
-    left_out: dict[str, int]
-    summary: dict[str, Any]
+    The columns are those of the labels, `visit_start`, and `left_out`: why the definition cannot be judged in this
+    visit, empty where it can.
 
-
-def make_labels(con: duckdb.DuckDBPyConnection, settings: LabelSettings | None = None) -> Labels:
-    """Labels of the visits in `con`, a database with the tables that the sources fill.
-
-    Reads `visits` (columns `discharge` and `esrd` where it has them), `icu_stays` (`hours_from`, `hours_to` where it has
-    them), `antibiotics`, `cultures`, `vasopressors`, `ventilation`, `urine`, and `measurements`, which is made from
-    `rows` and `meanings` where the source did not make it.
+    Reads `visits` (with `discharge` and `esrd` where it has these columns), `icu_stays` (with `hours_from` and
+    `hours_to`), `antibiotics`, `cultures`, `vasopressors`, `ventilation`, `urine`, and `measurements`, which is made
+    from `rows` and `meanings` where the source did not make it.
     """
-    settings = settings or LabelSettings()
     _prepare(con, settings)
     if settings.definition == "ase":
         _run(con, "ase")
@@ -122,10 +85,7 @@ def make_labels(con: duckdb.DuckDBPyConnection, settings: LabelSettings | None =
         absent = ["blood cultures"]
     if absent:
         judged["left_out"] = f"the source has no {' and no '.join(absent)}"
-    left_out = judged["left_out"].dropna().value_counts().sort_index().to_dict()
-    kept = judged[judged["left_out"].isna()].reset_index(drop=True)
-    table = kept.drop(columns=["left_out", "visit_start"])
-    return Labels(table, left_out, _summary(con, kept, left_out, settings))
+    return judged
 
 
 def _run(con: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -177,7 +137,7 @@ FROM (SELECT DISTINCT name FROM antibiotics WHERE name IS NOT NULL);
 _JUDGED_VISITS = """
 CREATE OR REPLACE TABLE judged_visits AS
 SELECT visit_id, client, visit_start, visit_end, visit_start::DATE AS first_day, visit_end::DATE AS last_day,
-       coalesce(died, false) OR coalesce({discharge}::VARCHAR IN ('died', 'hospice', 'acute_care'), false) AS ended_early,
+       coalesce(died, false) OR coalesce({discharge}::VARCHAR IN ('hospice', 'acute_care'), false) AS ended_early,
        {esrd}::BOOLEAN AS esrd
 FROM visits
 WHERE visit_id IS NOT NULL AND client IS NOT NULL AND visit_start IS NOT NULL
@@ -240,40 +200,3 @@ LEFT JOIN (SELECT visit_id, bool_and(administered) AS administered FROM antimicr
      USING (visit_id)
 ORDER BY v.client, v.visit_id
 """
-
-
-def _summary(
-    con: duckdb.DuckDBPyConnection, kept: pd.DataFrame, left_out: dict[str, int], settings: LabelSettings
-) -> dict[str, Any]:
-    """Figures for the report: how many visits are septic, when in the stay, and what others found."""
-    septic = kept[kept["sepsis"] == 1]
-    hours = (septic["sepsis_onset"] - septic["visit_start"]).dt.total_seconds() / 3600
-    days = (septic["sepsis_onset"].dt.normalize() - septic["visit_start"].dt.normalize()).dt.days
-    when = {}
-    for low, high in WHEN:
-        name = "before the visit" if low is None else f"{low} to {high} h" if high else f"{low} h and later"
-        inside = (hours >= (float("-inf") if low is None else low)) & (hours < (float("inf") if high is None else high))
-        when[name] = int(inside.sum())
-    n = len(septic)
-    return {
-        "definition": settings.definition,
-        "means": DEFINITIONS[settings.definition],
-        "onset": settings.onset,
-        "visits": len(kept),
-        "septic": n,
-        "septic_share": n / len(kept) if len(kept) else None,
-        "when": when,
-        "median_hours_to_onset": float(hours.median()) if n else None,
-        # in the first 6 hours, or before the visit
-        "at_arrival_share": float((hours < 6).mean()) if n else None,
-        "first_two_days_share": float((days < 2).mean()) if n else None,
-        "left_out": left_out,
-        "published": list(PUBLISHED[settings.definition]),
-        **({} if settings.definition == "ase" else _suspicion_summary(con)),
-    }
-
-
-def _suspicion_summary(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """How many antibiotic orders there were, and how many had a culture near them: few mean that cultures are missing."""
-    orders, matched = con.execute("SELECT count(*), count(suspicion_time) FROM suspicions").fetchone()
-    return {"antibiotic_orders": orders, "orders_with_culture": matched}
