@@ -11,7 +11,8 @@ CREATE OR REPLACE MACRO in_visit(visit_id, day, v) AS
     coalesce(visit_id = v.visit_id, day BETWEEN v.first_day - 2 AND coalesce(v.last_day, day));
 
 -- ------------------------------------------------------------------------------- qualifying antimicrobial days
--- What was given; for a visit without a record of that, the days from the start to the end of each order.
+-- What was given; for a visit without a record of that, the days from the start to the end of each order, or the first
+-- one where no end is known.
 -- Vancomycin by mouth is another drug than vancomycin into a vein. An unknown route counts as parenteral.
 
 CREATE OR REPLACE TABLE antimicrobial_days AS
@@ -27,8 +28,8 @@ WITH doses AS (
 ),
 days AS (
     SELECT visit_id, drug, parenteral, start, administered,
-           unnest(generate_series(start::DATE, CASE WHEN administered THEN start::DATE ELSE
-                  greatest(start::DATE, least(stop::DATE, last_day)) END, INTERVAL 1 DAY))::DATE AS day
+           unnest(generate_series(start::DATE, CASE WHEN administered OR stop IS NULL THEN start::DATE
+                  ELSE greatest(start::DATE, least(stop::DATE, last_day)) END, INTERVAL 1 DAY))::DATE AS day
     FROM doses WHERE administered = has_administrations
 )
 SELECT visit_id, drug, day, bool_or(parenteral) AS parenteral, min(greatest(start, day::TIMESTAMP)) AS time,

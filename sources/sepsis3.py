@@ -76,8 +76,6 @@ def judge_visits(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> pd.
         parts = ", ".join(f"CASE WHEN s.visit_id IS NOT NULL THEN s.{p} ELSE w.{p} END AS {p}" for p in SOFA_PARTS)
         con.execute((HERE / "labels.sql").read_text(encoding="utf-8").format(parts=parts))
         judged = con.execute("SELECT * FROM labelled ORDER BY client, visit_id").df()
-        for part in SOFA_PARTS:
-            judged[part] = judged[part].astype("Int8")
     for kind in ("vasopressors", "ventilation", "urine"):
         judged[f"{kind}_known"] = not _is_empty(con, kind)
     absent = [kind for kind in ("antibiotics", "cultures") if _is_empty(con, kind)]
