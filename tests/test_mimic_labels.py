@@ -17,9 +17,8 @@ REFERENCE = DEMO / "reference_labels_half"
 
 # Hours in which SOFA differs from the reference: (part, reference, ours) -> hours, with the reason.
 EXPLAINED = {
-    # One patient got a mask instead of the tube. mimic-code drops the record of an oxygen device where no oxygen flow was
-    # charted at the same time, so its ventilation lasts until the record after it, and a blood gas of that time counts
-    # as ventilated.
+    # One patient got a mask instead of the tube. mimic-code drops the record of an oxygen device where no oxygen flow
+    # was charted at the same time, so its ventilation lasts until the next record, and includes one more blood gas.
     ("respiration", 3, 2): 2,
 }
 
