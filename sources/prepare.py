@@ -92,6 +92,7 @@ def add_source(
     command.set_defaults(reader=reader)
     command.add_argument("source", metavar=source, help=help_of_source)
     common_options(command)
+    add_label_options(command)
     return command
 
 
@@ -109,7 +110,6 @@ def common_options(command: argparse.ArgumentParser) -> None:
     option("--synonyms", metavar="FILE", help="a corrected codes.csv; its concepts replace the suggested ones")
     option("--memory", default="1GB", help="most memory that DuckDB takes; what is more is kept in files under --out")
     option("--threads", type=number(int, 1), default=available_cores(), help="threads of DuckDB")
-    add_label_options(command)
 
 
 def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:
