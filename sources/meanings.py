@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from common.units import to_kept_unit
-from feature_pipeline import CONCEPT, Concept, concept_of
+from feature_pipeline import CONCEPT, Codes, Concept, concept_of
 
 FITTING = 0.9  # share of a code's values that its concept must allow
 
@@ -75,20 +74,25 @@ def suggest(code: str, name: str) -> tuple[Concept | None, str]:
     return concept, "the name" if concept else ""
 
 
-def linear(concept: Concept, unit: str) -> tuple[float, float] | None:
-    """(factor, offset) from `unit` to the concept's own; None where it cannot be converted.
+def linear(concept: Concept, code: str, unit: str) -> tuple[float, float] | None:
+    """(factor, offset) from `unit` to the concept's own; None where it cannot be converted. Without a unit the code may
+    say which it is.
 
-    >>> linear(concept_of("Temp"), "[degF]")[0] * 212 + linear(concept_of("Temp"), "[degF]")[1]
+    >>> factor, offset = linear(CONCEPT["temperature"], "Temp", "[degF]")
+    >>> round(factor * 212 + offset, 6)
     100.0
+    >>> linear(CONCEPT["creatinine"], "14682-9", "")
+    (0.011312, 0.0)
     """
-    at_0, at_1000 = to_kept_unit(concept, 0.0, unit), to_kept_unit(concept, 1000.0, unit)
-    return None if at_0 is None or at_1000 is None else ((at_1000 - at_0) / 1000, at_0)
+    meant, default = Codes().meaning(code)
+    known = concept.unit_named(unit or (default if meant is concept else concept.unit))
+    return (known.factor, known.offset) if known else None
 
 
-def doubts(concept: Concept, unit: str, share_allowed: float) -> str:
+def doubts(concept: Concept, code: str, unit: str, share_allowed: float) -> str:
     """Why a code does not stand for `concept` after all, from its most frequent unit and the share of its values that
     the concept allows; empty where nothing speaks against it."""
-    if linear(concept, unit) is None:
+    if linear(concept, code, unit) is None:
         return f"but its unit {unit!r} cannot be converted"
     if share_allowed < FITTING:
         return f"but only {share_allowed:.0%} of its values fit {concept.unit}"

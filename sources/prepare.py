@@ -18,7 +18,7 @@ from typing import Any
 
 from common.command_line import DONE, add_command, available_cores, log, number, read_synonyms
 from common.fhir import NOT_USED
-from feature_pipeline import BadObservations
+from feature_pipeline import BLOOD_PRESSURE_CODES, DIASTOLIC, SYSTOLIC, BadObservations
 from sources.labels import add_label_options, settings_of, write_labels
 from sources.tables import duckdb, open_database, reason_of
 
@@ -251,6 +251,7 @@ def complete_tables(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespac
     # text that is a number needs no second copy of it
     cells = {name: name if name in have_columns else "NULL" for name in names} | {"number": number}
     con.execute(f"INSERT INTO rows SELECT {', '.join(cells[name] for name in names)} FROM source_rows")
+    con.execute(SPLIT_PRESSURES)
     con.execute(ADD_COMA_SCALE)
     con.execute(ADD_PATIENTS)
 
@@ -326,6 +327,23 @@ LEFT_OUT_BY_CODE = """
 CREATE TABLE left_out AS
 SELECT reason, observation_type_code AS code, count(*) AS n
 FROM placed WHERE reason IS NOT NULL GROUP BY ALL;
+"""
+
+# A blood pressure that is charted as 120/80 becomes two rows.
+SPLIT_PRESSURES = rf"""
+CREATE TEMP VIEW pairs AS
+SELECT r.* EXCLUDE (code), r.rowid AS row_number, string_split(value, '/') AS two
+FROM rows r LEFT JOIN (SELECT code, min(name) AS name FROM code_names GROUP BY code) n USING (code)
+WHERE regexp_full_match(r.value, '\s*\d{{2,3}}\s*/\s*\d{{2,3}}\s*') AND r.number IS NULL
+  AND (regexp_matches(lower(concat(r.code, ' ', n.name)), '\bn?i?a?bp\b|blood pressure')
+       OR r.code IN ({", ".join(f"'{code}'" for code in BLOOD_PRESSURE_CODES)}));
+INSERT INTO rows BY NAME
+SELECT * EXCLUDE (two, row_number, number), try_cast(two[1] AS DOUBLE) AS number, '{SYSTOLIC}' AS code FROM pairs
+UNION ALL BY NAME
+SELECT * EXCLUDE (two, row_number, number), try_cast(two[2] AS DOUBLE) AS number, '{DIASTOLIC}' AS code FROM pairs;
+DELETE FROM rows WHERE rowid IN (SELECT row_number FROM pairs);
+DROP VIEW pairs;
+INSERT INTO code_names VALUES ('{SYSTOLIC}', 'systolic blood pressure'), ('{DIASTOLIC}', 'diastolic blood pressure');
 """
 
 # Age and sex at the start of the visit. Years of birth are all that every source has: the age is their difference.

@@ -75,9 +75,11 @@ def tabulate_codes(con: duckdb.DuckDBPyConnection, given: Mapping[str, str]) -> 
     for code, units in by_unit.groupby("code", sort=True):
         concept, why = candidates[code]
         n, unit = int(units["n"].sum()), units["unit"].iloc[0]
-        convertible = 0 if concept is None else int(sum(r.n for r in units.itertuples() if linear(concept, r.unit)))
+        convertible = (
+            0 if concept is None else int(sum(r.n for r in units.itertuples() if linear(concept, code, r.unit)))
+        )
         if concept is not None and why != "given":
-            doubt = doubts(concept, unit, allowed.get(code, 0) / max(convertible, 1))
+            doubt = doubts(concept, code, unit, allowed.get(code, 0) / max(convertible, 1))
             if doubt:
                 concept, why = None, f"{concept.name} by {why}, {doubt}"
         rows.append(
@@ -111,8 +113,9 @@ def _set_meanings(
     rows = []
     for row in by_unit.itertuples():
         concept = concepts[row.code]
-        if concept is not None and (line := linear(concept, row.unit)):
-            other = concept.converts[0][:2] if concept.converts else (None, None)
+        if concept is not None and (line := linear(concept, row.code, row.unit)):
+            # where no unit is named, the reader takes some numbers for another one
+            other = next((unit.told for unit in concept.units if unit.told and not row.unit), (None, None))
             rows.append([row.code, row.unit, concept.name, *line, concept.low, concept.high, *other])
     if rows:
         con.executemany(f"INSERT INTO meanings VALUES ({', '.join('?' * 9)})", rows)
