@@ -109,3 +109,4 @@ def add_to(commands: Any) -> None:
     )
     command.add_argument("source", type=lambda text: str(table_path(text)), metavar="FILE", help="one table")
     common_options(command)
+    command.set_defaults(labels="none")

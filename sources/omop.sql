@@ -34,6 +34,11 @@ SELECT v.visit_occurrence_id,
        coalesce(wall(v.visit_end_datetime), wall(v.visit_end_date) + INTERVAL 86399 SECOND) AS visit_end
 FROM visit_occurrence v LEFT JOIN people p USING (person_id);
 
+-- A visit_occurrence_id that stands twice must not double the rows that name it.
+CREATE TABLE visit_names AS
+SELECT visit_occurrence_id, visit_id FROM all_visits
+QUALIFY row_number() OVER (PARTITION BY visit_occurrence_id ORDER BY visit_start, visit_end, visit_id) = 1;
+
 -- A stay is an inpatient visit (9201, 8717, 262: emergency and inpatient, 32037: intensive care, 8920, 8863, 8971), a day
 -- under observation (581385), or any visit but an outpatient one (9202, 581477, 5083) that goes over midnight and lasts 16
 -- hours or more. It starts with an emergency visit of the same person that ends less than 12 hours before it.
@@ -63,7 +68,7 @@ GROUP BY s.visit_id, s.client, s.visit_start, s.visit_end;
 CREATE TABLE icu_parts AS
 SELECT DISTINCT d.visit_detail_id, v.visit_id, v.client, wall(d.visit_detail_start_datetime) AS "start",
        wall(d.visit_detail_end_datetime) AS stop
-FROM visit_detail d JOIN all_visits v USING (visit_occurrence_id)
+FROM visit_detail d JOIN visit_names n USING (visit_occurrence_id) JOIN visits v ON v.visit_id = n.visit_id
 LEFT JOIN (SELECT care_site_id, any_value(care_site_name ORDER BY care_site_name) AS name FROM care_site GROUP BY ALL) c
        USING (care_site_id)
 WHERE (d.visit_detail_concept_id IN ('32037', '581379') AND c.name IS NULL
@@ -105,7 +110,7 @@ SELECT v.visit_id, coalesce(p.client, e.person_id) AS client, e.charted, e.value
        try_cast(e.range_low AS DOUBLE) AS low, try_cast(e.range_high AS DOUBLE) AS high
 FROM events e
 LEFT JOIN people p USING (person_id)
-LEFT JOIN all_visits v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
+LEFT JOIN visit_names v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
 LEFT JOIN concepts c ON c.concept_id = e.concept_id
 LEFT JOIN units u ON u.concept_id = e.unit_concept_id;
 
@@ -131,7 +136,7 @@ SELECT coalesce(p.client, d.person_id) AS client, v.visit_id, s.stay_id,
        d.drug_type_concept_id IN ('38000180', '32818') AS administered, d.drug_exposure_id AS order_id
 FROM drug_exposure d
 LEFT JOIN people p USING (person_id)
-LEFT JOIN all_visits v ON v.visit_occurrence_id = whole(d.visit_occurrence_id)
+LEFT JOIN visit_names v ON v.visit_occurrence_id = whole(d.visit_occurrence_id)
 LEFT JOIN icu_stays s ON s.visit_id = v.visit_id AND wall(d.drug_exposure_start_datetime) >= s.stay_start
       AND wall(d.drug_exposure_start_datetime) < s.stay_end
 LEFT JOIN concepts c ON c.concept_id = d.drug_concept_id AND d.drug_concept_id <> '0'
@@ -151,7 +156,7 @@ SELECT coalesce(p.client, e.person_id) AS client, v.visit_id, e.charted AS time,
        regexp_matches(lower(c.name), 'blood') AS blood, false AS positive,
        concat(e.person_id, ' ', e.charted, ' ', c.code) AS culture_id
 FROM events e JOIN concepts c USING (concept_id) LEFT JOIN people p USING (person_id)
-LEFT JOIN all_visits v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
+LEFT JOIN visit_names v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
 WHERE regexp_matches(lower(c.name), 'bacteria identified|by culture|microorganism identified')
 GROUP BY ALL;
 
@@ -165,12 +170,12 @@ SELECT coalesce(p.client, o.person_id) AS client, v.visit_id, wall(o.procedure_d
        wall(o.procedure_end_datetime) AS stop
 FROM procedure_occurrence o
 LEFT JOIN people p USING (person_id)
-LEFT JOIN all_visits v ON v.visit_occurrence_id = whole(o.visit_occurrence_id)
+LEFT JOIN visit_names v ON v.visit_occurrence_id = whole(o.visit_occurrence_id)
 JOIN concepts c ON c.concept_id = o.procedure_concept_id
 WHERE regexp_matches(lower(c.name), 'invasive ventilation|mechanical ventilation') AND o.procedure_end_datetime IS NOT NULL;
 
 CREATE TABLE urine AS
 SELECT coalesce(p.client, e.person_id) AS client, v.visit_id, e.charted AS time, try_cast(e.number AS DOUBLE) AS volume
 FROM events e JOIN concepts c USING (concept_id) LEFT JOIN people p USING (person_id)
-LEFT JOIN all_visits v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
+LEFT JOIN visit_names v ON v.visit_occurrence_id = whole(e.visit_occurrence_id)
 WHERE e.unit_concept_id = '8587' AND regexp_matches(lower(c.name), 'urine (output|volume)|volume of urine');

@@ -47,20 +47,16 @@ def report(folder: Path) -> dict:
 
 
 def database(url: str) -> str:
+    """The OMOP tables in a database, with ids as numbers and times as times."""
     engine = sa.create_engine(url)
     for name, rows in formats.omop_tables().items():
-        kinds = {
-            column: sa.BigInteger() if column.endswith("_id") else sa.Float() if column.startswith(("range", "value_as"))
-            else sa.DateTime() if column.endswith("datetime") else sa.Text()
-            for column in rows[0]
-        }  # fmt: skip
         frame = pd.DataFrame(rows)
         for column in frame:
-            if column.endswith("_id"):
-                frame[column] = frame[column].map(lambda cell: None if pd.isna(cell) else int(cell)).astype("Int64")
+            if column.endswith("_id") and column != "vocabulary_id":
+                frame[column] = pd.array([None if pd.isna(cell) else int(cell) for cell in frame[column]], dtype="Int64")
             elif column.endswith("datetime"):
                 frame[column] = pd.to_datetime(frame[column])
-        frame.to_sql(name, engine, index=False, dtype=kinds)
+        frame.to_sql(name, engine, index=False)
     engine.dispose()
     return url
 
@@ -317,8 +313,11 @@ def prepared_table(tmp_path, rows, map_text=MAP, **settings):
 
 
 def test_units_that_do_not_fit_are_told_by_code(tmp_path):
-    rows = [f"1,a,2024-01-0{day} 08:00,{name},{value},{unit}" for day in (1, 2, 3) for name, value, unit in (
-        ("Glucose", 100, "mmol/mol"), ("Creatinine", 80, "umol/L"), ("Temp", 99, "F"), ("Lactate", 300, "mmol/L"))]  # fmt: skip
+    rows = [
+        f"1,a,2024-01-0{day} 08:00,{cells}"
+        for day in (1, 2, 3)
+        for cells in ("Glucose,100,mmol/mol", "Creatinine,80,umol/L", "Temp,99,F", "Lactate,300,mmol/L")
+    ]
     codes = pd.read_csv(prepared_table(tmp_path, rows) / "codes.csv", keep_default_na=False).set_index("code")
     assert codes.loc["Glucose", "concept"] == "" and "cannot be converted" in codes.loc["Glucose", "why"]
     assert codes.loc["Creatinine", "concept"] == "creatinine" and codes.loc["Temp", "concept"] == "temperature"
