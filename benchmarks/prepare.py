@@ -1,23 +1,22 @@
 """prepare_data.py on one hospital in several formats: memory and rows a second, and what the formats agree on.
 
-``scale`` multiplies the OMOP tables of a folder and reads them in a process of its own, beside a plain DuckDB scan of the
-same file. ``agree`` prepares a folder that holds raw/, omop/, meds/ and fhir/ (such as the demo of MIMIC-IV), compares
-the observations code by code, and scores each with one model.
+``scale`` multiplies the OMOP tables of a folder and reads them in a process of its own, beside a plain DuckDB scan of
+the same file. ``agree`` prepares a folder that holds raw/, omop/, meds/ and fhir/ (such as the demo of MIMIC-IV),
+compares the observations code by code, and scores each with one model.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pandas as pd
@@ -25,8 +24,8 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prepare_data
-from common.command_line import DONE, add_command, make_parser, number, read_synonyms, run_command
-from feature_pipeline import ProductionPipeline, read_observations
+from common.command_line import DONE, add_command, make_parser, number, read_site_codes, run_command
+from feature_pipeline import ProductionPipeline
 from sources.omop import TABLES
 from sources.tables import files_in, files_of
 
@@ -46,7 +45,7 @@ KEY = "client, code, time, value"
 def multiplied(source: Path, folder: Path, rows: int, form: str) -> int:
     """Copies of the OMOP tables in `source`, with new patients and visits each, until there are `rows` measurements."""
     con = duckdb.connect()
-    con.execute("SET memory_limit = '1GB'")
+    con.execute("SET preserve_insertion_order = false")
     con.execute(f"SET temp_directory = '{folder}/tmp'")
     files = files_in(source)
     own = f"read_csv({[str(path) for path in files_of('measurement', files)]}, all_varchar = true)"
@@ -114,21 +113,21 @@ def agree(arguments: argparse.Namespace) -> int:
             if status := prepare_data.main([*call, "--out", str(target)]):
                 return status
         con.execute(
-            f"CREATE TABLE {name} AS SELECT client, split_part(visit_id, '|', -1) AS visit, observation_type_code AS code, "
-            f"observation_date AS time, round(observation_value, 4) AS value FROM '{target}/observations.parquet'"
+            f"CREATE TABLE {name} AS SELECT *, observation_type_code AS code, observation_date AS time, "
+            f"round(observation_value, 4) AS value FROM '{target}/observations.parquet'"
         )
-        visits, rows = con.execute(f"SELECT count(DISTINCT (client, visit)), count(*) FROM {name}").fetchone()
+        visits, rows = con.execute(f"SELECT count(DISTINCT (client, visit_id)), count(*) FROM {name}").fetchone()
         print(f"{name:5} {visits} visits, {rows:,} observations")
     for name in list(FORMATS)[1:]:
         table = differences(con, name)
         table.to_csv(out / f"raw_and_{name}.csv", index=False)
-        absent = table[table["in_other"] == 0]
-        print(
-            f"\nraw and {name}: {table['same'].sum():,} equal; {len(absent)} codes ({absent['in_raw'].sum():,} rows) are "
-            f"not in {name}; of the other codes {table.loc[table['in_other'] > 0, 'only_raw'].sum():,} rows only in raw, "
-            f"{table['only_other'].sum():,} only in {name}"
-        )
-        print(table[(table["in_other"] > 0) & (table["in_raw"] > 0)].head(arguments.codes).to_string(index=False))
+        both = table[(table["in_other"] > 0) & (table["in_raw"] > 0)]
+        print(f"\nraw and {name}: {table['same'].sum():,} observations equal")
+        for kind, part in (("raw", table[table["in_other"] == 0]), (name, table[table["in_raw"] == 0])):
+            print(f"  {len(part)} codes are only in {kind}: {part[['only_raw', 'only_other']].sum().sum():,} rows")
+        print(f"  of {len(both)} codes in both {both['only_raw'].sum():,} rows are only in raw,", end=" ")
+        print(f"{both['only_other'].sum():,} only in {name}")
+        print(both.head(arguments.codes).to_string(index=False))
     if arguments.config:
         scores(arguments, con)
     return DONE
@@ -151,24 +150,37 @@ def differences(con: duckdb.DuckDBPyConnection, name: str) -> pd.DataFrame:
 
 
 def scores(arguments: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
-    """Scores of the visits by one model, from the codes that all formats carry, at the end of raw's observations."""
-    pipeline = ProductionPipeline(arguments.config, arguments.model)
-    synonyms = read_synonyms(arguments.out / "raw" / "codes.csv")
-    shared = con.execute(" INTERSECT ".join(f"SELECT code FROM {name}" for name in FORMATS)).df()["code"]
-    synonyms = {code: concept for code, concept in synonyms.items() if code in set(shared)}
-    found: dict[str, dict[tuple[str, Any], float]] = {}
+    """One model's scores of all visits, from the codes that every format carries. Visits of a client are numbered in
+    order of time, since MEDS knows no number of a stay."""
+    shared = " INTERSECT ".join(f"SELECT code FROM {name}" for name in FORMATS)
+    found = {}
     for name in FORMATS:
-        rows = con.execute(f"SELECT * FROM {name}").df()
-        rows["concept"] = rows["code"].map(synonyms)
-        rows = rows[rows["concept"].notna()]
-        visits = con.execute("SELECT client, visit, min(time) AS start FROM raw GROUP BY ALL").df()
-        print(name, len(rows), "rows of the shared concepts;", len(visits), "visits")
-        found[name] = _scored(pipeline, arguments.out / name / "observations.parquet", synonyms)
-    raw = found["raw"]
+        rows = con.execute(f"""
+            SELECT * EXCLUDE (visit_id, code, time, value),
+                   dense_rank() OVER (PARTITION BY client ORDER BY start) AS visit_id
+            FROM (SELECT *, min(time) OVER (PARTITION BY client, visit_id) AS start FROM {name})
+            WHERE code IN ({shared})
+            ORDER BY client, visit_id, observation_date, observation_type_code, observation_value
+        """).df()
+        codes = read_site_codes(str(arguments.out / "raw" / "codes.csv"))
+        pipeline = ProductionPipeline(arguments.config, arguments.model, codes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # visits without enough evidence, which have no score
+            scored = pipeline.predict(rows).set_index(["client", "visit_id"])["sepsis_probability"]
+        columns = ["observation_date", "observation_type_code", "observation_value"]
+        content = {
+            key: hash(tuple(part[columns].itertuples(index=False))) for key, part in rows.groupby(scored.index.names)
+        }
+        found[name] = scored, pd.Series(content)
+    scored, content = found["raw"]
     for name in list(FORMATS)[1:]:
-        both = raw.keys() & found[name].keys()
-        same = sum(raw[key] == found[name][key] for key in both)
-        print(f"scores of raw and {name}: {len(both)} visits in both, {same} equal")
+        other = found[name][0].reindex(scored.index)
+        same_rows = found[name][1].reindex(scored.index) == content.reindex(scored.index)
+        same = (other == scored) | (other.isna() & scored.isna())
+        print(
+            f"scores from raw and {name}: {same.sum()} of {len(scored)} visits equal; {same_rows.sum()} visits have the "
+            f"very same observations of the shared codes, {(same & same_rows).sum()} of them the same score"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,7 +53,8 @@ def database(url: str) -> str:
         frame = pd.DataFrame(rows)
         for column in frame:
             if column.endswith("_id") and column != "vocabulary_id":
-                frame[column] = pd.array([None if pd.isna(cell) else int(cell) for cell in frame[column]], dtype="Int64")
+                numbers = [None if pd.isna(cell) else int(cell) for cell in frame[column]]
+                frame[column] = pd.array(numbers, dtype="Int64")
             elif column.endswith("datetime"):
                 frame[column] = pd.to_datetime(frame[column])
         frame.to_sql(name, engine, index=False)
