@@ -1,7 +1,8 @@
 -- CDC Adult Sepsis Event (Hospital Toolkit for Adult Sepsis Surveillance, 2018; Rhee et al., JAMA 2017;318:1241,
 -- doi 10.1001/jama.2017.13836), by calendar day. It looks days ahead: it is for labels, not for the bedside.
 -- Reads: judged_visits, antibiotics, cultures, vasopressors, ventilation, measurements; variable `lactate`.
--- Makes: adult_sepsis_events (one row for each septic visit: its first event).
+-- Makes: adult_sepsis_events (one row for each septic visit: its first event), first_infections (one for each visit
+-- with a presumed infection).
 --
 --   A  a blood culture, and 4 qualifying antimicrobial days that start within 2 days of it
 --   B  a failing organ within 2 days of the culture
@@ -79,6 +80,11 @@ FROM judged_visits v
 JOIN cultures c ON c.client = v.client AND c.blood AND in_visit(c.visit_id, c.time::DATE, v)
 JOIN antimicrobial_courses a ON a.visit_id = v.visit_id AND a.course_start BETWEEN c.time::DATE - 2 AND c.time::DATE + 2
 WHERE a.days >= 4 OR v.ended_early AND a.course_start + a.days::INTEGER >= v.last_day;
+
+-- also for the visits in which no organ failed
+CREATE OR REPLACE TABLE first_infections AS
+SELECT *, least(culture_time, antibiotic_time) AS suspicion_time FROM presumed_infections
+QUALIFY row_number() OVER (PARTITION BY visit_id ORDER BY suspicion_time, culture_time, course_start) = 1;
 
 -- ---------------------------------------------------------------------------------------------- failing organs
 -- A vasopressor or a ventilator is new if the patient was without it all the day before.

@@ -86,6 +86,19 @@ def judge_visits(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> pd.
     return judged
 
 
+def shares_of_evidence(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> dict[str, float | None]:
+    """After `judge_visits`: the share of the patients who have an antibiotic, and the share of the antibiotic orders
+    (for the Adult Sepsis Event: of the courses of 4 days and more) that have a culture near them; None for none."""
+    is_ase = settings.definition == "ase"
+    given = "antimicrobial_days JOIN judged_visits USING (visit_id)" if is_ase else "antibiotic_orders"
+    clients = con.execute("SELECT count(DISTINCT client) FROM judged_visits").fetchone()[0]
+    with_antibiotic = con.execute(
+        f"SELECT count(DISTINCT client) FROM {given} WHERE client IN (SELECT client FROM judged_visits)"
+    ).fetchone()[0]
+    with_culture = con.execute(_COURSES_WITH_CULTURE if is_ase else _ORDERS_WITH_CULTURE).fetchone()[0]
+    return {"antibiotic_share": with_antibiotic / clients if clients else None, "culture_share": with_culture}
+
+
 def _run(con: duckdb.DuckDBPyConnection, name: str) -> None:
     con.execute((HERE / f"{name}.sql").read_text(encoding="utf-8"))
 
@@ -183,17 +196,30 @@ WHERE s.suspicion_time IS NOT NULL;
 
 _ANY_BLOOD = "SELECT 1 FROM cultures WHERE blood LIMIT 1"
 
+_ORDERS_WITH_CULTURE = "SELECT avg((suspicion_time IS NOT NULL)::INTEGER) FROM suspicions"
+
+_COURSES_WITH_CULTURE = """
+SELECT avg(EXISTS (FROM cultures c WHERE c.client = v.client AND c.blood
+                   AND c.time::DATE BETWEEN a.course_start - 2 AND a.course_start + 2)::INTEGER)
+FROM antimicrobial_courses a JOIN judged_visits v USING (visit_id)
+WHERE a.days >= 4
+"""
+
 _ASE_LABELS = f"""
 SELECT v.visit_id, v.client, (e.visit_id IS NOT NULL)::TINYINT AS sepsis,
        CASE getvariable('onset') WHEN 'suspicion' THEN e.suspicion_time WHEN 'sofa' THEN e.dysfunction_time
             WHEN 'later' THEN greatest(e.suspicion_time, e.dysfunction_time)
             ELSE least(e.suspicion_time, e.dysfunction_time) END AS sepsis_onset,
-       e.suspicion_time, e.antibiotic_time, e.culture_time, e.dysfunction_time, e.qualifying_days, e.community_onset,
+       coalesce(e.suspicion_time, i.suspicion_time) AS suspicion_time,
+       coalesce(e.antibiotic_time, i.antibiotic_time) AS antibiotic_time,
+       coalesce(e.culture_time, i.culture_time) AS culture_time, e.dysfunction_time,
+       coalesce(e.qualifying_days, i.qualifying_days) AS qualifying_days, e.community_onset,
        {", ".join(f"e.{organ}" for organ in ASE_ORGANS)},
        CASE WHEN d.administered THEN 'given' WHEN d.visit_id IS NOT NULL THEN 'ordered' END AS antimicrobials,
        v.visit_start, NULL::VARCHAR AS left_out
 FROM judged_visits v
 LEFT JOIN adult_sepsis_events e USING (visit_id)
+LEFT JOIN first_infections i USING (visit_id)
 LEFT JOIN (SELECT visit_id, bool_and(administered) AS administered FROM antimicrobial_days GROUP BY visit_id) d
      USING (visit_id)
 ORDER BY v.client, v.visit_id

@@ -53,6 +53,11 @@ def test_four_qualifying_days_start_near_the_culture(days, sepsis):
         assert visit["qualifying_days"] == 4 and visit["antimicrobials"] == "given"
 
 
+def test_an_infection_without_a_failing_organ_is_no_sepsis_and_its_times_are_kept():
+    visit = judge(infected(dysfunction=False))
+    assert (visit["sepsis"], visit["suspicion_time"], visit["qualifying_days"]) == (0, at(day(5)), 4)
+
+
 def test_days_of_several_new_antimicrobials_add_up():
     hospital = infected((5, 6), name="Cefepime")
     hospital.antibiotic(day(7), given=True, name="Meropenem")

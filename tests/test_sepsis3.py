@@ -1,10 +1,13 @@
 """Sepsis-3 labels of visits on small cases that were worked out by hand: one rule, one case."""
 
+from argparse import Namespace
+
 import pandas as pd
 import pytest
 
+from common.labels import read_labels
 from feature_pipeline import BadConfig
-from sources.labels import summary, table_of
+from sources.labels import report_parts, summary, table_of, write_labels
 from sources.sepsis3 import LabelSettings
 from tests.hospital import Hospital, at
 
@@ -206,3 +209,33 @@ def test_the_summary_counts_when_in_the_stay_sepsis_began():
     assert figures["at_arrival_share"] == 0.5 and figures["first_two_days_share"] == 0.75
     assert figures["median_hours_to_onset"] == 16.5
     assert all(entry["source"] for entry in figures["published"])
+
+
+def test_the_report_warns_where_the_source_seems_to_lack_antibiotics_or_cultures(caplog, tmp_path):
+    hospital = Hospital(icu=False)
+    for number in range(9):
+        hospital.visit(f"v{number}", 0, 240, client=f"p{number}")
+    hospital.culture(10)
+    for hours in (11, 150, 160, 170):
+        hospital.antibiotic(hours)
+    hospital.measure("platelets", (10, 40))
+    arguments = Namespace(labels="sepsis3", onset="earlier", visits="hospital", sofa_hours="icu", ase_lactate=False)
+    arguments.out = tmp_path
+    figures = write_labels(hospital.con, arguments)
+    assert (figures["antibiotic_share"], figures["culture_share"]) == (0.1, 0.25)
+    page = "".join(report_parts(figures))
+    for found in (caplog.text, page):
+        assert "only 10% of the patients have an antibiotic" in found
+        assert "only 25% of the antibiotic orders have a culture near them" in found
+    labels = read_labels(tmp_path / "labels.parquet")
+    assert labels["sepsis"].sum() == 1 and len(labels) == 10
+
+
+def test_no_labels_are_written_where_none_can_be_made(caplog, tmp_path):
+    arguments = Namespace(labels="ase", onset="earlier", visits="hospital", sofa_hours="icu", ase_lactate=False)
+    arguments.out = tmp_path
+    figures = write_labels(Hospital().con, arguments)
+    assert "the source has no antibiotics and no cultures" in caplog.text
+    assert not list(tmp_path.iterdir()) and "without a label" in "".join(report_parts(figures))
+    arguments.labels = "none"
+    assert write_labels(Hospital().con, arguments) is None and report_parts(None) == []
