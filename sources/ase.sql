@@ -18,10 +18,10 @@ CREATE OR REPLACE MACRO in_visit(visit_id, day, v) AS
 
 CREATE OR REPLACE TABLE antimicrobial_days AS
 WITH doses AS (
-    SELECT v.visit_id, v.last_day, a.start, a.stop, a.administered,
+    SELECT v.visit_id, v.last_day, a.start, a.stop, coalesce(a.administered, false) AS administered,
            coalesce(is_parenteral(a.route), a.route IS NULL) AS parenteral,
            CASE WHEN d.substance = 'vancomycin' AND NOT parenteral THEN 'vancomycin by mouth' ELSE d.substance END AS drug,
-           bool_or(a.administered) OVER (PARTITION BY v.visit_id) AS has_administrations
+           bool_or(coalesce(a.administered, false)) OVER (PARTITION BY v.visit_id) AS has_administrations
     FROM antibiotics a
     JOIN drugs d ON d.name = a.name AND d.substance IS NOT NULL
     JOIN judged_visits v ON v.client = a.client AND in_visit(a.visit_id, a.start::DATE, v)
@@ -30,7 +30,8 @@ WITH doses AS (
 days AS (
     SELECT visit_id, drug, parenteral, start, administered,
            unnest(generate_series(start::DATE, CASE WHEN administered OR stop IS NULL THEN start::DATE
-                  ELSE greatest(start::DATE, least(stop::DATE, last_day)) END, INTERVAL 1 DAY))::DATE AS day
+                  ELSE greatest(start::DATE, least(stop::DATE, last_day, start::DATE + 365)) END,
+                  INTERVAL 1 DAY))::DATE AS day
     FROM doses WHERE administered = has_administrations
 )
 SELECT visit_id, drug, day, bool_or(parenteral) AS parenteral, min(greatest(start, day::TIMESTAMP)) AS time,

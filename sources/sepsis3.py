@@ -170,7 +170,8 @@ SELECT stay_id AS episode_id, stay_id, visit_id, client, {judged_id} AS judged_i
        stay_start AS episode_start, coalesce(stay_end, 'infinity'::TIMESTAMP) AS episode_end,
        coalesce({hours_from}, stay_start) AS hours_from, coalesce({hours_to}, stay_end) AS hours_to
 FROM icu_stays
-WHERE {judged_id} IN (SELECT visit_id FROM judged_visits);
+WHERE {judged_id} IN (SELECT visit_id FROM judged_visits)
+QUALIFY row_number() OVER (PARTITION BY stay_id ORDER BY stay_start, stay_end, visit_id) = 1;
 """
 
 _VISIT_EPISODES = """

@@ -74,12 +74,13 @@ points AS (
     WHERE concept IN ('platelets', 'bilirubin_total', 'mean_bp', 'gcs', 'creatinine')
     UNION ALL
     -- a drug counts in the hours at whose end it runs
-    SELECT w.episode_id, r.hour, 'cardiovascular', vasopressor_points(r.drug, r.rate)
-    FROM (SELECT *, unnest(generate_series(date_trunc('hour', start) + INTERVAL 1 HOUR, stop, INTERVAL 1 HOUR)) AS hour
-          FROM vasopressors WHERE stop > start) r
-    JOIN wanted w
-      ON w.client = r.client AND coalesce(r.visit_id = w.visit_id, true)
-     AND r.hour > w.episode_start AND r.hour > w.first_hour - INTERVAL 24 HOURS AND r.hour <= w.last_hour
+    SELECT w.episode_id, unnest(generate_series(
+               greatest(date_trunc('hour', r.start) + INTERVAL 1 HOUR, end_of_hour(w.episode_start),
+                        w.first_hour - INTERVAL 23 HOURS),
+               least(r.stop, w.last_hour), INTERVAL 1 HOUR)), 'cardiovascular', vasopressor_points(r.drug, r.rate)
+    FROM vasopressors r JOIN wanted w
+      ON w.client = r.client AND coalesce(r.visit_id = w.visit_id, true) AND r.stop > r.start
+     AND r.start < w.last_hour AND r.stop > w.first_hour - INTERVAL 24 HOURS
     UNION ALL
     SELECT episode_id, end_of_hour(time), 'renal',
            urine_points(max(CASE WHEN lasted BETWEEN 22 AND 30 THEN volume / lasted * 24 END))

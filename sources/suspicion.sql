@@ -20,7 +20,8 @@ LEFT JOIN episodes e
        ON e.client = a.client AND coalesce(a.visit_id = e.visit_id, true)
       AND (e.whole_visit AND a.visit_id IS NOT NULL OR a.start >= e.episode_start AND a.start < e.episode_end)
 WHERE a.start IS NOT NULL AND NOT is_topical(a.name, a.route)
-  AND a.administered = (SELECT bool_and(administered) FROM antibiotics);
+  AND coalesce(a.administered, false) = (SELECT bool_and(coalesce(administered, false))
+                                         FROM antibiotics JOIN drugs USING (name) WHERE reference);
 
 CREATE OR REPLACE TABLE suspicions AS
 WITH pairs AS (

@@ -164,6 +164,15 @@ def test_labels_of_stays_in_intensive_care():
     assert hospital.judge()["sepsis"].to_dict() == {"v": 1}
 
 
+def test_a_visit_or_a_stay_that_stands_twice_counts_once():
+    hospital = suspected(100)
+    hospital.measure("platelets", (99.5, 60))
+    hospital.con.execute("INSERT INTO visits FROM visits")
+    hospital.con.execute("INSERT INTO icu_stays FROM icu_stays")
+    assert hospital.judge()["sepsis"].tolist() == [1]
+    assert hospital.judge(visits="icu")["sepsis"].tolist() == [1]
+
+
 def test_of_several_septic_stays_the_visit_has_the_earliest_onset():
     hospital = Hospital(stay_hours=(150, 200))
     hospital.add("icu_stays", "first", "v", "p", at(50), at(100))

@@ -245,6 +245,12 @@ def test_a_vasopressor_counts_in_the_hours_at_whose_end_it_runs():
     assert hospital.sofa(30)["cardiovascular"] is None
 
 
+def test_an_infusion_that_never_ended_counts_to_the_end_of_the_hours():
+    hospital = Hospital()
+    hospital.add("vasopressors", "p", "v", at(5.5), at(24 * 365 * 500), "norepinephrine", 0.05)
+    assert hospital.sofa(30)["cardiovascular"] == 3
+
+
 @pytest.mark.parametrize(
     ("hourly", "hours", "points"),
     [
