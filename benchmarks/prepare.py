@@ -150,13 +150,13 @@ def differences(con: duckdb.DuckDBPyConnection, name: str) -> pd.DataFrame:
 
 
 def scores(arguments: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
-    """One model's scores of all visits, from the codes that every format carries. Visits of a client are numbered in
-    order of time, since MEDS knows no number of a stay."""
+    """One model's scores of all visits, from the codes that every format carries. MEDS has no reference ranges, so they
+    are left out; it has no number of a stay either, so a client's visits are numbered in order of time."""
     shared = " INTERSECT ".join(f"SELECT code FROM {name}" for name in FORMATS)
     found = {}
     for name in FORMATS:
         rows = con.execute(f"""
-            SELECT * EXCLUDE (visit_id, code, time, value),
+            SELECT * EXCLUDE (visit_id, code, time, value, reference_range_min, reference_range_max),
                    dense_rank() OVER (PARTITION BY client ORDER BY start) AS visit_id
             FROM (SELECT *, min(time) OVER (PARTITION BY client, visit_id) AS start FROM {name})
             WHERE code IN ({shared})
@@ -179,7 +179,7 @@ def scores(arguments: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> Non
         same = (other == scored) | (other.isna() & scored.isna())
         print(
             f"scores from raw and {name}: {same.sum()} of {len(scored)} visits equal; {same_rows.sum()} visits have the "
-            f"very same observations of the shared codes, {(same & same_rows).sum()} of them the same score"
+            f"very same observations of shared codes, {(same & same_rows).sum()} of them the same score"
         )
 
 

@@ -30,7 +30,7 @@ TABLES = (
     ),
     Table("outputevents", ("subject_id", "hadm_id", "charttime", "itemid", "value"), ("storetime", "valueuom")),
     Table("icustays", ("subject_id", "hadm_id", "stay_id", "intime", "outtime")),
-    Table("d_items", ("itemid", "label")),
+    Table("d_items", ("itemid", "label"), ("lownormalvalue", "highnormalvalue")),
     Table("d_labitems", ("itemid", "label"), ("fluid", "category")),
     Table(
         "prescriptions",

@@ -6,9 +6,9 @@ SELECT concept_id, any_value(concept_name ORDER BY concept_name) AS name, any_va
        AS code, any_value(vocabulary_id ORDER BY vocabulary_id) AS vocabulary
 FROM concept GROUP BY concept_id;
 
--- Units without a concept table, and where UCUM's spelling is not the usual one.
+-- Units without a concept table, and where UCUM's spelling is not the usual one. 8510, [U], stands for any "units".
 CREATE TABLE units AS
-SELECT concept_id, code AS unit FROM concepts WHERE vocabulary = 'UCUM' AND concept_id NOT IN ('9557', '8483', '8815')
+SELECT concept_id, code AS unit FROM concepts WHERE vocabulary = 'UCUM' AND concept_id NOT IN ('9557', '8483', '8815', '8510')
 UNION
 SELECT * FROM (VALUES
     ('8876', 'mm[Hg]'), ('8554', '%'), ('9557', 'meq/L'), ('8753', 'mmol/L'), ('8840', 'mg/dL'), ('8713', 'g/dL'),
