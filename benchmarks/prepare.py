@@ -178,8 +178,8 @@ def scores(arguments: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> Non
         same_rows = found[name][1].reindex(scored.index) == content.reindex(scored.index)
         same = (other == scored) | (other.isna() & scored.isna())
         print(
-            f"scores from raw and {name}: {same.sum()} of {len(scored)} visits equal; {same_rows.sum()} visits have the "
-            f"very same observations of shared codes, {(same & same_rows).sum()} of them the same score"
+            f"scores from raw and {name}: {same.sum()} of {len(scored)} visits equal; {same_rows.sum()} visits have "
+            f"equal observations of the shared codes, {(same & same_rows).sum()} of them equal scores"
         )
 
 

@@ -81,7 +81,7 @@ LEFT_OUT = {
 
 LEFT_OUT |= {reason: text for reason, text in NOT_USED.items() if reason not in LEFT_OUT}
 
-Reader = Callable[[duckdb.DuckDBPyConnection, argparse.Namespace], dict[str, bool]]
+Reader = Callable[[Any, argparse.Namespace], dict[str, bool]]  # fills a database, tells which kinds there are
 
 
 def add_source(

@@ -476,6 +476,16 @@ def test_bad_input_is_one_line(broken, message, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*"))  # no half output, no working files
 
 
+def test_the_other_commands_do_without_duckdb(tmp_path):
+    code = "import sys; sys.modules['duckdb'] = None; import prepare_data; sys.exit(prepare_data.main(sys.argv[1:]))"
+    files = ["--observations", tmp_path / "o.parquet", "--labels", tmp_path / "l.csv", "--patients", "20"]
+    for command, status in ((["demo", *files], 0), (["omop", tmp_path, "--out", tmp_path / "out"], 2)):
+        call = [sys.executable, "-c", code, *map(str, command)]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == status, done.stderr
+    assert done.stderr == "error: reading tables needs DuckDB: pip install -r requirements-prepare.txt\n"
+
+
 def test_a_folder_that_does_not_exist_is_one_line(tmp_path, capsys):
     for source in ("omop", "meds", "fhir", "mimic-iv"):
         run(source, tmp_path / "absent", out=tmp_path / "out", status=2)
