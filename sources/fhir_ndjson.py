@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,12 @@ def _displays(resource: dict[str, Any]) -> dict[str, str]:
 
 def is_microbiology(resource: dict[str, Any]) -> bool:
     parts = [resource.get("code"), resource.get("category"), (resource.get("meta") or {}).get("profile")]
-    return _MICROBIOLOGY.search(json.dumps(parts)) is not None
+    return _about_microbes(json.dumps(parts))
+
+
+@lru_cache(maxsize=10_000)  # there are few codes, and many Observations
+def _about_microbes(text: str) -> bool:
+    return _MICROBIOLOGY.search(text) is not None
 
 
 def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
