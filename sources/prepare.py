@@ -150,7 +150,7 @@ def work(arguments: argparse.Namespace) -> int:
         facts = prepare(con, arguments, have)
         facts["codes"] = tabulate_codes(con, arguments.concepts or read_synonyms(arguments.synonyms))
         facts["labels"] = write_labels(con, arguments)
-        write_report(con, arguments, facts)
+        write_report(con, arguments, facts, LEFT_OUT)
     log.info(
         "%s: %d observations of %d visits from %d rows; left out: %s",
         arguments.out,

@@ -14,7 +14,6 @@ from common.artifacts import write_atomic, write_json, write_tables
 from feature_pipeline import CONCEPT, CONCEPTS, Concept
 from sources.labels import report_parts
 from sources.meanings import doubts, linear, suggest
-from sources.prepare import LEFT_OUT
 from sources.tables import duckdb
 
 FINE, COARSE = 20_000, 30  # bins of a histogram as counted, and as drawn at most
@@ -122,8 +121,11 @@ def _set_meanings(
     con.execute(KEPT)
 
 
-def write_report(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Writes `codes.csv`, `report.json` and `report.html` from the views that `prepare` left."""
+def write_report(
+    con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, facts: dict[str, Any], reasons: Mapping[str, str]
+) -> None:
+    """Writes `codes.csv`, `report.json` and `report.html` from the views that `prepare` left. `reasons` are the texts
+    for why a row is left out."""
     codes = facts.pop("codes")
     left_out = frame(con, "SELECT reason, code, n FROM left_out ORDER BY reason, n DESC, code")
     times = con.execute(TIMES).df().iloc[0].to_dict()
@@ -156,7 +158,7 @@ def write_report(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, 
         ),
         *report_parts(facts["labels"]),
         pages.heading("Left out"),
-        pages.facts_table({LEFT_OUT[reason]: n for reason, n in facts["left_out"].items()})
+        pages.facts_table({reasons[reason]: n for reason, n in facts["left_out"].items()})
         if facts["left_out"]
         else pages.paragraph("Nothing."),
         _first_rows(left_out.groupby("code", sort=False, dropna=False).head(1)[["code", "reason", "n"]]),
