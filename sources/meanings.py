@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
+
+from common.command_line import read_synonyms
 from feature_pipeline import CONCEPT, Codes, Concept, concept_of
 
 FITTING = 0.9  # share of a code's values that its concept must allow
@@ -56,6 +59,14 @@ _NAMES = tuple(
         (r"^(lactate|lactic acid)$", "lactate"),
     )
 )
+
+
+def given_concepts(path: str | None) -> dict[str, str]:
+    """{code: concept} of a corrected codes.csv; empty for a code that has none in it, so that nothing is suggested."""
+    if path is None:
+        return {}
+    concepts = read_synonyms(path)
+    return dict.fromkeys(pd.read_csv(path, dtype=str, keep_default_na=False)["code"], "") | concepts
 
 
 def suggest(code: str, name: str) -> tuple[Concept | None, str]:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.command_line import DONE, add_command, available_cores, log, number, read_synonyms
+from common.command_line import DONE, add_command, available_cores, log, number, progress
 from common.fhir import NOT_USED
 from feature_pipeline import BLOOD_PRESSURE_CODES, DIASTOLIC, SYSTOLIC, BadObservations
 from sources.labels import add_label_options, settings_of, write_labels
+from sources.meanings import given_concepts
 from sources.tables import duckdb, open_database, reason_of
 
 HERE = Path(__file__).parent
@@ -28,8 +29,9 @@ HERE = Path(__file__).parent
 MACROS = r"""
 -- Wall-clock time to the second: the offset of 2180-05-06T22:23:00-04:00 is left out, not applied.
 CREATE MACRO wall(t) AS try_cast(left(t, 19) AS TIMESTAMP);
--- The number in a text; <0.5 and > 200 count as their number.
-CREATE MACRO number_in(t) AS try_cast(ltrim(t, '<>=≤≥~ ') AS DOUBLE);
+-- The number in a text; <0.5 and > 200 count as their number, nan and infinity are none.
+CREATE MACRO finite(x) AS CASE WHEN isfinite(x) THEN x END;
+CREATE MACRO number_in(t) AS finite(try_cast(ltrim(t, '<>=≤≥~ ') AS DOUBLE));
 -- A whole number that a program wrote as 7.0, because its column has gaps, is 7.
 CREATE MACRO whole(t) AS regexp_replace(t, '\.0$', '');
 -- Does the word that a nurse's record has for a dose say that it was given?
@@ -145,12 +147,16 @@ def work(arguments: argparse.Namespace) -> int:
     from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
 
     settings_of(arguments)  # options that do not go together are refused before anything is read
-    with working_database(arguments) as con:
+    with working_database(arguments) as con, progress(None, 4, arguments.quiet, desc=arguments.command) as steps:
         have = arguments.reader(con, arguments)
+        steps.update()
         facts = prepare(con, arguments, have)
-        facts["codes"] = tabulate_codes(con, arguments.concepts or read_synonyms(arguments.synonyms))
+        steps.update()
+        facts["codes"] = tabulate_codes(con, arguments.concepts or given_concepts(arguments.synonyms))
+        steps.update()
         facts["labels"] = write_labels(con, arguments)
         write_report(con, arguments, facts, LEFT_OUT)
+        steps.update()
     log.info(
         "%s: %d observations of %d visits from %d rows; left out: %s",
         arguments.out,
@@ -180,7 +186,9 @@ def prepare(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, have:
         raise BadObservations(f"{arguments.source}: the tables of measurements are empty")
     write_parquet(con, SELECT_OBSERVATIONS, observations)
     con.execute(f"CREATE VIEW observations AS SELECT * FROM read_parquet('{sql_text(observations)}')")
-    con.execute(LEFT_OUT_BY_CODE)
+    con.execute(COUNTED)
+    given_by_time = "SELECT coalesce(sum(n), 0)::BIGINT FROM counted WHERE reason IS NULL AND by_time"
+    facts["visit_by_time"] = scalar(con, given_by_time)
     if table_exists(con, "source_left_out"):  # what the source could not make a row of
         con.execute("INSERT INTO left_out SELECT reason, code, n FROM source_left_out")
         facts["rows"] += scalar(con, "SELECT coalesce(sum(n), 0)::BIGINT FROM source_left_out")
@@ -246,7 +254,7 @@ def complete_tables(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespac
         [list(KINDS), [bool(have.get(kind)) for kind in KINDS]],
     )
     have_columns = {row[0] for row in con.execute("DESCRIBE source_rows").fetchall()}
-    number = "try_cast(number AS DOUBLE)" if "number" in have_columns else "NULL"
+    number = "finite(try_cast(number AS DOUBLE))" if "number" in have_columns else "NULL"
     names = [part.split()[0] for part in CONTRACT["rows"].split(", ")]
     # text that is a number needs no second copy of it
     cells = {name: name if name in have_columns else "NULL" for name in names} | {"number": number}
@@ -323,10 +331,11 @@ ORDER BY client, visit_id, observation_date, observation_type_code, observation_
          reference_range_min, reference_range_max, unit
 """
 
-LEFT_OUT_BY_CODE = """
+COUNTED = """
+CREATE TABLE counted AS
+SELECT reason, observation_type_code AS code, by_time, count(*) AS n FROM placed GROUP BY ALL;
 CREATE TABLE left_out AS
-SELECT reason, observation_type_code AS code, count(*) AS n
-FROM placed WHERE reason IS NOT NULL GROUP BY ALL;
+SELECT reason, code, sum(n)::BIGINT AS n FROM counted WHERE reason IS NOT NULL GROUP BY ALL;
 """
 
 # A blood pressure that is charted as 120/80 becomes two rows.

@@ -74,9 +74,8 @@ def tabulate_codes(con: duckdb.DuckDBPyConnection, given: Mapping[str, str]) -> 
     for code, units in by_unit.groupby("code", sort=True):
         concept, why = candidates[code]
         n, unit = int(units["n"].sum()), units["unit"].iloc[0]
-        convertible = (
-            0 if concept is None else int(sum(r.n for r in units.itertuples() if linear(concept, code, r.unit)))
-        )
+        known = [r.n for r in units.itertuples() if concept is not None and linear(concept, code, r.unit)]
+        convertible = int(sum(known))
         if concept is not None and why != "given":
             doubt = doubts(concept, code, unit, allowed.get(code, 0) / max(convertible, 1))
             if doubt:
@@ -91,6 +90,7 @@ def tabulate_codes(con: duckdb.DuckDBPyConnection, given: Mapping[str, str]) -> 
                 "visits": visits[code],
                 "lowest": float(units["lowest"].min()),
                 "highest": float(units["highest"].max()),
+                "converted": int(sum(r.n for r in units.itertuples() if _converts(concept, code, r.unit))),
                 "other_units": "; ".join(f"{r.unit or '(none)'} {r.n}" for r in units.iloc[1:].itertuples()),
                 "unit_unknown": n - convertible if concept else 0,
                 "outside_limits": convertible - allowed.get(code, 0) if concept else 0,
@@ -100,6 +100,10 @@ def tabulate_codes(con: duckdb.DuckDBPyConnection, given: Mapping[str, str]) -> 
     codes = pd.DataFrame(rows)
     _set_meanings(con, by_unit, {row["code"]: CONCEPT.get(row["concept"]) for row in rows})
     return codes
+
+
+def _converts(concept: Concept | None, code: str, unit: str) -> bool:
+    return concept is not None and linear(concept, code, unit) not in (None, (1.0, 0.0))
 
 
 def _set_meanings(
@@ -147,6 +151,7 @@ def write_report(
                 "visits with observations": facts["visits_with_observations"],
                 "rows read": facts["rows"],
                 "observations": facts["observations"],
+                "observations given to a visit by their time": facts["visit_by_time"],
                 "observations before their visit": times["before_the_visit"],
                 "observations after their visit": times["after_the_visit"],
                 "first and last observation": f"{times['first']} to {times['last']}",

@@ -12,8 +12,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from common.command_line import read_synonyms
-from feature_pipeline import BadConfig, BadObservations, listed
+from feature_pipeline import BadConfig, BadObservations, check_synonyms, listed
+from sources.meanings import given_concepts
 from sources.prepare import add_source
 from sources.tables import SUFFIXES, add_database_query, columns_of, duckdb, files_in, is_url, quoted, reason_of, scan
 
@@ -125,17 +125,15 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     if missing := [name for name in NEEDED if name not in have]:
         raise BadConfig(f"{arguments.sql}: the query gives no column {listed(missing)}; needed: {', '.join(NEEDED)}")
     if content.get("concepts"):
-        given_concepts(arguments, content["concepts"])
+        take_concepts(arguments, content["concepts"])
     fill(con, have)
     return {}
 
 
-def given_concepts(arguments: argparse.Namespace, concepts: dict[str, str]) -> None:
+def take_concepts(arguments: argparse.Namespace, concepts: dict[str, str]) -> None:
     """[concepts] of the map count as if --synonyms named them; a file that is named comes first."""
-    from feature_pipeline import check_synonyms
-
     check_synonyms(concepts, f"{arguments.map}: [concepts]")
-    arguments.concepts = concepts | read_synonyms(arguments.synonyms)
+    arguments.concepts = concepts | given_concepts(arguments.synonyms)
 
 
 def fill(con: Any, have: dict[str, tuple[str, str]]) -> None:

@@ -235,10 +235,12 @@ def test_a_corrected_codes_csv_replaces_the_suggestions(tmp_path):
     out = run(*source, out=tmp_path / "out")
     codes = pd.read_csv(out / "codes.csv", dtype=str, keep_default_na=False)
     codes.loc[codes["code"] == "50813", "concept"] = "glucose"
+    codes.loc[codes["code"] == "50912", "concept"] = ""
     codes.to_csv(tmp_path / "codes.csv", index=False)
     run(*source, "--synonyms", tmp_path / "codes.csv", out=tmp_path / "out")
     codes = pd.read_csv(out / "codes.csv", keep_default_na=False).set_index("code")
     assert codes.loc["50813", ["concept", "why"]].tolist() == ["glucose", "given"]
+    assert codes.loc["50912", ["concept", "why"]].tolist() == ["", "given"]  # cleared: nothing is suggested again
 
 
 def test_only_the_owner_and_the_group_read_what_is_written(tmp_path):
@@ -508,6 +510,12 @@ def test_the_same_visit_twice_counts_once(tmp_path):
     measured = [row for row in by_concept(out) if row[2] not in ("age", "sex")]
     assert measured == [row for row in formats.EXPECTED if row[2] not in ("age", "sex")]
     assert report(out)["visits_left_out"] == {"the same visit_id again": 1}
+
+
+def test_nan_and_infinity_are_no_numbers(tmp_path):
+    out = prepared_table(tmp_path, [f"1,a,2024-01-01 08:00,HR,{value}," for value in ("80", "nan", "inf", "-Infinity")])
+    assert pd.read_parquet(out / "observations.parquet")["observation_value"].tolist() == [80.0]
+    assert report(out)["left_out"] == {"no_number": 3}
 
 
 def test_times_without_a_date_are_counted(tmp_path):
