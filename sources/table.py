@@ -46,13 +46,13 @@ GUESSES = {
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """A map.toml: [columns], and optionally [time], [concepts], [names]."""
+    """A map.toml: [columns], and optionally [time] and [concepts]; for a database also the name of the table."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path}: it is no TOML file ({error})") from None
-    if unknown := content.keys() - {"columns", "time", "concepts"}:
-        raise BadConfig(f"{path}: unknown table {listed(sorted(unknown))}; known: columns, time, concepts")
+    if unknown := content.keys() - {"columns", "time", "concepts", "table"}:
+        raise BadConfig(f"{path}: unknown {listed(sorted(unknown))}; known: columns, time, concepts, table")
     columns = content.get("columns", {})
     if unknown := columns.keys() - {*NEEDED, *ALSO}:
         raise BadConfig(f"{path}: [columns] names {listed(sorted(unknown))}; known: {', '.join((*NEEDED, *ALSO))}")
@@ -102,9 +102,15 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     content = read_map(arguments.map) if arguments.map else {}
     query = arguments.sql.read_text(encoding="utf-8").strip().rstrip(";") if arguments.sql else ""
     if is_url(arguments.source):
+        if content and "table" not in content:
+            raise BadConfig(f'{arguments.map}: it does not name the table of the database, as in table = "flowsheet"')
         if content:
-            raise BadConfig("a database is read by --sql query.sql; a map is for a file")
-        add_database_query(con, "mapped", query, arguments)
+            names = sorted(set(content["columns"].values()))
+            add_database_query(con, "own_table", (content["table"], names), arguments)
+            query = mapped_query("own_table", content, columns_of(con, "own_table", content["table"]), content["table"])
+            con.execute(f"CREATE VIEW mapped AS {query}")
+        else:
+            add_database_query(con, "mapped", query, arguments)
     else:
         path = Path(arguments.source)
         con.execute("CREATE SCHEMA files")  # a file may be called as one of our own tables

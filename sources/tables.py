@@ -230,8 +230,16 @@ def add_database(con: duckdb.DuckDBPyConnection, tables: Sequence[Table], argume
     return present
 
 
-def add_database_query(con: duckdb.DuckDBPyConnection, name: str, query: str, arguments: argparse.Namespace) -> None:
-    """The table `name` with the rows that a query of a database gives, streamed."""
+def add_database_query(
+    con: duckdb.DuckDBPyConnection, name: str, query: str | tuple[str, Sequence[str]], arguments: argparse.Namespace
+) -> None:
+    """The table `name` with the rows that a query of a database gives, or columns of one of its tables, streamed."""
+    import sqlalchemy as sa
+
     with connected(arguments.source) as connection:
-        result = connection.exec_driver_sql(query)
+        if isinstance(query, str):
+            result = connection.exec_driver_sql(query)
+        else:
+            table, columns = query
+            result = connection.execute(sa.select(sa.table(table, *map(sa.column, columns))))
         stream(con, name, [column.lower() for column in list(result.keys())], result.partitions(), arguments)

@@ -395,6 +395,10 @@ def test_a_query_of_a_database_is_streamed(tmp_path):
     out = run("table", url, "--sql", tmp_path / "q.sql", out=tmp_path / "out")
     table = pd.read_parquet(out / "observations.parquet")
     assert table["observation_value"].tolist() == [80.5, 97.0] and set(table["client"]) == {"7"}
+    lines = ["visit_id = 'v'", "observation_date = 't'", "observation_type_code = 'c'", "observation_value = 'x'"]
+    (tmp_path / "map.toml").write_text("\n".join(["table = 'flow'", "[columns]", *lines]))
+    mapped = run("table", url, "--map", tmp_path / "map.toml", out=tmp_path / "mapped")
+    assert (mapped / "observations.parquet").read_bytes() == (out / "observations.parquet").read_bytes()
 
 
 def test_inspect_writes_a_map_that_table_takes(tmp_path, capsys):
@@ -555,7 +559,7 @@ def test_lines_that_are_no_rows_are_counted(tmp_path):
         (MAP.replace('"value"', '"absent"'), "missing column 'absent' among 6"),
         (MAP.replace("unit =", "units ="), "[columns] names 'units'"),
         (MAP + '[concepts]\nHR = "pulse"\n', "unknown concept 'pulse'"),
-        (MAP + "[tiem]\n", "unknown table 'tiem'"),
+        (MAP + "[tiem]\n", "unknown 'tiem'"),
     ],
 )
 def test_a_map_that_is_wrong_is_one_line(text, message, tmp_path, capsys):
