@@ -1605,6 +1605,22 @@ def _news2(c: Concepts):
     yield _points(c.latest("temperature"), [35, 36, 38, 39], [3, 1, 0, 1, 2])
 
 
+# SOFA, Vincent et al., doi 10.1007/BF01709751: what is measured -> edges, points; an edge belongs to the band above.
+SOFA_BANDS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
+    "pf_ratio": ((100, 200, 300, 400), (4, 3, 2, 1, 0)),  # 3 and 4 only with ventilation
+    "platelets": ((20, 50, 100, 150), (4, 3, 2, 1, 0)),
+    "bilirubin_total": ((1.2, 2.0, 6.0, 12.0), (0, 1, 2, 3, 4)),
+    "mean_bp": ((70,), (1, 0)),
+    "gcs": ((6, 10, 13, 15), (4, 3, 2, 1, 0)),
+    "creatinine": ((1.2, 2.0, 3.5, 5.0), (0, 1, 2, 3, 4)),
+}
+SOFA_UNVENTILATED = 2  # the most that respiration scores without ventilation
+
+
+def _sofa_points(measured: str, value: np.ndarray) -> np.ndarray:
+    return _points(value, *SOFA_BANDS[measured], "right")
+
+
 @clinical_score("sofa", "respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal")
 def _partial_sofa(c: Concepts):
     """Partial SOFA, Vincent et al., Intensive Care Med 1996;22:707, doi 10.1007/BF01709751: worst of 24 h, but
@@ -1614,14 +1630,14 @@ def _partial_sofa(c: Concepts):
     without vasopressors circulation at most 1, and urine output is not counted. Where PaO2 is missing, SpO2/FiO2
     stands in, with 512 for 400 and 357 for 300 (Pandharipande et al., Crit Care Med 2009;37:1317).
     """
-    with_pao2 = _points(pf_ratio(c), [300, 400], [2, 1, 0], "right")
+    with_pao2 = np.minimum(_sofa_points("pf_ratio", pf_ratio(c)), SOFA_UNVENTILATED)
     with_spo2 = _points(sf_ratio(c), [357, 512], [2, 1, 0], "right")
     yield np.where(np.isnan(with_pao2), with_spo2, with_pao2)
-    yield _points(c.lowest("platelets"), [20, 50, 100, 150], [4, 3, 2, 1, 0], "right")
-    yield _points(c.highest("bilirubin_total"), [1.2, 2.0, 6.0, 12.0], [0, 1, 2, 3, 4], "right")
-    yield _points(c.lowest("mean_bp"), [70], [1, 0], "right")
-    yield _points(c.lowest("gcs"), [6, 10, 13, 15], [4, 3, 2, 1, 0], "right")
-    yield _points(c.highest("creatinine"), [1.2, 2.0, 3.5, 5.0], [0, 1, 2, 3, 4], "right")
+    yield _sofa_points("platelets", c.lowest("platelets"))
+    yield _sofa_points("bilirubin_total", c.highest("bilirubin_total"))
+    yield _sofa_points("mean_bp", c.lowest("mean_bp"))
+    yield _sofa_points("gcs", c.lowest("gcs"))
+    yield _sofa_points("creatinine", c.highest("creatinine"))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ REQUIREMENTS = {  # beside requirements.txt
     "serving.api": ("requirements-api.txt",),
     "api_server": ("requirements-api.txt",),
     "gunicorn.conf": ("requirements-api.txt",),
+    "sources": ("requirements-prepare.txt",),
     "serving.batch": ("requirements-dask.txt",),
     "training": ("requirements-dask.txt",),
     "serving.db": ("requirements-database.txt",),
