@@ -1,0 +1,190 @@
+"""Past visits, scored at the moments of service: by the model, and by the scores that a ward calculates today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from common.alerts import COOLDOWN_HOURS, Scored, Stays
+from common.labels import read_cells
+from evaluation.comparators import COMPARATORS
+from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
+    BadObservations,
+    FeaturePlan,
+    Observations,
+    ProductionPipeline,
+    as_text,
+    parse_times,
+)
+from training.snapshots import in_order_of_names, settings_of
+
+AT_OBSERVATIONS = "observation"
+MOMENTS_AT_ONCE = 40_000  # bounds the memory of features; the numbers do not depend on it
+
+
+@dataclass(frozen=True)
+class Past:
+    """Labelled visits with their observations, and the moments at which they are scored."""
+
+    observations: Observations
+    stays: Stays
+    place: np.ndarray  # (n_visits,) of each stay, the observations' visit
+    visit: np.ndarray  # (n_moments,) index into the stays, ascending
+    time: np.ndarray  # (n_moments,)
+    keys: list[tuple[str, str]]  # (n_visits,) client and visit number
+    remarks: dict[str, int] = field(default_factory=dict)  # what was left out, counted
+    first_antibiotic: np.ndarray | None = None  # (n_visits,) NO_TIME where none
+
+
+def past_of(observations: Observations, labels: pd.DataFrame, score_every: float | str) -> Past:
+    """The labelled visits that have observations, in the order of client and visit number.
+
+    `labels` are those of `read_labels`; `score_every` is hours, from the visit's first observation on, or
+    `AT_OBSERVATIONS` for the time of each observation. If some septic visits have an onset, those without one are left
+    out. Raises `BadObservations` if no visit is left.
+    """
+    observations = in_order_of_names(observations)
+    remarks: dict[str, int] = {}
+
+    def note(reason: str, number: int) -> None:
+        if number:
+            remarks[reason] = int(number)
+
+    table = labels.drop_duplicates(["client", "visit_id"], keep="last")
+    note("labels that repeat a visit (the last one counts)", len(labels) - len(table))
+    place = {key: i for i, key in enumerate(observations.keys())}
+    keys = list(zip(table["client"], table["visit_id"], strict=True))
+    own = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
+    note("labels without observations", (own < 0).sum())
+    note("visits without a label", len(place) - (own >= 0).sum())
+    sepsis, onset = table["sepsis"].to_numpy(), table["sepsis_onset"].to_numpy()
+    note("labels that are neither 0 nor 1", ((own >= 0) & (sepsis < 0)).sum())
+    keep = (own >= 0) & (sepsis >= 0)
+    empty = keep & (observations.first_time[own] == NO_TIME)
+    note("labelled visits with nothing usable", empty.sum())
+    keep &= ~empty
+    septic = sepsis == 1
+    if (onset[keep & septic] != NO_TIME).any():
+        undated = keep & septic & (onset == NO_TIME)
+        note("septic visits without a date of onset", undated.sum())
+        keep &= ~undated
+    if not keep.any():
+        raise BadObservations(f"no labelled visit can be scored; left out: {remarks or 'nothing'}")
+    rows = np.flatnonzero(keep)
+    rows = rows[np.argsort(own[rows])]
+    own, septic, onset = own[rows], septic[rows], np.where(septic, onset, NO_TIME)[rows]
+    stays = Stays(
+        client=pd.factorize(observations.client_text[own])[0],
+        start=observations.first_time[own],
+        end=observations.last_time[own],
+        septic=septic,
+        onset=onset,
+    )
+    visit, time = _moments(observations, own, stays, score_every)
+    return Past(observations, stays, own, visit, time, [keys[row] for row in rows], remarks)
+
+
+def _moments(observations: Observations, own: np.ndarray, stays: Stays, score_every: float | str):
+    """(visit, time) of the moments of service."""
+    if score_every == AT_OBSERVATIONS:
+        visit_of_group = np.full(observations.n_visits, -1)
+        visit_of_group[own] = np.arange(len(own))
+        visit = np.repeat(visit_of_group[observations.group_visit], np.diff(observations.group_start))
+        pairs = np.unique(np.column_stack([visit, observations.time])[visit >= 0], axis=0)
+        return pairs[:, 0], pairs[:, 1]
+    step = round(float(score_every) * MICROSECONDS_PER_HOUR)
+    number = (stays.end - stays.start) // step + 1
+    visit = np.repeat(np.arange(len(own)), number)
+    nth = np.arange(len(visit)) - np.repeat(np.cumsum(number) - number, number)
+    return visit, stays.start[visit] + nth * step
+
+
+def with_antibiotics(past: Past, path: str) -> np.ndarray | None:
+    """(n_visits,) the column ``first_antibiotic`` of the labels file, NO_TIME where empty; None without the column."""
+    table = read_cells(path, f"labels {path!r}")
+    if "first_antibiotic" not in table.columns:
+        return None
+    times, _ = parse_times(table["first_antibiotic"])
+    keys = zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True)
+    known = dict(zip(keys, times.tolist(), strict=True))
+    return np.array([known.get(key, NO_TIME) for key in past.keys], dtype=np.int64)
+
+
+def parts_of(visit: np.ndarray) -> Iterator[slice]:
+    """Runs of moments, about `MOMENTS_AT_ONCE` each."""
+    for start in range(0, len(visit), MOMENTS_AT_ONCE):
+        yield slice(start, min(start + MOMENTS_AT_ONCE, len(visit)))
+
+
+def scores_of(
+    pipeline: ProductionPipeline, past: Past, cooldown_hours: float = COOLDOWN_HOURS, tell: Callable = lambda _: None
+) -> Scored:
+    """The model's answers at all moments, with its own rules of evidence and its own thresholds.
+
+    `past` must be what this pipeline reads: another pipeline may map codes otherwise.
+    """
+    probability = np.full(len(past.visit), np.nan)
+    level = np.full(len(past.visit), "UNKNOWN", dtype="<U7")
+    for part in parts_of(past.visit):
+        found = pipeline.score(past.observations, past.place[past.visit[part]], past.time[part])
+        probability[part] = found
+        level[part] = np.char.upper(np.asarray(pipeline.risk_level(found), dtype=str))
+        tell(part.stop)
+    high = (level == "HIGH") & ~np.isnan(probability)
+    return Scored.of(past.stays, past.visit, past.time, probability, high, cooldown_hours)
+
+
+def ward_scores_of(past: Past) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """(each comparator's score at all moments, NaN where it has no input; the share of the moments at which each of
+    its inputs was missing)."""
+    names = [f"clinical__{name}" for name in _score_and_parts()]
+    plan = FeaturePlan(names)
+    scores = {name: np.full(len(past.visit), np.nan) for name in COMPARATORS}
+    missing = np.zeros(len(names))
+    for part in parts_of(past.visit):
+        found = plan.evaluate(past.observations, past.place[past.visit[part]], past.time[part])
+        for name, values in scores.items():
+            values[part] = found[:, names.index(f"clinical__{name}")]
+        missing += np.isnan(found).sum(axis=0)
+    share = dict(zip(names, (missing / max(len(past.visit), 1)).tolist(), strict=True))
+    lacking = {
+        name: {part: share[f"clinical__{name}_{part}"] for part in comparator.parts}
+        for name, comparator in COMPARATORS.items()
+    }
+    return scores, lacking
+
+
+def _score_and_parts() -> list[str]:
+    return [text for name, c in COMPARATORS.items() for text in (name, *(f"{name}_{part}" for part in c.parts))]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Moments with a yes-or-no answer: what ranking, calibration and net benefit are worked out on.
+
+    Positive: onset is at most `horizon_hours` away. As in training, moments after onset count only where the model was
+    trained with them. Labels without onsets judge each visit once, at its last moment, by whether it was septic.
+    """
+
+    rows: np.ndarray  # (n_judged,) of the moments
+    label: np.ndarray  # (n_judged,) 0 or 1
+    horizon_hours: float
+    retrospective: bool
+
+
+def judged_moments(scored: Scored, config: dict) -> Judged:
+    """The moments of `scored` that are judged, by the config's horizon."""
+    settings, stays = settings_of(config), scored.stays
+    if not stays.dated:
+        last = np.append(np.diff(scored.visit) != 0, True)[: len(scored.visit)]
+        rows = np.flatnonzero(last)
+        return Judged(rows, stays.septic[scored.visit[rows]].astype(np.int8), settings.horizon_hours, True)
+    lead = scored.lead
+    counts = np.isnan(lead) | (lead >= 0) | settings.after_onset
+    rows = np.flatnonzero(counts)
+    return Judged(rows, (lead[rows] <= settings.horizon_hours).astype(np.int8), settings.horizon_hours, False)
