@@ -1621,9 +1621,7 @@ def _partial_sofa(c: Concepts):
     yield _points(c.highest("creatinine"), [1.2, 2.0, 3.5, 5.0], [0, 1, 2, 3, 4], "right")
 
 
-@clinical_score(
-    "mews", "respiration", "pulse", "blood_pressure", "temperature", "consciousness", in_block=False
-)
+@clinical_score("mews", "respiration", "pulse", "blood_pressure", "temperature", "consciousness", in_block=False)
 def _mews(c: Concepts):
     """Modified Early Warning Score, Subbe et al., QJM 2001;94:521, doi 10.1093/qjmed/94.10.521.
 

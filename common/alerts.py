@@ -35,11 +35,20 @@ class Stays:
     end: np.ndarray  # (n_visits,)
     septic: np.ndarray  # (n_visits,) bool
     onset: np.ndarray  # (n_visits,) microseconds since 1970
+    has_onsets: bool | None = None  # of the labels that these visits are part of; None: as the visits show
 
     @property
     def dated(self) -> bool:
         """Do the labels have onset times? Without septic visits none is missing."""
+        if self.has_onsets is not None:
+            return self.has_onsets
         return bool((self.onset[self.septic] != NO_TIME).any() or not self.septic.any())
+
+    def some(self, member: np.ndarray) -> Stays:
+        """The visits `member` (n_visits,) bool."""
+        _, client = np.unique(self.client[member], return_inverse=True)
+        columns = (self.start, self.end, self.septic, self.onset)
+        return Stays(client, *(column[member] for column in columns), has_onsets=self.dated)
 
     @property
     def days(self) -> np.ndarray:
@@ -73,6 +82,12 @@ class Scored:
         first = np.append(True, (np.diff(visit[order]) != 0) | (np.diff(time[order]) != 0))[: len(order)]
         order = order[first]
         return cls(stays, visit[order], time[order], probability[order], high[order], cooldown_hours)
+
+    def some(self, member: np.ndarray) -> tuple[Scored, np.ndarray]:
+        """(the scores of the visits `member` (n_visits,) bool, (n_moments,) bool which those are)."""
+        rows, place = member[self.visit], np.cumsum(member) - 1
+        columns = (self.time[rows], self.probability[rows], self.high[rows])
+        return Scored(self.stays.some(member), place[self.visit[rows]], *columns, self.cooldown_hours), rows
 
     @cached_property
     def lead(self) -> np.ndarray:
@@ -241,3 +256,28 @@ def quartiles(values: np.ndarray) -> list[float] | None:
     """Median, lower and upper quartile of the values that are there; None for none."""
     values = values[~np.isnan(values)]
     return np.percentile(values, [50, 25, 75]).tolist() if len(values) else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Moments with a yes-or-no answer: what ranking, calibration and net benefit are worked out on.
+
+    Positive: onset is at most `horizon_hours` away. As in training, moments after onset count only where the model was
+    trained with them. Labels without onsets judge each visit once, at its last moment, by whether it was septic.
+    """
+
+    rows: np.ndarray  # (n_judged,) of the moments
+    label: np.ndarray  # (n_judged,) 0 or 1
+    horizon_hours: float
+    retrospective: bool
+
+
+def judged_moments(scored: Scored, horizon_hours: float, after_onset: bool) -> Judged:
+    """The moments of `scored` that are judged."""
+    stays = scored.stays
+    if not stays.dated:
+        rows = np.flatnonzero(np.append(np.diff(scored.visit) != 0, True)[: len(scored.visit)])
+        return Judged(rows, stays.septic[scored.visit[rows]].astype(np.int8), horizon_hours, True)
+    lead = scored.lead
+    rows = np.flatnonzero(np.isnan(lead) | (lead >= 0) | after_onset)
+    return Judged(rows, (lead[rows] <= horizon_hours).astype(np.int8), horizon_hours, False)

@@ -127,7 +127,9 @@ def left_out(scored: Scored) -> dict[str, int]:
     visits = per_visit(scored, ())
     known = visits["moments"] - visits["unknown"] > 0
     out = {
-        "visits that were UNKNOWN at each moment": int((visits["visits"] > 0).sum() - (known & (visits["visits"] > 0)).sum())
+        "visits that were UNKNOWN at each moment": int(
+            (visits["visits"] > 0).sum() - (known & (visits["visits"] > 0)).sum()
+        )
     }
     if scored.stays.dated:
         early = scored.stays.septic & (visits["visits"] > 0) & (visits["at_risk"] == 0)

@@ -83,9 +83,7 @@ def expected_over_observed_95(
     return interval(np.where(drawn[:, 1] > 0, drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), np.nan))
 
 
-def by_hours(
-    label: np.ndarray, probability: np.ndarray, hours: np.ndarray, visit: np.ndarray
-) -> list[dict[str, Any]]:
+def by_hours(label: np.ndarray, probability: np.ndarray, hours: np.ndarray, visit: np.ndarray) -> list[dict[str, Any]]:
     """ROC AUC and expected over observed by hours since admission (the visit's first observation)."""
     rows = []
     for low, high in pairwise(HOURS_SINCE_ADMISSION):

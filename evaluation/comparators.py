@@ -49,7 +49,7 @@ COMPARATORS = {
         "partial SOFA",
         2,
         ("respiration", "coagulation", "liver", "cardiovascular", "nervous", "renal"),
-        "Singer et al., JAMA 2016;315:801, doi 10.1001/jama.2016.0287 (a rise by 2; here a value of 2, from a base of 0)",
+        "Singer et al., JAMA 2016;315:801, doi 10.1001/jama.2016.0287: a rise by 2, here from 0",
     ),
     "mews": Comparator(
         "MEWS",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
-from common.alerts import COOLDOWN_HOURS, Scored, Stays
+from common.alerts import COOLDOWN_HOURS, Judged, Scored, Stays, judged_moments
 from common.labels import read_cells
 from evaluation.comparators import COMPARATORS
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     BadObservations,
+    Config,
     FeaturePlan,
     Observations,
     ProductionPipeline,
     as_text,
     parse_times,
 )
-from training.snapshots import in_order_of_names, settings_of
+from training.snapshots import in_order_of_names
 
 AT_OBSERVATIONS = "observation"
 MOMENTS_AT_ONCE = 40_000  # bounds the memory of features; the numbers do not depend on it
@@ -104,15 +105,15 @@ def _moments(observations: Observations, own: np.ndarray, stays: Stays, score_ev
     return visit, stays.start[visit] + nth * step
 
 
-def with_antibiotics(past: Past, path: str) -> np.ndarray | None:
-    """(n_visits,) the column ``first_antibiotic`` of the labels file, NO_TIME where empty; None without the column."""
+def with_antibiotics(past: Past, path: str) -> Past:
+    """With the column ``first_antibiotic`` of the labels file, if it has one."""
     table = read_cells(path, f"labels {path!r}")
     if "first_antibiotic" not in table.columns:
-        return None
+        return past
     times, _ = parse_times(table["first_antibiotic"])
     keys = zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True)
     known = dict(zip(keys, times.tolist(), strict=True))
-    return np.array([known.get(key, NO_TIME) for key in past.keys], dtype=np.int64)
+    return replace(past, first_antibiotic=np.array([known.get(key, NO_TIME) for key in past.keys], dtype=np.int64))
 
 
 def parts_of(visit: np.ndarray) -> Iterator[slice]:
@@ -133,7 +134,7 @@ def scores_of(
     for part in parts_of(past.visit):
         found = pipeline.score(past.observations, past.place[past.visit[part]], past.time[part])
         probability[part] = found
-        level[part] = np.char.upper(np.asarray(pipeline.risk_level(found), dtype=str))
+        level[part] = pipeline.risk_level(found)
         tell(part.stop)
     high = (level == "HIGH") & ~np.isnan(probability)
     return Scored.of(past.stays, past.visit, past.time, probability, high, cooldown_hours)
@@ -163,28 +164,6 @@ def _score_and_parts() -> list[str]:
     return [text for name, c in COMPARATORS.items() for text in (name, *(f"{name}_{part}" for part in c.parts))]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Moments with a yes-or-no answer: what ranking, calibration and net benefit are worked out on.
-
-    Positive: onset is at most `horizon_hours` away. As in training, moments after onset count only where the model was
-    trained with them. Labels without onsets judge each visit once, at its last moment, by whether it was septic.
-    """
-
-    rows: np.ndarray  # (n_judged,) of the moments
-    label: np.ndarray  # (n_judged,) 0 or 1
-    horizon_hours: float
-    retrospective: bool
-
-
-def judged_moments(scored: Scored, config: dict) -> Judged:
-    """The moments of `scored` that are judged, by the config's horizon."""
-    settings, stays = settings_of(config), scored.stays
-    if not stays.dated:
-        last = np.append(np.diff(scored.visit) != 0, True)[: len(scored.visit)]
-        rows = np.flatnonzero(last)
-        return Judged(rows, stays.septic[scored.visit[rows]].astype(np.int8), settings.horizon_hours, True)
-    lead = scored.lead
-    counts = np.isnan(lead) | (lead >= 0) | settings.after_onset
-    rows = np.flatnonzero(counts)
-    return Judged(rows, (lead[rows] <= settings.horizon_hours).astype(np.int8), settings.horizon_hours, False)
+def judged_of(scored: Scored, config: Config) -> Judged:
+    """The judged moments, by the horizon that the model was trained for."""
+    return judged_moments(scored, config.snapshots.horizon_hours, config.snapshots.after_onset)

@@ -65,7 +65,9 @@ def named_groups(path: str, keys: list[tuple[str, str]]) -> Groups:
     names = [name for name in table.columns if name not in ("visit_id", "client")]
     if not names or len(set(names)) < len(names):
         raise BadConfig(f"{where}: expected visit_id, client and at least one other column, each once")
-    own = dict(zip(zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True), table.index, strict=True))
+    own = dict(
+        zip(zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True), table.index, strict=True)
+    )
     rows = [own.get(key) for key in keys]
     if not any(row is not None for row in rows):
         raise BadConfig(f"{where}: none of its visits is among those that are evaluated")

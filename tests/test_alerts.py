@@ -85,7 +85,7 @@ def test_of_several_scores_of_one_moment_the_highest_counts():
 
 
 def test_true_false_late_by_hand():
-    """Onset at 50 h. Alerts at 1 (49 h before: false at 48 h), 10 (40 h: true at 48 only), 30 (20 h: true at 24 and 48),
+    """Onset at 50 h. Alerts at 1 (49 h before: false at 48 h), 10 (40 h: true at 48 only), 30 (20 h: true at 24, 48),
     45 (5 h: true), 52 (2 h after: true), 53.5 (3.5 h after: late). Another visit without sepsis has one: false."""
     stays = stays_of((60, 50), (48, None))
     hot = (1, 10, 30, 45, 52, 53.5)

@@ -11,7 +11,7 @@ import pandas as pd
 from common.artifacts import write_tables
 from common.command_line import log
 from common.labels import read_cells, read_labels
-from feature_pipeline import COLUMNS, BadConfig, Config, as_text, read_table
+from feature_pipeline import COLUMNS, BadConfig, as_text, read_table
 from sources.demo_cohort import make_demo_cohort
 
 HELD_OUT = 0.3  # of the new data's clients
@@ -25,13 +25,6 @@ def raw_data(source: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     if source["synthetic"] and not source["observations"]:
         return tuple(as_cells(frame) for frame in make_demo_cohort())
     return read_raw(source["observations"], source["labels"])
-
-
-def training_clients(config: Config) -> set[str]:
-    """The clients that a deployed model was trained on. Raises `BadObservations` where their labels are gone."""
-    source = config.training_source
-    demo = source["synthetic"] and not source["labels"]
-    return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
 
 
 def read_raw(observations: str, labels: str) -> tuple[pd.DataFrame, pd.DataFrame]:

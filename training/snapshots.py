@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.command_line import log
 from common.labels import RETROSPECTIVE, read_labels
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     BadObservations,
+    Config,
     FeaturePlan,
     Observations,
     SnapshotSettings,
@@ -261,3 +263,19 @@ def _shuffled_strata(data: TrainingData, rows: np.ndarray, seed: int) -> list[np
     positive = np.unique(data.group[rows][data.label[rows] == 1])
     generator = np.random.default_rng(seed)
     return [generator.permutation(positive), generator.permutation(np.setdiff1d(groups, positive))]
+
+
+def training_clients(config: Config) -> set[str]:
+    """The clients that a deployed model was trained on. Raises `BadObservations` where their labels are gone."""
+    source = config.training_source
+    demo = source["synthetic"] and not source["labels"]
+    return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
+
+
+def learned_clients(config: Config) -> set[str]:
+    """The clients that a deployed model was trained on, where the labels of its training are still there."""
+    try:
+        return training_clients(config)
+    except BadObservations as error:
+        log.warning("warning: which patients model %s has seen cannot be told: %s", config.model_version, error)
+        return set()

@@ -1,0 +1,2 @@
+def write_papers(out, config, record, answers):
+    return {}
