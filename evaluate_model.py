@@ -24,10 +24,10 @@ from common.command_line import DONE, log, make_parser, number, progress, run
 from common.labels import read_labels
 from common.trial import read_stop_rule
 from evaluation.evaluate import Settings, compare_versions, evaluate, side_by_side
-from evaluation.exports.papers import write_papers
+from evaluation.exports.papers import read_answers, write_papers
 from evaluation.exports.seismometer import write_seismometer
 from evaluation.report import report_page
-from evaluation.scoring import AT_OBSERVATIONS, Past, past_of, scores_of, ward_scores_of
+from evaluation.scoring import AT_OBSERVATIONS, Past, past_of, scores_of, ward_scores_of, with_antibiotics
 from evaluation.silent_trial import past_of_log, trial
 from evaluation.subgroups import named_groups, observed_groups
 from feature_pipeline import BadConfig, Config, ProductionPipeline, describe_set_aside, listed, load_config
@@ -101,7 +101,7 @@ def work(arguments: argparse.Namespace) -> int:
     write_json(out / "evaluation.json", record)
     write_atomic(out / "evaluation.html", report_page(record, notices))
     if "papers" in arguments.export:
-        opened = write_papers(out, config, record, arguments.answers)
+        opened = write_papers(out, config, record, read_answers(arguments.answers))
         for name, (n_open, n_items) in opened.items():
             print(f"{name}: {n_items - n_open} of {n_items} items answered, {n_open} left to a person")
     if "seismometer" in arguments.export:
