@@ -92,6 +92,7 @@ def work(arguments: argparse.Namespace) -> int:
     config, labels = load_config(folder / CONFIG), read_labels(arguments.labels)
     settings = Settings(arguments.cooldown, arguments.window, arguments.beds, arguments.alerts_a_day, arguments.seed)
     notices = [DEMO] if arguments.synthetic else []
+    answers = read_answers(arguments.answers)
     if arguments.from_log is not None:
         record = from_log(arguments, config, labels, settings)
         past, scored, groups = None, None, {}
@@ -101,7 +102,7 @@ def work(arguments: argparse.Namespace) -> int:
     write_json(out / "evaluation.json", record)
     write_atomic(out / "evaluation.html", report_page(record, notices))
     if "papers" in arguments.export:
-        opened = write_papers(out, config, record, read_answers(arguments.answers))
+        opened = write_papers(out, config, record, answers)
         for name, (n_open, n_items) in opened.items():
             print(f"{name}: {n_items - n_open} of {n_items} items answered, {n_open} left to a person")
     if "seismometer" in arguments.export:

@@ -30,7 +30,7 @@ def intended_use(config: Config) -> str:
 
 def levels_of(config: Config) -> str:
     levels = config.risk_thresholds
-    return f"medium from {levels['medium']:g}, high from {levels['high']:g}"
+    return f"MEDIUM from {levels['medium']:g}, HIGH from {levels['high']:g}"
 
 
 def limits_of(config: Config) -> list[str]:

@@ -22,7 +22,7 @@ from evaluation.comparators import number
 from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME
 
 RANDOM_DRAWS = 20
-BUDGETS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 40, 60)  # alerts per 100 patient-days
+BUDGETS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 40, 60, 100, 200, 300)  # alerts per 100 patient-days
 
 
 def random_alerts(scored: Scored, windows: Sequence[float] = WINDOWS, seed: int = 0) -> dict[str, Any]:

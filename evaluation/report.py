@@ -196,7 +196,7 @@ def thresholds(record: Mapping[str, Any]) -> list[str]:
             row = found["answer"]
             out.append(
                 paragraph(
-                    f"If a ward of {beds} beds can answer {asked:g} alerts a day, HIGH starts at "
+                    f"Budget of the ward: {asked:g} a day for {beds} beds. HIGH then starts at "
                     f"{row['threshold']:.4g}: {plain(row['alerts_a_day'])} alerts a day, {share(row['ppv'])} right, "
                     f"{share(row['sensitivity'])} of the septic visits alerted. To deploy it: {found['command']}"
                 )

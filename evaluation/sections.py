@@ -7,29 +7,23 @@ from typing import Any
 
 from common.pages import facts_table, heading, image, listing, paragraph
 from evaluation import plots
-from evaluation.words import NOTHING, beyond, dated, hours, of, plain, share, table, window_of
+from evaluation.words import NOTHING, dated, hours, of, plain, points, share, signed, table, window_of
 
 
 def ward_scores(record: Mapping[str, Any]) -> list[str]:
     found = record.get("ward_scores")
     if not found:
         return []
-    w = window_of(record)
-    ranks, moments, events, lacking = [], [], [], []
-    model = record["ranking"]
-    ranks.append({"score": "model", "ROC AUC": of(model, "roc_auc", plain, digits=3)})
-    ranks[0] |= {"average precision": of(model, "average_precision", plain, digits=3), "model against it": ""}
+    w, model = window_of(record), record["ranking"]
     ppv, caught = (f"ppv_{w:g}h", f"sensitivity_{w:g}h") if dated(record) else ("visit_ppv", "visit_sensitivity")
+    ranks = [_ranks("model", model) | {"ROC AUC, model minus score": ""}]
+    moments, events, leads, lacking = [], [], [], []
     for ward in found.values():
-        theirs, gap = ward["ranking"]["comparator"], ward["differences"]
+        gap, equal = ward["differences"], ward["equal_alerts"]
         name = f"{ward['title']}, {ward['cut']:g} or more"
         ranks.append(
-            {
-                "score": ward["title"],
-                "ROC AUC": of(theirs, "roc_auc", plain, digits=3),
-                "average precision": of(theirs, "average_precision", plain, digits=3),
-                "model against it": "ROC AUC: " + beyond(gap["roc_auc"], as_share=False),
-            }
+            _ranks(ward["title"], ward["ranking"]["comparator"])
+            | {"ROC AUC, model minus score": signed(gap["roc_auc"])}
         )
         moments.append(
             {
@@ -37,24 +31,28 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
                 "called": share(ward["called_share"]),
                 "its sensitivity": share(gap["moment_sensitivity"]["comparator"]),
                 "the model's": share(gap["moment_sensitivity"]["model"]),
+                "difference": points(gap["moment_sensitivity"]),
                 "its PPV": share(gap["moment_ppv"]["comparator"]),
                 "the model's PPV": share(gap["moment_ppv"]["model"]),
-                "sensitivity": beyond(gap["moment_sensitivity"]),
             }
         )
-        equal = ward["equal_alerts"]
         ours, its = equal["model"], equal["comparator"]
         events.append(
             {
                 "score": name,
-                "alerts per 100 patient-days": plain(its["alerts_per_100_patient_days"]),
-                "the model's threshold": NOTHING if equal["threshold"] is None else f"{equal['threshold']:.4g}",
+                "alerts per 100 patient-days": plain(its["alerts_per_100_patient_days"], digits=1),
                 "its PPV": share(its.get(ppv)),
                 "the model's PPV": share(ours.get(ppv)),
+                "PPV, difference": points(equal["differences"][ppv]),
                 "its septic visits alerted": share(its.get(caught)),
                 "the model's": share(ours.get(caught)),
-                "PPV": beyond(equal["differences"][ppv]),
-                "septic visits alerted": beyond(equal["differences"][caught]),
+                "difference": points(equal["differences"][caught]),
+            }
+        )
+        leads.append(
+            {
+                "score": name,
+                "the model's threshold": NOTHING if equal["threshold"] is None else f"{equal['threshold']:.4g}",
                 "its lead time": hours(its.get(f"lead_hours_{w:g}h")),
                 "the model's lead time": hours(ours.get(f"lead_hours_{w:g}h")),
             }
@@ -62,21 +60,18 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
         parts = ", ".join(
             f"{part.replace('_', ' ')} {share(n, digits=0)}" for part, n in ward["inputs_missing"].items()
         )
-        lacking.append(
-            f"{ward['title']}: no input at all at {share(ward['without_input'])} of the moments; by part: {parts}"
-        )
+        lacking.append(f"{ward['title']}: no input at all {share(ward['without_input'])}; by part: {parts}")
     out = [
         heading("Against the scores that the ward has"),
         paragraph(
             "All scores see the same visits, moments and observations of the last 24 h. A score without inputs, and "
-            "UNKNOWN, ranks lowest and gives no alert. Differences are the model minus the score, paired."
+            "UNKNOWN, ranks lowest and gives no alert. Differences are the model minus the score, paired, with 95% "
+            "intervals: an interval without 0 is beyond chance."
         ),
     ]
     if model["curves"]:
-        alt = "ROC and precision-recall curves. ROC AUC: " + ", ".join(
-            f"{r['score']} {r['ROC AUC'][:5]}" for r in ranks
-        )
-        out.append(image(plots.roc_and_precision(record), alt))
+        known = ", ".join(f"{row['score']} {row['ROC AUC'][:5]}" for row in ranks)
+        out.append(image(plots.roc_and_precision(record), f"ROC and precision-recall curves. ROC AUC: {known}"))
     out += [
         table(ranks),
         paragraph(
@@ -86,13 +81,26 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
         table(moments),
         paragraph("Alerts as events, with a threshold of the model that gives no more alerts than the score's cut:"),
         table(events),
-        paragraph("Share of the moments at which an input of a score was missing in the last 24 h (0 points then):"),
-        listing(lacking),
-        paragraph(
-            "Cuts: " + "; ".join(f"{ward['title']} {ward['cut']:g}, {ward['source']}" for ward in found.values())
-        ),
     ]
-    return out
+    if dated(record):
+        out += [paragraph(f"Lead time of the first alert in the last {w:g} h before onset:"), table(leads)]
+    cuts = "; ".join(f"{ward['title']} {ward['cut']:g}, {ward['source']}" for ward in found.values())
+    return [
+        *out,
+        paragraph(
+            "Share of the moments at which inputs were missing in the last 24 h (a missing part gives 0 points):"
+        ),
+        listing(lacking),
+        paragraph(f"Cuts: {cuts}."),
+    ]
+
+
+def _ranks(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "score": name,
+        "ROC AUC": of(figures, "roc_auc", plain, digits=3),
+        "average precision": of(figures, "average_precision", plain, digits=3),
+    }
 
 
 def net_benefit(record: Mapping[str, Any]) -> list[str]:

@@ -125,6 +125,8 @@ def differences(visits: Mapping[str, np.ndarray], groups: Groups, clients: Clien
     found = []
     for attribute, group, member in members(groups):
         rest = ~member & (groups[attribute] != "")
+        if len(set(groups[attribute][rest])) == 1 and any(row["attribute"] == attribute for row in found):
+            continue  # the second of two groups: the same comparison
         if group == "not known" or min(visits["visits"][some].sum() for some in (member, rest)) < FEWEST_VISITS:
             continue
         own, other = clients.sums(visits, member), clients.sums(visits, rest)

@@ -48,17 +48,28 @@ def dated(record: Mapping[str, Any]) -> bool:
     return f"ppv_{window_of(record):g}h" in record["alerts"]["deployed"]
 
 
-def beyond(difference: Mapping[str, Any], as_share: bool = True) -> str:
-    """A paired difference in words."""
+def beyond(difference: Mapping[str, Any]) -> str:
+    """A paired difference of shares in words."""
     span = difference["difference_95"]
     if span is None or difference["difference"] is None:
         return "the difference is not known"
-    factor, unit = (100, " points") if as_share else (1, "")
-    digits = 1 if as_share else 3
-    shown = (
-        f"difference {factor * difference['difference']:+.{digits}f}{unit} "
-        f"(95% {factor * span[0]:+.{digits}f} to {factor * span[1]:+.{digits}f})"
-    )
+    shown = f"difference {points(difference)}"
     if span[0] <= 0 <= span[1]:
         return f"{shown}, within chance"
     return f"{shown}, beyond chance, {'for' if span[0] > 0 else 'against'} the model"
+
+
+def points(difference: Mapping[str, Any]) -> str:
+    """A paired difference of shares in percentage points, with its 95% interval."""
+    span = difference["difference_95"]
+    if span is None or difference["difference"] is None:
+        return NOTHING
+    return f"{100 * difference['difference']:+.1f} points ({100 * span[0]:+.1f} to {100 * span[1]:+.1f})"
+
+
+def signed(difference: Mapping[str, Any]) -> str:
+    """A paired difference of other figures, with its 95% interval."""
+    span = difference["difference_95"]
+    if span is None or difference["difference"] is None:
+        return NOTHING
+    return f"{difference['difference']:+.3f} ({span[0]:+.3f} to {span[1]:+.3f})"

@@ -28,7 +28,7 @@ def facts_of(config: Config, record: Mapping[str, Any]) -> dict[str, str]:
         "date": model["trained_at"] or "",
         "output": (
             f"A probability of {output_of(config)} for a visit at a moment, and a risk level: {levels_of(config)}, "
-            "low below; UNKNOWN where the evidence is not enough."
+            "LOW below; UNKNOWN where the evidence is not enough."
         ),
         "kind_of_output": "A prediction (a probability), with a classification into risk levels.",
         "use": intended_use(config),
@@ -77,12 +77,12 @@ def facts_of(config: Config, record: Mapping[str, Any]) -> dict[str, str]:
         ),
         "monitoring": (
             "monitor.py check watches drift, missing codes, latency and errors, and, with outcomes, "
-            "discrimination, calibration and the stop rule; evaluate_model.py --from-log gives this report on live scores."
+            "discrimination, calibration and the stop rule; evaluate_model.py --from-log reports on live scores."
         ),
         "fairness_monitoring": "evaluate_model.py --groups works out the figures of each group on newer visits.",
         "updating": (
-            "train_best_model.py --retrain searches on old and new data, compares on held-out new patients, and deploys "
-            "only what is not worse; --rollback goes back to an archived version."
+            "train_best_model.py --retrain searches on old and new data, compares on held-out new patients, and "
+            "deploys only what is not worse; --rollback goes back to an archived version."
         ),
         "class_imbalance": "No resampling. Probabilities are calibrated on out-of-fold predictions (Platt).",
         "split": (

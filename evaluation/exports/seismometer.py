@@ -15,7 +15,7 @@ import pandas as pd
 from common.alerts import Scored
 from common.artifacts import write_json, write_tables
 from common.pseudonyms import Pseudonyms
-from evaluation.scoring import Past
+from evaluation.scoring import Past, judged_of
 from evaluation.subgroups import Groups
 from feature_pipeline import NO_TIME, Config
 
@@ -26,11 +26,13 @@ SCORE = "sepsis_probability"
 def write_seismometer(
     folder: Path, past: Past, scored: Scored, config: Config, groups: Groups, window_hours: float
 ) -> None:
-    """Writes the folder. Moments that are UNKNOWN have no score and are left out."""
+    """Writes the folder. Left out are moments that are UNKNOWN, and those after onset unless the model knows such."""
     pseudonyms = Pseudonyms.from_environment()
     client = np.array([pseudonyms.client(c) for c, _ in past.keys], dtype=object)
     visit = np.array([pseudonyms.visit(c, v) for c, v in past.keys], dtype=object)
-    known = ~np.isnan(scored.probability)
+    known = np.zeros(len(scored.visit), dtype=bool)
+    known[judged_of(scored, config).rows] = True
+    known &= ~np.isnan(scored.probability)
     own = scored.visit[known]
     cohorts = {f"group_{i}": name for i, name in enumerate(groups)}
     predictions = pd.DataFrame(
@@ -65,15 +67,19 @@ def descriptions(config: Config, cohorts: dict[str, str], window_hours: float) -
     """The other files of the folder, by name."""
     levels = config.risk_thresholds
     version = config.model_version or "unversioned"
-    event = {
-        "source": TARGET,
-        "display_name": TARGET,
-        "window_hr": window_hours,
-        "offset_hr": 0,
-        "usage": "target",
-        "aggregation_method": "max",
-        "merge_strategy": "forward",
-    }
+    windows = {f"{TARGET} in {hours:g} h": hours for hours in (config.snapshots.horizon_hours, window_hours)}
+    events = [
+        {
+            "source": TARGET,
+            "display_name": name,
+            "window_hr": hours,
+            "offset_hr": 0,
+            "usage": "target",
+            "aggregation_method": "max",
+            "merge_strategy": "forward",
+        }
+        for name, hours in windows.items()
+    ]
     meanings = {
         "client": ("object", "pseudonym of the client"),
         "visit": ("object", "pseudonym of the visit"),
@@ -104,11 +110,11 @@ def descriptions(config: Config, cohorts: dict[str, str], window_hours: float) -
                 "entity_id": "client",
                 "context_id": "visit",
                 "primary_output": SCORE,
-                "primary_target": TARGET,
+                "primary_target": next(iter(windows)),
                 "predict_time": "prediction_time",
                 "event_table": {"type": "Type", "time": "EventTime", "value": "Value"},
                 "cohorts": [{"source": column, "display_name": name} for column, name in cohorts.items()],
-                "events": [event],
+                "events": events,
             }
         },
         "event_dictionary.yml": {
