@@ -27,11 +27,10 @@ from evaluation.evaluate import Settings, compare_versions, evaluate, side_by_si
 from evaluation.exports.papers import read_answers, write_papers
 from evaluation.exports.seismometer import write_seismometer
 from evaluation.report import report_page
-from evaluation.scoring import AT_OBSERVATIONS, Past, past_of, scores_of, ward_scores_of, with_antibiotics
+from evaluation.scoring import AT_OBSERVATIONS, Past, past_of, scores_of, unseen, ward_scores_of, with_antibiotics
 from evaluation.silent_trial import past_of_log, trial
 from evaluation.subgroups import named_groups, observed_groups
 from feature_pipeline import BadConfig, Config, ProductionPipeline, describe_set_aside, listed, load_config
-from training.snapshots import learned_clients
 
 CONFIG, MODEL = "best_model_config.json", "best_model.pkl"
 DEMO = "The data are the synthetic demo cohort (no real patients): its figures say nothing about real patients."
@@ -58,22 +57,7 @@ def folder_of(directory: Path, version: str | None) -> Path:
     return folder
 
 
-def unseen(labels: pd.DataFrame, *configs: Config) -> pd.DataFrame:
-    """The labels of clients that none of these models learned from. Raises `BadConfig` if there is none."""
-    for config in configs:
-        own = labels["client"].isin(learned_clients(config))
-        if own.all() and len(labels):
-            raise BadConfig(
-                f"model {config.model_version} was trained on all of these patients; evaluate it on others, or the "
-                "figures flatter it"
-            )
-        if own.any():
-            log.info("%d labelled visits are left out: model %s learned from them", own.sum(), config.model_version)
-        labels = labels[~own]
-    return labels
-
-
-def score(folder: Path, past: Past, arguments: argparse.Namespace) -> Scored:
+def score(folder: Path, past: Past, arguments: argparse.Namespace) -> tuple[Scored, dict[str, int]]:
     pipeline = ProductionPipeline(folder / CONFIG, folder / MODEL)
     with progress(None, len(past.visit), arguments.quiet, unit=" scores", unit_scale=True) as bar:
         return scores_of(pipeline, past, arguments.cooldown, lambda done: bar.update(done - bar.n))
@@ -134,7 +118,7 @@ def from_observations(
         log.info("%s", text)
     past = with_antibiotics(past_of(observations, labels, arguments.score_every), arguments.labels)
     log.info("%d visits, %d moments", len(past.stays.start), len(past.visit))
-    scored = score(folder, past, arguments)
+    scored, reasons = score(folder, past, arguments)
     groups = observed_groups(past.observations, past.place)
     if arguments.groups:
         groups |= named_groups(arguments.groups, past.keys)
@@ -143,6 +127,7 @@ def from_observations(
     record = evaluate(
         past, scored, config, settings, ward_scores_of(past), groups, lambda text: log.info("figures: %s", text)
     )
+    record["data"]["unknown_reasons"] = reasons
     if other:
         new = ProductionPipeline(other / CONFIG, other / MODEL)
         theirs = past_of(new.reproducer.read(arguments.observations), labels, arguments.score_every)
@@ -150,7 +135,7 @@ def from_observations(
         place = {key: i for i, key in enumerate(theirs.observations.keys())}
         own = np.array([place[key] for key in past.keys], dtype=np.int64)
         same = Past(theirs.observations, past.stays, own, past.visit, past.time, past.keys)
-        found = compare_versions(scored, score(other, same, arguments), config, settings)
+        found = compare_versions(scored, score(other, same, arguments)[0], config, settings)
         versions = {"old_version": config.model_version or "unversioned", "new_version": arguments.compare}
         record["comparison"] = versions | found
     if arguments.by:

@@ -33,6 +33,8 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     }
     lines = [f"{name}: {number:,}" for name, number in data["left_out"].items()]
     out = [facts_table(facts)]
+    if reasons := data.get("unknown_reasons"):
+        out += [paragraph("UNKNOWN, by reason:"), listing(f"{text}: {n:,} scores" for text, n in reasons.items())]
     if lines:
         out += [paragraph("Left out of the evaluation:"), listing(lines)]
     ppv, caught = (f"ppv_{w:g}h", f"sensitivity_{w:g}h") if dated(record) else ("visit_ppv", "visit_sensitivity")

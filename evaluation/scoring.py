@@ -9,11 +9,14 @@ import numpy as np
 import pandas as pd
 
 from common.alerts import COOLDOWN_HOURS, Judged, Scored, Stays, judged_moments
+from common.command_line import log
 from common.labels import read_cells
 from evaluation.comparators import COMPARATORS
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
+    UNKNOWN_REASONS,
+    BadConfig,
     BadObservations,
     Config,
     FeaturePlan,
@@ -22,10 +25,10 @@ from feature_pipeline import (
     as_text,
     parse_times,
 )
-from training.snapshots import in_order_of_names
+from training.snapshots import in_order_of_names, learned_clients
 
 AT_OBSERVATIONS = "observation"
-MOMENTS_AT_ONCE = 40_000  # bounds the memory of features; the numbers do not depend on it
+MOMENTS_AT_ONCE = 20_000  # bounds the memory of features; the numbers do not depend on it
 
 
 @dataclass(frozen=True)
@@ -122,22 +125,42 @@ def parts_of(visit: np.ndarray) -> Iterator[slice]:
         yield slice(start, min(start + MOMENTS_AT_ONCE, len(visit)))
 
 
+def unseen(labels: pd.DataFrame, *configs: Config) -> pd.DataFrame:
+    """The labels of clients that none of these models learned from. Raises `BadConfig` if there is none."""
+    for config in configs:
+        own = labels["client"].isin(learned_clients(config))
+        if own.all() and len(labels):
+            raise BadConfig(
+                f"model {config.model_version} was trained on all of these patients; evaluate it on others, or the "
+                "figures flatter it"
+            )
+        if own.any():
+            log.info("%d labelled visits are left out: model %s learned from them", own.sum(), config.model_version)
+        labels = labels[~own]
+    return labels
+
+
 def scores_of(
-    pipeline: ProductionPipeline, past: Past, cooldown_hours: float = COOLDOWN_HOURS, tell: Callable = lambda _: None
-) -> Scored:
-    """The model's answers at all moments, with its own rules of evidence and its own thresholds.
+    pipeline: ProductionPipeline,
+    past: Past,
+    cooldown_hours: float = COOLDOWN_HOURS,
+    tell: Callable[[int], object] = lambda _: None,
+) -> tuple[Scored, dict[str, int]]:
+    """(the model's answers at all moments, with its own rules of evidence and its own thresholds; how many are UNKNOWN,
+    by reason).
 
     `past` must be what this pipeline reads: another pipeline may map codes otherwise.
     """
-    probability = np.full(len(past.visit), np.nan)
-    level = np.full(len(past.visit), "UNKNOWN", dtype="<U7")
+    probability, high = np.full(len(past.visit), np.nan), np.zeros(len(past.visit), dtype=bool)
+    reasons: dict[str, int] = {}
     for part in parts_of(past.visit):
-        found = pipeline.score(past.observations, past.place[past.visit[part]], past.time[part])
-        probability[part] = found
-        level[part] = pipeline.risk_level(found)
+        found = pipeline.assess(past.observations, past.place[past.visit[part]], past.time[part])
+        probability[part], high[part] = found.probability, found.level == "HIGH"
+        for reason, text in UNKNOWN_REASONS.items():
+            reasons[text] = reasons.get(text, 0) + int(np.count_nonzero(found.reason == reason))
         tell(part.stop)
-    high = (level == "HIGH") & ~np.isnan(probability)
-    return Scored.of(past.stays, past.visit, past.time, probability, high, cooldown_hours)
+    scored = Scored.of(past.stays, past.visit, past.time, probability, high, cooldown_hours)
+    return scored, {text: n for text, n in reasons.items() if n}
 
 
 def ward_scores_of(past: Past) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
