@@ -1887,6 +1887,7 @@ class FeaturePlan:
         n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
         for part in _parts(n_groups, _PAIRS_AT_ONCE):
             fill(part)
+        del fill  # it names itself: the cycle would keep `out` until the garbage collector comes
         if order is not None:
             out[:, order] = out.copy()
         return out.T

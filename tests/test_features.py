@@ -1,8 +1,10 @@
 """Features: against a naive oracle, under changes that must not matter, and by hand."""
 
+import gc
 import itertools
 import math
 import pickle
+import weakref
 from datetime import datetime, timedelta
 
 import hypothesis.strategies as st
@@ -322,6 +324,19 @@ def assert_names_parse_back(codes):
     in_block = set(fp.CLINICAL) - fp.FOR_COMPARISON
     assert len(names) == len(in_block) + len(fp.CONTEXT) + per_code * len(codes)
     assert {f"clinical__{name}" for name in in_block} <= set(names)
+
+
+def test_features_are_freed_with_their_last_name():
+    """And not when the garbage collector comes: a night of scoring would hold gigabytes until then."""
+    observations = fp.read_observations(visit_of((0, "HR", 80), (1, "HR", 90)))
+    gc.disable()
+    try:
+        out = fp.FeaturePlan(["HR__last"]).evaluate(observations, np.array([0]), observations.last_time)
+        memory = weakref.ref(out.base)
+        del out
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_scores_for_comparison_are_features_that_no_block_makes():
