@@ -1873,24 +1873,24 @@ class FeaturePlan:
         place = {code: i for i, code in enumerate(self.codes)}
         own_code = np.array([place.get(code, -1) for code in observations.codes])
 
-        def fill(part: tuple[int, int]) -> None:
-            rows = slice(*part)
-            try:
-                self._fill(out[:, rows], observations, visit[rows], as_of[rows], own_code)
-            except OverflowError:  # stays of centuries: fewer visits at once
-                middle = sum(part) // 2
-                if middle == part[0]:
-                    raise BadObservations("a visit spans too many years to be right; check its dates") from None
-                fill((part[0], middle))
-                fill((middle, part[1]))
-
         n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
         for part in _parts(n_groups, _PAIRS_AT_ONCE):
-            fill(part)
-        del fill  # it names itself: the cycle would keep `out` until the garbage collector comes
+            self._fill_part(part, out, observations, visit, as_of, own_code)
         if order is not None:
             out[:, order] = out.copy()
         return out.T
+
+    def _fill_part(self, part: tuple[int, int], out, observations, visit, as_of, own_code) -> None:
+        """Writes the features of the snapshots from `part[0]` to `part[1]`."""
+        rows = slice(*part)
+        try:
+            self._fill(out[:, rows], observations, visit[rows], as_of[rows], own_code)
+        except OverflowError:  # stays of centuries: fewer visits at once
+            middle = sum(part) // 2
+            if middle == part[0]:
+                raise BadObservations("a visit spans too many years to be right; check its dates") from None
+            for half in ((part[0], middle), (middle, part[1])):
+                self._fill_part(half, out, observations, visit, as_of, own_code)
 
     def _fill(self, out, observations, visit, as_of, own_code) -> None:
         """Writes the features of some snapshots to `out` (n_features, n_snapshots)."""
