@@ -106,7 +106,7 @@ def _findings(engine: sa.Engine, arguments: argparse.Namespace) -> tuple[Finding
 
 
 def look_at_stop_rule(findings: Findings, engine: sa.Engine, arguments: Any, config: Config, until: datetime):
-    """An alert for each figure beyond its bound; a remark for each rule that holds or cannot be judged yet."""
+    """A warning for each figure beyond its bound; a remark for each rule that holds or cannot be judged yet."""
     if not arguments.labels:
         raise BadConfig("--stop-rule needs the outcomes of the visits: --labels")
     rules = read_stop_rule(arguments.stop_rule)
@@ -117,7 +117,7 @@ def look_at_stop_rule(findings: Findings, engine: sa.Engine, arguments: Any, con
         findings.remarks.append(f"the stop rule is not judged: {error}")
         return
     for row in judge(rules, scored, config):
-        kind = findings.alerts if row["state"] == "stop" else findings.remarks
+        kind = findings.warnings if row["state"] == "stop" else findings.remarks
         kind.append(f"stop rule: {row['text']}")
 
 
