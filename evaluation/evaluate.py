@@ -191,7 +191,10 @@ def thresholds_section(scored: Scored, settings: Settings, config: Config) -> di
         if rows:
             high = significant(rows[0]["threshold"])
             medium = min(float(config.risk_thresholds["medium"]), high / 2)
-            out["command"] = f"python train_best_model.py --set-thresholds {significant(medium)},{high}"
+            out["command"] = (
+                f"python train_best_model.py --set-thresholds --risk-thresholds {significant(medium)},{high} "
+                f'--reason "{settings.alerts_a_day:g} alerts a day, {settings.beds} beds"'
+            )
     return out
 
 
