@@ -1499,21 +1499,25 @@ def clinical_inputs(name: str) -> frozenset[str]:
 
 
 CLINICAL: dict[str, Callable[[Concepts], np.ndarray]] = {}
+FOR_COMPARISON: set[str] = set()  # those of them that no block makes: evaluation compares the model with them
 
 
-def clinical(name: str):
+def clinical(name: str, in_block: bool = True):
     def declare(function):
         CLINICAL[name] = lambda c: c.once((name,), lambda: function(c))
+        if not in_block:
+            FOR_COMPARISON.add(name)
         return function
 
     return declare
 
 
-def clinical_score(name: str, *parts: str):
+def clinical_score(name: str, *parts: str, in_block: bool = True):
     """Declares a sum of parts as several features.
 
     `<name>`: the sum of the parts whose inputs are there, NaN where no part has its inputs; `<name>_parts`: how
-    many have; `<name>_<part>`: each part's points, NaN where its inputs are missing.
+    many have; `<name>_<part>`: each part's points, NaN where its inputs are missing. With `in_block=False` the block
+    ``clinical`` does not make them: models keep the features that they have.
     """
 
     def declare(function):
@@ -1528,10 +1532,10 @@ def clinical_score(name: str, *parts: str):
             total = np.add.reduce(np.where(np.isnan(points(c)), 0.0, points(c)), axis=0)
             return np.where(observed(c) > 0, total, np.nan)
 
-        clinical(name)(score)
-        clinical(f"{name}_parts")(observed)
+        clinical(name, in_block)(score)
+        clinical(f"{name}_parts", in_block)(observed)
         for i, part in enumerate(parts):
-            clinical(f"{name}_{part}")(lambda c, i=i: points(c)[i])
+            clinical(f"{name}_{part}", in_block)(lambda c, i=i: points(c)[i])
         return function
 
     return declare
@@ -1638,6 +1642,22 @@ def _partial_sofa(c: Concepts):
     yield _sofa_points("mean_bp", c.lowest("mean_bp"))
     yield _sofa_points("gcs", c.lowest("gcs"))
     yield _sofa_points("creatinine", c.highest("creatinine"))
+
+
+@clinical_score("mews", "respiration", "pulse", "blood_pressure", "temperature", "consciousness", in_block=False)
+def _mews(c: Concepts):
+    """Modified Early Warning Score, Subbe et al., QJM 2001;94:521, doi 10.1093/qjmed/94.10.521.
+
+    Consciousness (alert, voice, pain, unresponsive) is taken from the Glasgow coma scale by the medians 15, 13, 8 and 6
+    (McNarry and Goldhill, Anaesthesia 2004;59:34, doi 10.1111/j.1365-2044.2004.03526.x): 15; 11 to 14; 7 to 10; up to
+    6. As in NEWS2, only 15 is alert.
+    """
+    yield _points(c.latest("respiratory_rate"), [9, 15, 21, 30], [2, 0, 1, 2, 3], "right")
+    yield _points(c.latest("heart_rate"), [40, 50, 100, 110, 129], [2, 1, 0, 1, 2, 3])
+    systolic = c.latest("systolic_bp")
+    yield np.where(systolic >= 200, 2.0, _points(systolic, [70, 80, 100], [3, 2, 1, 0]))
+    yield _points(c.latest("temperature"), [35, 38.5], [2, 0, 2], "right")
+    yield _points(c.latest("gcs"), [6, 10, 14], [3, 2, 1, 0])
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -1787,7 +1807,7 @@ def block_features(
 ) -> list[str]:
     """The names of all features that a block makes of `codes`. Static codes (age, sex) are `last` only."""
     if block == "clinical":
-        return [str(Feature(block, name)) for name in CLINICAL]
+        return [str(Feature(block, name)) for name in CLINICAL if name not in FOR_COMPARISON]
     if block == "context":
         return [str(Feature(block, name)) for name in CONTEXT]
     if block not in BLOCKS:
@@ -1876,23 +1896,24 @@ class FeaturePlan:
         place = {code: i for i, code in enumerate(self.codes)}
         own_code = np.array([place.get(code, -1) for code in observations.codes])
 
-        def fill(part: tuple[int, int]) -> None:
-            rows = slice(*part)
-            try:
-                self._fill(out[:, rows], observations, visit[rows], as_of[rows], own_code)
-            except OverflowError:  # stays of centuries: fewer visits at once
-                middle = sum(part) // 2
-                if middle == part[0]:
-                    raise BadObservations("a visit spans too many years to be right; check its dates") from None
-                fill((part[0], middle))
-                fill((middle, part[1]))
-
         n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
         for part in _parts(n_groups, _PAIRS_AT_ONCE):
-            fill(part)
+            self._fill_part(part, out, observations, visit, as_of, own_code)
         if order is not None:
             out[:, order] = out.copy()
         return out.T
+
+    def _fill_part(self, part: tuple[int, int], out, observations, visit, as_of, own_code) -> None:
+        """Writes the features of the snapshots from `part[0]` to `part[1]`."""
+        rows = slice(*part)
+        try:
+            self._fill(out[:, rows], observations, visit[rows], as_of[rows], own_code)
+        except OverflowError:  # stays of centuries: fewer visits at once
+            middle = sum(part) // 2
+            if middle == part[0]:
+                raise BadObservations("a visit spans too many years to be right; check its dates") from None
+            for half in ((part[0], middle), (middle, part[1])):
+                self._fill_part(half, out, observations, visit, as_of, own_code)
 
     def _fill(self, out, observations, visit, as_of, own_code) -> None:
         """Writes the features of some snapshots to `out` (n_features, n_snapshots)."""

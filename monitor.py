@@ -24,8 +24,10 @@ import sqlalchemy as sa
 
 from common.artifacts import write_atomic, write_tables
 from common.command_line import DONE, SOME_FAILED, add_log_options, log, make_parser, number, post_json, run, table_path
-from common.pseudonyms import Pseudonyms
-from feature_pipeline import DEFAULT_CONFIG, BadConfig, load_config
+from common.labels import read_labels
+from common.pseudonyms import Pseudonyms, lasting_pseudonyms
+from common.trial import judge, live_scores, read_stop_rule
+from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, Config, load_config
 from monitoring.findings import Findings, read_rows
 from monitoring.log import DEFAULT_URL, OFF, URL_VARIABLE, errors, open_engine, predictions, url_of
 from monitoring.look import look
@@ -97,7 +99,26 @@ def _findings(engine: sa.Engine, arguments: argparse.Namespace) -> tuple[Finding
     until = arguments.until or datetime.now(UTC).replace(tzinfo=None)
     labels = read_outcomes(arguments.labels) if arguments.labels else None
     options = (arguments.days, arguments.baseline_days, labels, arguments.max_seconds)
-    return look(engine, config, until, *options), config, until
+    findings = look(engine, config, until, *options)
+    if arguments.stop_rule:
+        look_at_stop_rule(findings, engine, arguments, config, until)
+    return findings, config, until
+
+
+def look_at_stop_rule(findings: Findings, engine: sa.Engine, arguments: Any, config: Config, until: datetime):
+    """A warning for each figure beyond its bound; a remark for each rule that holds or cannot be judged yet."""
+    if not arguments.labels:
+        raise BadConfig("--stop-rule needs the outcomes of the visits: --labels")
+    rules = read_stop_rule(arguments.stop_rule)
+    rows = read_rows(engine, None, until, config.model_version or "unversioned")
+    try:
+        scored, _ = live_scores(rows, read_labels(arguments.labels), lasting_pseudonyms())
+    except BadObservations as error:
+        findings.remarks.append(f"the stop rule is not judged: {error}")
+        return
+    for row in judge(rules, scored, config):
+        kind = findings.warnings if row["state"] == "stop" else findings.remarks
+        kind.append(f"stop rule: {row['text']}")
 
 
 def report(engine: sa.Engine, arguments: argparse.Namespace) -> int:
@@ -177,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in ("report", "check"):
             option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
             option("--labels", metavar="FILE", help="outcomes of the visits, for the quality by week")
+            about = "stop_rule.toml: bounds at which the trial stops; needs --labels"
+            option("--stop-rule", metavar="FILE", help=about)
             about = "compare with this many first days of the log; 0: with training"
             option("--baseline-days", type=number(int, 0, MOST_DAYS), default=0, metavar="DAYS", help=about)
             about = "warn if the p95 latency is longer"

@@ -13,12 +13,16 @@ import pandas as pd
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
+tr, img { break-inside: avoid; }
+h2 { break-after: avoid; }
+@media screen { table { display: block; overflow-x: auto; } }
 th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
 td:first-child { white-space: nowrap; }
 .number { text-align: right; }
 .notice { background: #fff4d6; border-left: .3rem solid #d99a00; padding: .5rem 1rem; }
 .warning { background: #fbe7e8; border-left: .3rem solid #b3202c; padding: .5rem 1rem; }
 img { max-width: 100%; }
+@media (max-width: 40rem) { td:first-child { white-space: normal; } th, td { padding: .2rem .4rem; } }
 """
 _NAMES = {
     "roc_auc": "ROC AUC",

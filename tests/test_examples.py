@@ -8,19 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import sqlalchemy as sa
 from confluent_kafka import Producer
 
-from common.labels import read_labels
 from common.pseudonyms import Pseudonyms
-from examples import alert_burden, production_system
-from feature_pipeline import BadConfig, SnapshotSettings, read_observations
+from examples import production_system
+from feature_pipeline import BadConfig
 from serving.db.connection import connect
 from serving.db.tables import make_tables
-from training.snapshots import make_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,46 +81,6 @@ def test_the_whole_system_trains_a_model_and_streams_through_kafka(tmp_path):
     options = ["--models-dir", tmp_path / "models", "--work-dir", tmp_path / "work", "--kafka", brokers]
     done = run_example("production_system.py", *options, "--patients", 20)
     assert "model trained on the demo cohort" in told(done)
-
-
-def test_alerts_and_lead_times_of_three_visits():
-    """Worked by hand: visits a, b of 12 h and 36 h without sepsis, c with onset at its 12th hour; scored every 6 h."""
-    start = pd.Timestamp("2024-05-01")
-    hours = {"a": 12, "b": 36, "c": 24}
-    moments = [(visit, start + pd.Timedelta(hours=hour)) for visit, last in hours.items() for hour in (0, last)]
-    rows = pd.DataFrame(moments, columns=["visit_id", "observation_date"])
-    rows = rows.assign(client=rows["visit_id"], observation_type_code="HR", observation_value=80.0)
-    onset = ["", "", str(start + pd.Timedelta(hours=12))]
-    labels = read_labels(
-        pd.DataFrame({"visit_id": list("abc"), "client": list("abc"), "sepsis": [0, 0, 1], "sepsis_onset": onset})
-    )
-    data = make_training_data(read_observations(rows), labels, SnapshotSettings(every_hours=6))
-    assert np.bincount(data.visit).tolist() == [3, 7, 3]  # c ends at its onset
-    score = np.array([0.1, 0.1, 0.1, *(0.9, 0.9, 0.1, 0.9, 0.1, 0.1, 0.1), *(0.1, 0.6, 0.9)])
-    told = alert_burden.burden(data, score, alert_burden.onsets(data, labels), 0.6)
-    assert told == {
-        "threshold": "0.6",
-        "alerts per 100 patient-days": "120.0",  # b twice, c once, in 12 + 36 + 12 hours
-        "visits alerted": "2 of 3",
-        "septic visits alerted": "1 of 1",
-        "hours before onset, median (quartiles)": "6.0 (6.0 to 6.0)",
-    }
-    assert alert_burden.burden(data, score, alert_burden.onsets(data, labels), 0.95)["visits alerted"] == "0 of 3"
-
-
-def test_the_alert_burden_of_a_cohort(models_dir, cohort_files, tmp_path, capsys):
-    deployed = ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
-    observations, labels = map(str, cohort_files)
-    options = ["--observations", observations, "--labels", labels, "--score-every", "6", *deployed]
-    assert alert_burden.main(options) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert "alerts per 100 patient-days" in shown[0]
-    assert [line.split()[0] for line in shown[1:]] == ["medium", "high", "decision"]
-    pd.read_csv(labels, dtype=str).drop(columns="sepsis_onset").to_csv(tmp_path / "labels.csv", index=False)
-    assert alert_burden.main([*options[:3], str(tmp_path / "labels.csv"), *deployed]) == 2
-    assert alert_burden.main(deployed) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "no sepsis_onset" in told[0] and "name --observations" in told[1]
 
 
 CRONTAB = [

@@ -1,8 +1,10 @@
 """Features: against a naive oracle, under changes that must not matter, and by hand."""
 
+import gc
 import itertools
 import math
 import pickle
+import weakref
 from datetime import datetime, timedelta
 
 import hypothesis.strategies as st
@@ -319,7 +321,28 @@ def assert_names_parse_back(codes):
             names.append(name)
     assert len(set(names)) == len(names)  # no two features share a name
     per_code = len(fp.STATISTICS) + len(fp.DEFAULT_WINDOWS) * sum(s.windowed for s in fp.STATISTICS.values())
-    assert len(names) == len(fp.CLINICAL) + len(fp.CONTEXT) + per_code * len(codes)
+    in_block = set(fp.CLINICAL) - fp.FOR_COMPARISON
+    assert len(names) == len(in_block) + len(fp.CONTEXT) + per_code * len(codes)
+    assert {f"clinical__{name}" for name in in_block} <= set(names)
+
+
+def test_features_are_freed_with_their_last_name():
+    """And not when the garbage collector comes: a night of scoring would hold gigabytes until then."""
+    observations = fp.read_observations(visit_of((0, "HR", 80), (1, "HR", 90)))
+    gc.disable()
+    try:
+        out = fp.FeaturePlan(["HR__last"]).evaluate(observations, np.array([0]), observations.last_time)
+        memory = weakref.ref(out.base)
+        del out
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
+def test_scores_for_comparison_are_features_that_no_block_makes():
+    assert {name.partition("_")[0] for name in fp.FOR_COMPARISON} == {"mews"}
+    assert not {f"clinical__{name}" for name in fp.FOR_COMPARISON} & set(fp.block_features("clinical", []))
+    assert fp.parse_feature("clinical__mews") == fp.Feature("clinical", "mews")
 
 
 def test_names_of_odd_codes_parse_back():
@@ -720,6 +743,17 @@ CLINICAL_BY_HAND: list[tuple[str, dict[str, float], float | None]] = [
     ("sofa", {"HR": 80}, None),
     ("sofa_parts", SOFA_WORST, 6),
     ("sofa_parts", {"Platelets": 60, "FiO2": 0.5}, 1),
+    # MEWS, Subbe 2001
+    *bands("mews_respiration", "Resp", (8, 2), (9, 0), (14, 0), (15, 1), (20, 1), (21, 2), (29, 2), (30, 3)),
+    *bands("mews_pulse", "HR", (40, 2), (41, 1), (50, 1), (51, 0), (100, 0), (101, 1), (110, 1), (111, 2), (129, 2)),
+    *bands("mews_pulse", "HR", (130, 3)),
+    *bands("mews_blood_pressure", "SBP", (70, 3), (71, 2), (80, 2), (81, 1), (100, 1), (101, 0), (199, 0), (200, 2)),
+    *bands("mews_temperature", "Temp", (34.9, 2), (35, 0), (38.4, 0), (38.5, 2)),
+    *bands("mews_consciousness", "GCS", (15, 0), (14, 1), (11, 1), (10, 2), (7, 2), (6, 3), (3, 3)),
+    ("mews", {"Resp": 30, "HR": 130, "SBP": 70, "Temp": 38.5, "GCS": 6}, 14),  # the most MEWS can reach
+    ("mews", {"SBP": 210}, 2),
+    ("mews", {"WBC": 8}, None),
+    ("mews_parts", {"HR": 80, "SBP": 120, "WBC": 8}, 2),
     # ratios
     ("shock_index", {"HR": 120, "SBP": 80}, 1.5),
     ("shock_index", {"HR": 120}, None),
@@ -745,7 +779,7 @@ def test_every_clinical_feature_has_a_row_by_hand():
     assert set(fp.CLINICAL) - {name for name, _, _ in CLINICAL_BY_HAND} == set()
 
 
-@pytest.mark.parametrize("score", ["sirs", "qsofa", "news2", "sofa"])
+@pytest.mark.parametrize("score", ["sirs", "qsofa", "news2", "sofa", "mews"])
 def test_a_score_is_the_sum_of_its_parts(score):
     values = NEWS2_WORST | SOFA_WORST | {"WBC": 15}
     records = visit_of(*((0, code, value) for code, value in values.items()))

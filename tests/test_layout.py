@@ -24,7 +24,7 @@ ROOMS = {
     "monitoring.log": ("monitoring.profile", *CORE),
     "monitoring.migrations": ("monitoring.log", *CORE),
     "training": ("sources", "monitoring.profile", *CORE),
-    "evaluation": ("training.snapshots", *CORE),
+    "evaluation": ("training.snapshots", "monitoring.log", *CORE),  # the log, for a silent trial
     "serving": (),
     "serving.deployed": ("monitoring.log", *CORE),
     "serving.evidence": ("monitoring.log", *CORE),

@@ -23,11 +23,11 @@ from feature_pipeline import (
     SiteCodes,
     describe_set_aside,
 )
-from training.comparison import REFUSED, compare, learned_clients
+from training.comparison import REFUSED, compare
 from training.config import configuration_of
 from training.fitting import FeatureTable
 from training.retraining import check_and_adopt, working_folder
-from training.snapshots import TEST, TrainingData, load_training_data, make_training_data, split_parts
+from training.snapshots import TEST, TrainingData, learned_clients, load_training_data, make_training_data, split_parts
 from training.thresholds import Rule, with_thresholds
 from training.train import Material, version_files
 from training.transfer import Fitted, Source, Trial, candidates, fit_best

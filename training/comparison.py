@@ -10,19 +10,15 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts import write_atomic
-from common.command_line import log
 from common.labels import read_labels
 from common.metrics import compared
 from common.pages import facts_table, frame_table, listing, page, paragraph
 from feature_pipeline import (
     BadConfig,
-    BadObservations,
-    Config,
     ProductionPipeline,
     load_config,
 )
-from training.raw_data import training_clients
-from training.snapshots import make_training_data
+from training.snapshots import learned_clients, make_training_data
 from training.versions import CONFIG, archive_of, switch
 
 
@@ -54,18 +50,6 @@ def compare_and_promote(
 
 
 REFUSED = "not promoted: the new model is worse; --force promotes it all the same"
-
-
-def learned_clients(config: Config) -> set[str]:
-    """The clients that a deployed model, or one that it was adapted from, was trained on, where the labels of the
-    training are still there."""
-    clients: set[str] = set()
-    for source in (config.training_source, *config.adapted.get("trained_before", [])):
-        try:
-            clients |= training_clients(source)
-        except BadObservations as error:
-            log.warning("warning: not all patients that model %s has seen are known: %s", config.model_version, error)
-    return clients
 
 
 TOLERANCE = 0.005  # of ROC AUC and average precision: a smaller loss is none

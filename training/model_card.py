@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.metrics import OperatingPoint, calibration_table, figures
+from common.model_record import OUT_OF_SCOPE, intended_use, limits_of
 from feature_pipeline import Config, FeaturePlan
 from training.snapshots import TrainingData
 from training.thresholds import describe_thresholds
@@ -76,33 +77,21 @@ def model_card(
 ) -> str:
     """The card, as Markdown. `probability` are predictions for the snapshots `rows` that the model did not learn from;
     `basis` says which."""
-    snapshots = config.snapshots
-    ahead = (
-        "whether the stay is septic, looking back at the whole of it"
-        if snapshots.retrospective
-        else f"onset of sepsis within {snapshots.horizon_hours:g} h"
-    )
-    if snapshots.after_onset:
-        ahead += " or past"
     calibration = calibration_table(data.label[rows], probability)
-    worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:8]
     lines = [
         f"# Model card: sepsis risk {version}",
         "",
         *(f"**{line}**\n" for line in notices),
         "## Intended use",
         "",
-        f"Gives each hospital visit a probability of {ahead}, from its vital signs and laboratory values so far. Meant "
-        "for research, and for shadow operation beside clinical judgement after local validation. It is no medical "
-        "device. Not for children unless they were in the data, not for patients whose measurements differ from those "
-        "below, not as the only ground of any decision.",
+        f"{intended_use(config)} {OUT_OF_SCOPE}",
         "",
         "## Model and data",
         "",
         f"- {config.feature_set} with {config.model['name']}, {len(config.feature_names)} features of "
         f"{len(config.codes)} codes",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        f"- split by {data.grouped_by}; snapshots every {snapshots.every_hours:g} h",
+        f"- split by {data.grouped_by}; snapshots every {config.snapshots.every_hours:g} h",
         f"- {describe_thresholds(config)}",
         "",
         f"## By group ({basis}; 95% intervals resampled by {data.grouped_by})",
@@ -127,12 +116,6 @@ def model_card(
         "",
         "## Limits",
         "",
-        "- What is measured, and how often, carries part of the signal: it differs between hospitals, and a model "
-        "loses where it does. Validate on local patients, watch drift (`monitor.py`).",
-        "- Probabilities are calibrated to the share of positives in the data above.",
-        "- Sites are not told apart: observations name none.",
+        *(f"- {line}" for line in limits_of(config)),
     ]
-    if worst:
-        lost = ", ".join(f"{code} {loss:.3f}" for code, loss in worst)
-        lines.append(f"- ROC AUC lost where a code is never measured: {lost}")
     return "\n".join(lines) + "\n"

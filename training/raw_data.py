@@ -29,14 +29,6 @@ def raw_data(source: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return read_raw(source["observations"], source["labels"])
 
 
-def training_clients(source: dict[str, Any]) -> set[str]:
-    """The clients of data that a model was trained on. Raises `BadObservations` where their labels are gone."""
-    demo = source["synthetic"] and not source["labels"]
-    if not (demo or source["labels"]):
-        raise BadObservations("its training data are not here")
-    return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
-
-
 def read_raw(observations: str, labels: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The columns that count, every cell a text as it stands. Raises `BadObservations`."""
     frame, malformed = read_table(Path(observations))

@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from common.command_line import log
 from common.labels import RETROSPECTIVE, read_labels
 from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     BadObservations,
+    Config,
     FeaturePlan,
     Observations,
     SnapshotSettings,
@@ -266,3 +269,23 @@ def _shuffled_strata(data: TrainingData, rows: np.ndarray, seed: int) -> list[np
     positive = np.unique(data.group[rows][data.label[rows] == 1])
     generator = np.random.default_rng(seed)
     return [generator.permutation(positive), generator.permutation(np.setdiff1d(groups, positive))]
+
+
+def training_clients(source: dict[str, Any]) -> set[str]:
+    """The clients of data that a model was trained on. Raises `BadObservations` where their labels are gone."""
+    demo = source["synthetic"] and not source["labels"]
+    if not (demo or source["labels"]):
+        raise BadObservations("its training data are not here")
+    return set(read_labels(make_demo_cohort()[1] if demo else source["labels"])["client"])
+
+
+def learned_clients(config: Config) -> set[str]:
+    """The clients that a deployed model, or one that it was adapted from, was trained on, where the labels of the
+    training are still there."""
+    clients: set[str] = set()
+    for source in (config.training_source, *config.adapted.get("trained_before", [])):
+        try:
+            clients |= training_clients(source)
+        except BadObservations as error:
+            log.warning("warning: not all patients that model %s has seen are known: %s", config.model_version, error)
+    return clients
