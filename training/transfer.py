@@ -213,7 +213,7 @@ def choose(
         for candidate, f, own in zip(known, figures, resampled, strict=True)
     ]
     chosen = next(trial.candidate for trial in trials if trial.as_good)
-    if chosen.parts == AS_IT_IS.parts:
+    if chosen == AS_IT_IS and RECALIBRATED in known:
         score = scores[0]
         gain = log_losses(of.label, parent.calibrate(score)) - log_losses(of.label, of.calibrated(score))
         of_group = np.bincount(np.unique(of.group, return_inverse=True)[1], gain)
