@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--finalists", type=number(int, 1), default=default.finalists, help="number of candidates to cross-validate"
     )
-    parser.add_argument("--folds", type=number(int, 2), default=default.folds, help="number of cross-validation folds")
+    parser.add_argument(
+        "--folds", type=number(int, 2), help="number of cross-validation folds (default: 5, fewer if positives are few)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
     )

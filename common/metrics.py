@@ -173,7 +173,22 @@ def figures(
         "positive_rate": float(label.mean()),
         "n_snapshots": len(label),
         "n_visits": len(np.unique(visit)),
+        "n_positive_snapshots": int(label.sum()),
+        "n_positive_visits": len(np.unique(visit[label == 1])),
     }
+
+
+FEWEST_POSITIVE_VISITS = 20
+
+
+def describe_size(scores: dict[str, Any]) -> str:
+    """Visits and snapshots of `figures`, counted apart; a warning where positive visits are few."""
+    positive = scores["n_positive_visits"]
+    few = f": too few for firm figures (under {FEWEST_POSITIVE_VISITS})" if positive < FEWEST_POSITIVE_VISITS else ""
+    return (
+        f"{scores['n_visits']:,} visits, {positive:,} of them positive{few}; {scores['n_snapshots']:,} snapshots, "
+        f"{scores['n_positive_snapshots']:,} of them positive"
+    )
 
 
 def describe_figures(scores: dict[str, Any]) -> dict[str, str]:
@@ -184,6 +199,7 @@ def describe_figures(scores: dict[str, Any]) -> dict[str, str]:
             scores["average_precision"], *scores["average_precision_95"], scores["positive_rate"]
         ),
         "Brier score": f"{scores['brier']:.5f}",
+        "size": describe_size(scores),
     }
 
 

@@ -44,10 +44,14 @@ class ModelConfiguration:
     members: Sequence[Mapping[str, Any]] = ({},)
 
 
+_LEAVES = {
+    "min_data_in_leaf": 100,
+    "min_sum_hessian_in_leaf": 1.0,  # no leaf may grow surer than its few positives allow
+}
 _REGULARISED = {
     "learning_rate": 0.04,
     "num_leaves": 24,
-    "min_data_in_leaf": 100,
+    **_LEAVES,
     "lambda_l2": 50.0,
     "feature_fraction": 0.12,
     "max_bin": 63,
@@ -59,7 +63,7 @@ _RANDOMISED = {
     "extra_trees": True,
     "learning_rate": 0.1,
     "num_leaves": 24,
-    "min_data_in_leaf": 100,
+    **_LEAVES,
     "lambda_l2": 50.0,
     "feature_fraction": 0.1,
     "max_bin": 63,

@@ -120,9 +120,32 @@ def _fit_members(configuration, table, rows, columns, label, seed, weight) -> Sc
             features, used = table.rows(rows, columns), rows
         features = filled(features, configuration.fill_value)
         weights = None if weight is None else weight[used]
+        params = scaled(params, int(label[used].sum()))
         members.append(_FIT[configuration.kind](params, features, label[used], weights, seed + 1000 * k))
         del features  # gigabytes: gone before the next member's are made
     return ScoreModel(members)
+
+
+ENOUGH_POSITIVES = 400  # snapshots; the configurations were chosen on more
+SMALLEST_LEAF = 5
+# what keeps a leaf from being learned from too few: parameter -> the least that it is scaled down to
+LEAF_PARAMETERS = {
+    "min_data_in_leaf": SMALLEST_LEAF,
+    "min_samples_leaf": SMALLEST_LEAF,
+    "min_sum_hessian_in_leaf": 0.01,
+    "lambda_l2": 1.0,
+    "l2_regularization": 1.0,
+}
+
+
+def scaled(params: dict[str, Any], n_positive: int) -> dict[str, Any]:
+    """The parameters for data with `n_positive` positive snapshots: leaf sizes, made for large data, would leave small
+    data without a split."""
+    share = min(1.0, n_positive / ENOUGH_POSITIVES)
+    return {
+        name: type(value)(max(value * share, LEAF_PARAMETERS[name])) if name in LEAF_PARAMETERS and share < 1 else value
+        for name, value in params.items()
+    }
 
 
 @fits("lightgbm")
@@ -135,7 +158,6 @@ def _fit_lightgbm(params, features, label, weight, seed):
         "num_threads": 1,
         "deterministic": True,
         "force_col_wise": True,
-        "min_sum_hessian_in_leaf": 1.0,  # no leaf may grow surer than its few positives allow
         "seed": seed,
         **params,
     }
@@ -208,21 +230,31 @@ def judge_candidate(
     return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
 
 
+MOST_FOLDS, FEWEST_POSITIVE_IN_A_FOLD = 5, 3
+
+
+def folds_for(data: TrainingData, rows: np.ndarray) -> int:
+    """Number of folds of the snapshots `rows`: fewer where positive groups (clients) are few."""
+    positive = len(np.unique(data.group[rows][data.label[rows] == 1]))
+    return max(2, min(MOST_FOLDS, positive // FEWEST_POSITIVE_IN_A_FOLD))
+
+
 def cross_validate(
     contenders: Sequence[tuple[ModelConfiguration, np.ndarray]],
     table: FeatureTable,
     data: TrainingData,
     rows: np.ndarray,
-    n_folds: int = 5,
+    n_folds: int | None = None,
     seed: int = 0,
     jobs: int = 1,
 ) -> list[np.ndarray | None]:
     """For each contender (a configuration with its columns) the out-of-fold log-odds of the snapshots `rows`.
 
-    Groups (clients) are never on both sides. All folds of all contenders share the processes. A contender of which a
-    fold fails gives None, and the log says why; raises `FeaturePipelineError` when all do.
+    Groups (clients) are never on both sides; `n_folds` is by default `folds_for` the data. All folds of all contenders
+    share the processes. A contender of which a fold fails gives None, and the log says why; raises
+    `FeaturePipelineError` when all do.
     """
-    folds = list(grouped_folds(data, rows, n_folds, seed))
+    folds = list(grouped_folds(data, rows, n_folds or folds_for(data, rows), seed))
     results = joblib.Parallel(n_jobs=jobs)(
         joblib.delayed(judge_candidate)(configuration, table, columns, data.label, train, held_out, seed, hide=False)
         for configuration, columns in contenders

@@ -18,7 +18,7 @@ from training.snapshots import TrainingData
 from training.thresholds import describe_thresholds
 
 AGE_BANDS = (0, 45, 65, 80, 131)
-FEWEST_POSITIVE = 10  # snapshots; below, a group's figures say nothing
+FEWEST_POSITIVE = 10  # visits; below, a group's figures say nothing
 
 
 def groups_of(data: TrainingData) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -44,16 +44,17 @@ def groups_of(data: TrainingData) -> Iterator[tuple[str, str, np.ndarray]]:
 
 def subgroup_rows(data: TrainingData, rows: np.ndarray, probability: np.ndarray, seed: int = 0) -> list[str]:
     """Lines of a Markdown table: figures of each group among the snapshots `rows` with their `probability`."""
-    lines = ["| group | visits | positive | ROC AUC | average precision | predicted / observed |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| group | visits | positive | snapshots | positive | ROC AUC | average precision | expected / observed |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for attribute, group, member in groups_of(data):
         some = member[rows]
         label, p = data.label[rows][some], probability[some]
         visit, client = data.visit[rows][some], data.group[rows][some]
         if not some.any():
             continue
-        head = f"| {attribute}: {group} | {len(np.unique(visit)):,} | {int(label.sum()):,} |"
-        if not FEWEST_POSITIVE <= label.sum() < len(label):
+        positive = len(np.unique(visit[label == 1]))
+        head = f"| {attribute}: {group} | {len(np.unique(visit)):,} | {positive:,} | {len(label):,} | {label.sum():,} |"
+        if positive < FEWEST_POSITIVE or label.all():
             lines.append(f"{head} too few | | |")
             continue
         f = figures(label, p, client, visit, seed)

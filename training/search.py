@@ -14,7 +14,7 @@ import numpy as np
 
 from common.artifacts import write_atomic
 from common.command_line import log
-from common.metrics import ranking_scores
+from common.metrics import FEWEST_POSITIVE_VISITS, describe_size, ranking_scores
 from feature_pipeline import BadConfig, Config, FeaturePipelineError, SnapshotSettings
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
@@ -44,7 +44,7 @@ class SearchOptions:
     models: tuple[str, ...] = tuple(CONFIGURATION)
     rank_by: str = RANKINGS[0]
     finalists: int = 3
-    folds: int = 5
+    folds: int | None = None  # by the number of positives
     rule: Rule = field(default_factory=Rule)
     reason: str = ""
     sensitivity: float | None = None  # of the decision threshold; the HIGH threshold where not given
@@ -122,6 +122,8 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
         _, feature_set, model, out_of_fold = finalists[0]
         configuration = CONFIGURATION[model]
         evaluation = evaluate_winner(search, feature_set, configuration, out_of_fold)
+        if evaluation.metrics["test"]["n_positive_visits"] < FEWEST_POSITIVE_VISITS:
+            log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
         evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
         loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
         config = make_config(search, feature_set, configuration, evaluation, loss, options)

@@ -32,6 +32,7 @@ from sources.demo_cohort import DEMO_NOTICE, make_demo_cohort
 
 FEWEST_CLIENTS = 30  # fewer clients than this cannot be split into three parts that mean something
 FEWEST_POSITIVE_CLIENTS = 6
+DAY = 24 * MICROSECONDS_PER_HOUR
 TRAIN, VALIDATION, TEST = 0, 1, 2
 PARTS = ("training", "validation", "test")
 
@@ -78,6 +79,13 @@ class TrainingData:
             lines.append(
                 "Too few clients to keep each on one side of a split: visits are split, and figures may be flattered "
                 "by clients that stand on both sides."
+            )
+        onset = dict(zip(self.visit.tolist(), self.onset.tolist(), strict=True))
+        midnight = [time % DAY == 0 for time in onset.values() if time != NO_TIME]
+        if midnight and np.mean(midnight) > 0.5:
+            lines.append(
+                f"{np.mean(midnight):.0%} of the onsets are at midnight, as of dates without a time of day: the hours before onset "
+                "are then labelled wrongly. Give the times of the onsets."
             )
         return lines
 
@@ -192,7 +200,9 @@ def make_training_data(
     if retrospective:
         as_of, label, row = last, sepsis, np.arange(len(visit))
     else:
-        row, as_of, label = _snapshots(first, last, np.where(sepsis == 1, onset, NO_TIME), settings)
+        row, as_of, label = _snapshots(
+            observations, visit, first, last, np.where(sepsis == 1, onset, NO_TIME), settings
+        )
         without = len(visit) - len(np.unique(row))
         leave_out("septic visits with onset before their first observation", without)
     if not 0 < label.sum() < len(label):
@@ -216,7 +226,20 @@ def make_training_data(
     )
 
 
-def _snapshots(first, last, onset, settings):
+def latest_observation(observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
+    """(n_snapshots,) microseconds, the time of each visit's latest observation at `as_of` or before; NO_TIME for
+    none. `visit` ascends, and within a visit `as_of`."""
+    of_row = np.repeat(observations.group_visit, np.diff(observations.group_start))
+    both = np.concatenate([of_row, visit]), np.concatenate([observations.time, as_of])
+    asked = np.arange(len(both[0])) >= len(of_row)
+    order = np.lexsort((asked, both[1], both[0]))
+    time = np.where(asked[order], NO_TIME, both[1][order])
+    start = np.append(True, np.diff(both[0][order]) != 0)
+    place = np.maximum.accumulate(np.where(start | ~asked[order], np.arange(len(order)), 0))
+    return time[place][asked[order]]
+
+
+def _snapshots(observations, visit, first, last, onset, settings):
     """(row of the visit, as_of, label) of the snapshots of visits; `onset` is NO_TIME for those without sepsis."""
     every = round(settings.every_hours * MICROSECONDS_PER_HOUR)
     horizon = round(settings.horizon_hours * MICROSECONDS_PER_HOUR)
@@ -226,6 +249,12 @@ def _snapshots(first, last, onset, settings):
     row = np.repeat(np.arange(len(first)), number)
     step = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
     as_of = first[row] + step * every
+    if settings.moments != "grid":
+        latest = latest_observation(observations, visit[row], as_of)
+        as_of = np.where((settings.moments == "latest") | ((row + step) % 2 == 1), latest, as_of)
+        new = np.diff(as_of, prepend=NO_TIME) != 0  # a visit without a new observation gives no new snapshot
+        new |= np.diff(row, prepend=-1) != 0
+        row, as_of = row[new], as_of[new]
     label = septic[row] & (as_of >= onset[row] - horizon * septic[row])
     return row, as_of, label.astype(np.int8)
 

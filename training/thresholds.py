@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, Config, load_config
-from training.snapshots import TrainingData
+from feature_pipeline import NO_TIME, BadConfig, Config, load_config
+from training.snapshots import DAY, TrainingData
 from training.versions import CONFIG, MODEL, NAMES, REPORTS, archive_of, deploy, new_version
 
-DAY = 24 * MICROSECONDS_PER_HOUR
 STEP = 0.5  # of the budgets in the curves
 BUDGETS = ("alert_budget", "alerts_per_100_patient_days")
 FIXED = "risk_thresholds"

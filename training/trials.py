@@ -43,7 +43,7 @@ class Search:
     table: FeatureTable
     informative: np.ndarray  # (n_features,) does the feature vary on the training part?
     seed: int
-    folds: int
+    folds: int | None
 
     def columns(self, feature_set: str) -> np.ndarray:
         """Columns of a feature set, in its own order, without those that never vary."""
@@ -63,7 +63,7 @@ def prepare_search(
     data: TrainingData,
     folder: Path,
     seed: int = 0,
-    folds: int = 5,
+    folds: int | None = None,
     feature_sets: Sequence[str] = tuple(FEATURE_SETS),
     synonyms: dict[str, str] | None = None,
 ) -> Search:
