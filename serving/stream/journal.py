@@ -106,7 +106,7 @@ class Journal:
             )
         self._counter = os.open(f"{self.path}.lock", os.O_RDWR)
         self._lock.callback(os.close, self._counter)
-        self._db: sqlite3.Connection | None = None
+        self.database: sqlite3.Connection | None = None
         self.accepted = False  # are there observations of which nothing is settled?
         self._transactions = self._entries = 0
         self._numbers = 0  # of visits
@@ -140,6 +140,7 @@ class Journal:
         finished = self._finished()
         if not self.path.exists():
             finished = 0
+            os.ftruncate(self._counter, 0)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
         with self.path.open("rb") as file:
             start = file.read(16)
@@ -148,19 +149,19 @@ class Journal:
                 f"{str(self.path)!r} is not a state file of this program, or its beginning is damaged; it is left as "
                 "it is: give --state another name"
             )
-        self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        [(application,)] = self._db.execute("PRAGMA application_id")
-        [(tables,)] = self._db.execute("SELECT count(*) FROM sqlite_master")
+        self.database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        [(application,)] = self.database.execute("PRAGMA application_id")
+        [(tables,)] = self.database.execute("SELECT count(*) FROM sqlite_master")
         if not tables and not application and not finished:
-            self._db.executescript(SCHEMA)
+            self.database.executescript(SCHEMA)
         elif not tables:
             raise self._damaged("it is empty")
         elif application != APPLICATION:
             raise BadConfig(f"{str(self.path)!r} is not a state file of this program; give --state another name")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA wal_autocheckpoint = 0")  # a thread does it: nobody waits for the disk
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
-        [(self._transactions,)] = self._db.execute("SELECT transactions FROM total")
+        self.database.execute("PRAGMA journal_mode = WAL")
+        self.database.execute("PRAGMA wal_autocheckpoint = 0")  # a thread does it: nobody waits for the disk
+        self.database.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
+        [(self._transactions,)] = self.database.execute("SELECT transactions FROM total")
         if finished is not None and self._transactions < finished:
             raise self._damaged(f"its last {finished - self._transactions} transactions are missing")
 
@@ -181,7 +182,7 @@ class Journal:
         numbers: list[int] = []
         n = checksums = 0
         query = "SELECT kind, visit, content, checksum FROM entries ORDER BY id"
-        for kind, visit, content, checksum in self._db.execute(query):
+        for kind, visit, content, checksum in self.database.execute(query):
             if _checksum(kind, visit, content) != checksum:
                 raise self._damaged("an entry's checksum differs")
             n, checksums = n + 1, checksums + checksum
@@ -202,7 +203,7 @@ class Journal:
                 kept.dropped.append(visit.to_bytes(8, "big", signed=True))
             elif kind == "meaning":
                 kept.meaning = self._meaning = content.decode()
-        [(entries, total)] = self._db.execute("SELECT entries, checksums FROM total")
+        [(entries, total)] = self.database.execute("SELECT entries, checksums FROM total")
         if (entries, total) != (n, checksums):
             raise self._damaged(f"{entries} entries were written, {n} are there")
         if order.keys() - visits.keys():
@@ -223,7 +224,7 @@ class Journal:
         if len(kept.dropped) > REMEMBERED:
             with self._transaction():
                 oldest = "SELECT id FROM entries WHERE kind = 'dropped' ORDER BY id LIMIT ?"
-                self._db.execute(f"DELETE FROM entries WHERE id IN ({oldest})", (len(kept.dropped) - REMEMBERED,))
+                self.database.execute(f"DELETE FROM entries WHERE id IN ({oldest})", (len(kept.dropped) - REMEMBERED,))
         return kept
 
     # --------------------------------------------------------------------------------------------- writing
@@ -232,16 +233,16 @@ class Journal:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Everything of it is on disk afterwards, or nothing. Raises `OSError`."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-            self._db.execute("UPDATE total SET transactions = transactions + 1")
-            self._db.execute("COMMIT")
+            self.database.execute("BEGIN IMMEDIATE")
+            yield self.database
+            self.database.execute("UPDATE total SET transactions = transactions + 1")
+            self.database.execute("COMMIT")
             self._transactions += 1
             number = self._transactions.to_bytes(8, "little")
             os.pwrite(self._counter, number + zlib.crc32(number).to_bytes(4, "little"), 0)
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+                self.database.execute("ROLLBACK")
             number = errno.ENOSPC if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" else errno.EIO
             raise OSError(number, f"the state cannot be kept: {os.strerror(number)}", str(self.path)) from None
         if self._entries > CHECKPOINT_ENTRIES:
@@ -249,7 +250,7 @@ class Journal:
 
     def _insert(self, entries: Iterable[tuple[str, int, bytes]]) -> None:
         rows = [(kind, visit, content, _checksum(kind, visit, content)) for kind, visit, content in entries]
-        self._db.executemany("INSERT INTO entries (kind, visit, content, checksum) VALUES (?, ?, ?, ?)", rows)
+        self.database.executemany("INSERT INTO entries (kind, visit, content, checksum) VALUES (?, ?, ?, ?)", rows)
         self._entries += len(rows) + 4
 
     def accept(self, observations: Sequence[Mapping[str, Any]]) -> None:
@@ -345,7 +346,7 @@ class Journal:
                     if pages == done:
                         return
 
-        self._checkpointing = threading.Thread(target=work, daemon=True)
+        self._checkpointing = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._checkpointing.start()
 
     def close(self) -> None:
@@ -356,9 +357,9 @@ class Journal:
         self._lock.close()
 
     def _let_go(self) -> None:
-        if self._db is not None:
-            self._db.close()
-            self._db = None
+        if self.database is not None:
+            self.database.close()
+            self.database = None
 
 
 def _checksum(kind: str, visit: int, content: bytes) -> int:
