@@ -1,4 +1,4 @@
-"""What the scripts share at the shell: options of one vocabulary, logs, exit status."""
+"""What all scripts share at the shell: options, logs, exit status."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ log = logging.getLogger("sepsis")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults (where there is one), keeps the example's lines."""
+    """Shows defaults, and keeps the lines of the example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """A reader of option values that takes numbers from `low` to `high`."""
+    """A type of option values: numbers from `low` to `high`."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -53,7 +53,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    read.__name__ = kind.__name__  # argparse shows it if the text is not a number
     return read
 
 
@@ -61,7 +61,7 @@ TABLES = (".csv", ".csv.gz", ".parquet")
 
 
 def table_path(text: str) -> Path:
-    """The value of an option that names a table; its format is told by its name."""
+    """The value of an option that names a table; the suffix says the format."""
     if not text.endswith(TABLES):
         raise argparse.ArgumentTypeError(f"{text!r}: the name must end in {', '.join(TABLES)}")
     return Path(text)
@@ -73,9 +73,9 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
         description=description, epilog=f"example:\n  {example}", formatter_class=Formatter
     )
     shared: dict[str, dict[str, Any]] = {
-        "observations": {"help": ".csv, .csv.gz or .parquet; the demo cohort where not given"},
+        "observations": {"help": ".csv, .csv.gz or .parquet; the demo cohort if not given"},
         "labels": {"help": "visit_id, client, sepsis[, sepsis_onset]; .csv, .csv.gz or .parquet"},
-        "models-dir": {"default": "models", "help": "where config, model and reports lie"},
+        "models-dir": {"default": "models", "help": "folder of config, model and reports"},
         "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
         "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
         "seed": {"type": number(int, 0), "default": 0, "help": "seed of splits, models and resampling"},
@@ -83,7 +83,7 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
             "metavar": "FILE",
             "help": f"CSV code,concept[,unit]: what this site's codes mean; or {CODES_VARIABLE}",
         },
-        "jobs": {"type": number(int, 1), "default": available_cores(), "help": "processes at once"},
+        "jobs": {"type": number(int, 1), "default": available_cores(), "help": "number of processes"},
     }
     for name in options:
         parser.add_argument(f"--{name}", **{"help": " ", **shared[name]})
@@ -92,12 +92,12 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
 
 
 def add_log_options(parser: argparse.ArgumentParser, **settings: Any) -> None:
-    """What every script has; a command of a script with ``default=argparse.SUPPRESS``, so that it may stand before the
-    command as well as after it."""
-    parser.add_argument("--quiet", action="store_true", help="warnings and errors only", **settings)
-    about = "of the log on stderr (default: text)" if settings else "of the log on stderr"
+    """The options of every script. Commands pass ``default=argparse.SUPPRESS``, so that the options may come
+    before the command or after it."""
+    parser.add_argument("--quiet", action="store_true", help="log only warnings and errors", **settings)
+    about = "format of the log on stderr (default: text)" if settings else "format of the log on stderr"
     parser.add_argument("--log-format", choices=("text", "json"), help=about, **{"default": "text", **settings})
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error", **settings)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error", **settings)
 
 
 def add_command(
@@ -135,9 +135,9 @@ class JsonLines(logging.Formatter):
 
 
 def spare_the_loaded() -> None:
-    """Takes all that is loaded by now out of the garbage collector's rounds, for a process that answers many.
+    """Excludes everything that is loaded by now from garbage collection, for a process that answers requests.
 
-    A full round over the objects of all libraries takes a tenth of a second, in which nobody is answered.
+    A full collection over the objects of all libraries takes a tenth of a second, in which nobody is answered.
     """
     gc.collect()
     gc.freeze()
@@ -154,9 +154,9 @@ def start_logging(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def nothing_for_others() -> Iterator[None]:
-    """Files and folders that are made meanwhile, by whatever library, are for the owner and the group alone: with the
-    usual umask 0640 and 0750. A stricter umask stands."""
-    before = os.umask(0o077)  # there is no way to ask for it but to set it
+    """Within this context, files and folders are made for the owner and the group only, by whatever library: 0640 and
+    0750 with the usual umask. A stricter umask stays."""
+    before = os.umask(0o077)  # the only way to read it is to set it
     os.umask(before | 0o007)
     try:
         yield
@@ -165,12 +165,12 @@ def nothing_for_others() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends work as Ctrl-C does: worker processes end too, and temporary files go."""
+    """SIGTERM. It ends work as Ctrl-C does: worker processes end, and temporary files are deleted."""
 
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `Terminated` meanwhile, in this process alone; a handler that somebody else has set stays."""
+    """Within this context, SIGTERM raises `Terminated`, in this process only. A handler that was set before stays."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -179,7 +179,7 @@ def ended_by_sigterm() -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         if os.getpid() == own:
             raise Terminated
-        signal.signal(number, signal.SIG_DFL)  # a forked child ends as it always did
+        signal.signal(number, signal.SIG_DFL)  # a forked child ends as usual
         os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, end)
@@ -191,7 +191,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parses, runs, and turns the project's own errors into one line and an exit status."""
+    """Parses the options, runs `work`, and turns the project's errors into one line and an exit status."""
     arguments = parser.parse_args(argv)
     start_logging(arguments)
     try:
@@ -206,7 +206,9 @@ def run(work: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
         if arguments.debug:
             raise
         go_on = getattr(arguments, "go_on", "")
-        log.error("error: the system ended a worker process, most often for want of memory: try fewer --jobs%s", go_on)
+        log.error(
+            "error: the system ended a worker process, probably because memory was full: try fewer --jobs%s", go_on
+        )
         return COULD_NOT_START
     except KeyboardInterrupt as stop:
         log.error("interrupted; finished work is kept%s", getattr(arguments, "go_on", ""))
@@ -268,7 +270,7 @@ def _read_codes(path: str, what: str) -> Any:
 
 
 def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
-    """POSTs JSON to a webhook; tries twice. Raises `OSError` with one line that does not name the URL's secrets."""
+    """POSTs JSON to a webhook, at most twice. Raises `OSError` with one line that does not show the URL."""
     import http.client
     import urllib.error
     import urllib.request
@@ -281,7 +283,7 @@ def post_json(url: str, payload: Any, timeout: float = 10.0) -> None:
                 return
         except urllib.error.HTTPError as error:
             if last or error.code < 500:
-                raise OSError(f"the webhook answers {error.code}") from None
+                raise OSError(f"the webhook answered {error.code}") from None
         except (OSError, http.client.HTTPException) as error:
             if last:
                 raise OSError(f"the webhook cannot be reached ({type(error).__name__})") from None

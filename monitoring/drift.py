@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
-from scipy.stats import chi2, norm
+from scipy.special import chdtrc, ndtr
 
 from monitoring.findings import Findings
 
@@ -48,14 +48,14 @@ def psi_by_chance(index: float, n: float, m: float, bins: int) -> float:
     Without drift the PSI is about (1/n + 1/m) times a chi-square variable with (bins - 1) degrees of freedom
     (Yurdakul and Naranjo, J Risk Model Valid 2020;14(4):89).
     """
-    return float(chi2.sf(index / (1 / n + 1 / m), max(bins - 1, 1)))
+    return float(chdtrc(max(bins - 1, 1), index / (1 / n + 1 / m)))
 
 
 def share_by_chance(p: float, q: float, n: float, m: float) -> float:
     """The probability that shares of `n` and `m` visits differ by more than `p` and `q` do (z test)."""
     pooled = (p * n + q * m) / (n + m)
     error = np.sqrt(max(pooled * (1 - pooled), 1e-12) * (1 / n + 1 / m))
-    return float(2 * norm.sf(abs(p - q) / error))
+    return float(2 * ndtr(-abs(p - q) / error))
 
 
 def scores_and_features(before: Distribution, now: Distribution) -> pd.DataFrame:

@@ -421,6 +421,7 @@ def ended_visits(pipeline, ward, tmp_path, start, days, visits_a_day):
     return pd.concat(parts).drop(columns="id")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", [DURING, AT_END])
 def test_200_undrifted_days_have_few_warnings(pipeline, ward, once, tmp_path, moments):
     """A day with a warning for whatever reason counts. Both as services score, and as batch does."""

@@ -42,7 +42,7 @@ class Reader:
             self.port = str(free.getsockname()[1])
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SEPSIS_", "PYTEST_"))}
         self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self.environment["PYTHONUNBUFFERED"] = "1"
+        self.environment |= {"PYTHONUNBUFFERED": "1", "LOGNAME": "analyst"}
 
     def run(self, command: str) -> str:
         """What the command prints on either stream. It must succeed."""
