@@ -5,6 +5,7 @@ where the user may create databases.
 """
 
 import os
+import shutil
 import tempfile
 import uuid
 import warnings
@@ -55,6 +56,12 @@ def models_dir(cohort_files, tmp_path_factory) -> Path:
     assert generate_features.main(search) == 0
     assert train_best_model.main(["--models-dir", str(directory), "--full", "--jobs", "1", "--quiet"]) == 0
     return directory
+
+
+@pytest.fixture
+def deployment(models_dir, tmp_path) -> Path:
+    """A copy of the models directory, with its archive, that a test may change."""
+    return shutil.copytree(models_dir, tmp_path / "models")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Thresholds from an alert budget: what they come to, and setting them without training."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -67,11 +66,6 @@ def test_a_constant_score_gives_two_thresholds_that_nothing_reaches(data, models
 
 
 # --------------------------------------------------------------------------------- the same model, other thresholds
-
-
-@pytest.fixture
-def deployment(models_dir, tmp_path):
-    return shutil.copytree(models_dir, tmp_path / "models")
 
 
 def run(directory, *arguments):

@@ -65,12 +65,6 @@ def directory(searched, tmp_path):
     return shutil.copytree(searched, tmp_path / "models")
 
 
-@pytest.fixture
-def deployment(models_dir, tmp_path):
-    """A copy of a deployed models directory that a test may spoil."""
-    return shutil.copytree(models_dir, tmp_path / "models")
-
-
 @pytest.fixture(scope="module")
 def some(cohort):
     """Observations of 30 visits."""
