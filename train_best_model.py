@@ -17,6 +17,7 @@ from common.command_line import DONE, SOME_FAILED, log, make_parser, read_site_c
 from feature_pipeline import BadConfig
 from training.adapt import AdaptOptions, adapt
 from training.comparison import compare_and_promote
+from training.package import export_package, import_package
 from training.retraining import RetrainOptions, retrain
 from training.thresholds import add_threshold_options, describe_thresholds, rule_of, set_thresholds
 from training.train import train_full, train_holdout
@@ -61,6 +62,14 @@ def work(arguments: argparse.Namespace) -> int:
         lines, done = retrain(directory, options)
         print(*lines, sep="\n")
         return DONE if done else SOME_FAILED
+    elif arguments.export is not None:
+        package = export_package(directory, arguments.export)
+        print(f"written: {arguments.export}, model {package.version}, SHA-256 {package.sha256}")
+    elif arguments.import_ is not None:
+        package, checks = import_package(directory, arguments.import_)
+        print(package.card, *checks, sep="\n")
+        print(f"imported: model {package.version}, SHA-256 of the package {package.sha256}")
+        log.info("not deployed yet: --rollback %s deploys it, --promote compares it first", package.version)
     elif arguments.adapt:
         site_codes = read_site_codes(arguments.codes)
         rest = arguments.force, arguments.seed, arguments.jobs
@@ -96,6 +105,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--adapt",
         action="store_true",
         help="adapt the deployed model to patients of this hospital, compare on others of them, deploy if not worse",
+    )
+    what.add_argument(
+        "--export", type=Path, metavar="PACKAGE.zip", help="write the deployed version as one file for other hospitals"
+    )
+    what.add_argument(
+        "--import",
+        dest="import_",
+        type=Path,
+        metavar="PACKAGE.zip",
+        help="check a package, show its card and archive it as a version; only from a sender you trust",
     )
     what.add_argument(
         "--set-thresholds",

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from common.artifacts import locked, write_atomic
 from common.command_line import log
@@ -57,24 +58,32 @@ def new_version(archive: Path) -> str:
 
 
 def deploy(directory: Path, version: str, files: Mapping[str, bytes | str]) -> None:
-    """Writes the files of a version (`DEPLOYED`) to its archive folder, all of them or none, and deploys it from there.
-
-    Raises `BadConfig`, `BadModel` where they would not load; then nothing is changed.
-    """
-    archive = directory / "archive"
-    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
-    if not (archive / version / CONFIG).exists():  # else an earlier try got this far
-        _archive(archive, version, files)
+    """Archives a version (see `archive_version`) and deploys it from there."""
+    if not (directory / "archive" / version / CONFIG).exists():  # else an earlier try got this far
+        archive_version(directory, version, files)
     switch(directory, version)
 
 
-def _archive(archive: Path, version: str, files: Mapping[str, bytes | str]) -> None:
+def archive_version(
+    directory: Path,
+    version: str,
+    files: Mapping[str, bytes | str],
+    passes: Callable[[Path], Any] = lambda folder: None,
+) -> None:
+    """Writes the files of a version (`DEPLOYED`) to its archive folder, all of them or none.
+
+    Raises `BadConfig`, `BadModel` if they would not load, or what `passes` raises, which is called with a folder that
+    has them; then nothing is changed.
+    """
+    archive = directory / "archive"
+    archive.mkdir(parents=True, exist_ok=True, mode=0o750)
     try:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=archive, ignore_cleanup_errors=True) as unfinished:
             folder = Path(unfinished) / "version"
             for name, content in files.items():
                 write_atomic(folder / name, content)
             ProductionPipeline(folder / CONFIG, folder / MODEL)  # what could not be served is not kept
+            passes(folder)
             folder.replace(archive / version)
     except BaseException:
         with contextlib.suppress(OSError):
