@@ -7,8 +7,11 @@ file's rows are replayed in order of time, at full speed, and the last score of 
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -26,6 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.features import clean
 from common.command_line import DONE, SOME_FAILED, make_parser, number, run, spare_the_loaded
 from feature_pipeline import COLUMNS, ProductionPipeline, read_observations, resolve_snapshots
+from serving.deployed import LAST
+from serving.stream.alerts import AlertBook, AlertSinks
+from serving.stream.feed import Feed
+from serving.stream.journal import Journal
 from sources.demo_cohort import make_demo_cohort
 from stream_processor import StreamProcessor
 
@@ -94,7 +101,7 @@ def guides_way(pipeline: ProductionPipeline, visits: list[list[dict[str, Any]]],
 def synthetic(arguments: argparse.Namespace) -> int:
     process = psutil.Process()
     visits = open_visits(arguments.visits, arguments.length)
-    processor = StreamProcessor(arguments.config, arguments.model, 1)
+    processor = StreamProcessor(arguments.config, arguments.model, 1, as_of=LAST)
     spare_the_loaded()  # as the script does
     split = arguments.length - arguments.length // 8
     processor.add_observations(visits[0][:split])
@@ -129,7 +136,7 @@ def replay(arguments: argparse.Namespace) -> int:
     if arguments.patients:
         frame = frame[frame["client"].isin(frame["client"].unique()[: arguments.patients])]
     frame["observation_date"] = frame["observation_date"].dt.strftime("%Y-%m-%dT%H:%M:%S.%f")
-    processor = StreamProcessor(arguments.config, arguments.model, 1)
+    processor = StreamProcessor(arguments.config, arguments.model, 1, as_of=LAST)
     last: dict[tuple[str, str], float] = {}
     start, n_scores = time.perf_counter(), 0
     for records in records_of(frame, arguments.batch):
@@ -149,9 +156,60 @@ def replay(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if different or last.keys() != batch.keys() else DONE
 
 
+def kept(arguments: argparse.Namespace) -> int:
+    """A state file with all visits open: the longest stall while observations arrive, then a restart."""
+    if arguments.restart:
+        started = time.perf_counter()
+        processor = StreamProcessor(arguments.config, arguments.model, 1, as_of=LAST)
+        loaded = time.perf_counter()
+        Feed(processor, AlertBook(), AlertSinks(), Journal(arguments.state), io.StringIO()).finish()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        rows = sum(visit.n_rows for visit in processor.visits.values())
+        print(f"restart: {rows:,} observations of {len(processor.visits):,} visits in "
+              f"{time.perf_counter() - loaded:.1f} s, with the model in {time.perf_counter() - started:.1f} s; "
+              f"at most {peak:,.0f} MB")  # fmt: skip
+        return DONE
+    templates = open_visits(min(200, arguments.visits), arguments.length)
+    processor = StreamProcessor(
+        arguments.config, arguments.model, arguments.length - 1, as_of=LAST, max_visits=arguments.visits + 1
+    )
+    journal = Journal(arguments.state, arguments.durable)
+    feed = Feed(processor, AlertBook(), AlertSinks(), journal, io.StringIO())
+    spare_the_loaded()
+    split = arguments.length - 2  # nothing is due yet
+    started = time.perf_counter()
+    for visit in range(arguments.visits):
+        feed.accept([{**row, "visit_id": f"v{visit}"} for row in templates[visit % len(templates)][:split]])
+        if visit % 50 == 49:
+            feed.score()
+    feed.score()
+    print(f"{arguments.visits * split:,} observations of {arguments.visits:,} visits accepted and kept in "
+          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    calls, rng = [], np.random.default_rng(0)
+    batch = max(int(arguments.rate * 0.05), 1)
+    end = time.perf_counter() + arguments.seconds
+    while (began := time.perf_counter()) < end:
+        some = rng.integers(0, arguments.visits, batch).tolist()
+        feed.accept([{**templates[v % len(templates)][split + 1], "visit_id": f"v{v}"} for v in some])
+        feed.score()
+        calls.append(time.perf_counter() - began)
+        time.sleep(max(0.05 - calls[-1], 0))
+    size = sum(path.stat().st_size for path in Path(arguments.state).parent.glob(f"{Path(arguments.state).name}*"))
+    calls_ms = np.array(calls) * 1e3
+    print(f"at {batch / 0.05:,.0f} observations/s: a micro-batch is accepted, scored and kept in "
+          f"{np.median(calls_ms):.1f} ms (median), {np.percentile(calls_ms, 99):.0f} ms (p99), longest "
+          f"{calls_ms.max():.0f} ms; {size / 1e6:,.0f} MB on disk")  # fmt: skip
+    processor.min_observations = 10**9
+    feed.finish()
+    again = [sys.executable, __file__, "--restart", "--state", arguments.state]
+    return subprocess.run([*again, "--config", arguments.config, "--model", arguments.model]).returncode
+
+
 def benchmark(arguments: argparse.Namespace) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if arguments.state:
+        return kept(arguments)
     return replay(arguments) if arguments.observations else synthetic(arguments)
 
 
@@ -164,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--observations", metavar="FILE", help="replay a .parquet file instead")
     parser.add_argument("--patients", type=number(int, 0), default=0, help="of the replay; 0 is all")
     parser.add_argument("--batch", type=number(int, 1), default=20_000, help="micro-batch of the replay")
+    parser.add_argument("--state", metavar="FILE", help="measure a new state file of --visits by --length instead")
+    parser.add_argument("--durable", action="store_true", help="what the state file acknowledged survives a power cut")
+    parser.add_argument("--restart", action="store_true", help="measure only a restart from --state")
     return run(benchmark, parser, argv)
 
 

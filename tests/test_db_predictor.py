@@ -72,32 +72,6 @@ def predict(pipeline, source) -> pd.DataFrame:
     return table.sort_values(["client", "visit_id"]).reset_index(drop=True)
 
 
-def with_minimum(models_dir: Path, folder: Path) -> tuple[Path, Path]:
-    """The model with a minimum of evidence in its config: two of three vital signs within 24 h, the newest of 12 h."""
-    shutil.copytree(models_dir, folder)
-    config = folder / "best_model_config.json"
-    minimum = {"inputs": ["heart_rate", "respiratory_rate", "temperature"], "at_least": 2}
-    minimum |= {"within_hours": 24, "newest_hours": 12}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"minimum_evidence": minimum}))
-    return config, folder / "best_model.pkl"
-
-
-def at(visits: dict[str, list[tuple[str, float | None, float]]], moment: pd.Timestamp) -> pd.DataFrame:
-    """Observations of visits: code, value, hours before `moment`."""
-    rows = [
-        {
-            "visit_id": visit,
-            "client": "a",
-            "observation_date": moment - pd.Timedelta(hours=hours),
-            "observation_type_code": code,
-            "observation_value": value,
-        }
-        for visit, observations in visits.items()
-        for code, value, hours in observations
-    ]
-    return pd.DataFrame(rows)
-
-
 VISITS = "SELECT * FROM visits ORDER BY client, visit_id"
 PREDICTIONS = "SELECT * FROM sepsis_predictions ORDER BY client, visit_id, id"
 
@@ -356,21 +330,15 @@ def test_a_visit_made_pending_by_hand_is_scored_again(predictor, rows):
     assert len(frame(predictor.engine, PREDICTIONS)) == 40
 
 
-def test_visits_without_enough_evidence_are_kept_apart_until_something_new_comes(url, rows, tmp_path, models_dir):
+def test_visits_without_enough_evidence_are_kept_apart_until_something_new_comes(
+    url, careful_files, evidence_cases, tmp_path
+):
     """A score is due only where what the model needs was measured, and recently."""
-    files = with_minimum(models_dir, tmp_path / "models")
-    moment = rows["observation_date"].max() + pd.Timedelta(hours=1)
-    clock = lambda: moment.timestamp()  # noqa: E731
-    predictor = DatabasePredictor(url, *files, clock=clock, monitor=f"sqlite:///{tmp_path}/log.db")
+    rows, moment = evidence_cases
+    monitor = f"sqlite:///{tmp_path}/log.db"
+    predictor = DatabasePredictor(url, *careful_files, clock=moment.timestamp, monitor=monitor)
     predictor.init_db()
-    visits = {
-        "heights": [("8302-2", 170.0, 1), ("8302-2", 171.0, 2)],
-        "stale": [("HR", 90.0, 40), ("Resp", 18.0, 40), ("Temp", 37.0, 40)],
-        "known": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1)],
-        "words": [("HR", None, 1)],
-        "ahead": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1), ("HR", 80.0, -48)],
-    }
-    load(predictor.engine, at(visits, moment))
+    load(predictor.engine, rows)
     result = predictor.process_pending_visits()
     assert (result.scored, result.set_aside) == (2, {"no_value": 1, "future": 1})
     assert result.unknown == {"insufficient_evidence": 1, "stale": 1, "nothing_usable": 1}
@@ -386,33 +354,44 @@ def test_visits_without_enough_evidence_are_kept_apart_until_something_new_comes
     assert state["sepsis_score"].notna().sum() == 2 and state["sepsis_score"]["known"] == state["sepsis_score"]["ahead"]
     assert predictor.count_pending() == 0
     assert (again := predictor.process_pending_visits()).batches == 0 and not again.unknown
-    new = at({"heights": visits["known"], "stale": visits["heights"]}, moment)
-    load(predictor.engine, new, pd.DataFrame(columns=["client", "visit_id"]))
+    more = {"heights": rows[rows["visit_id"] == "known"], "stale": rows[rows["visit_id"] == "heights"]}
+    new = pd.concat([part.assign(visit_id=visit) for visit, part in more.items()])
+    load(predictor.engine, new, new.head(0)[["client", "visit_id"]])
     third = predictor.process_pending_visits()
     assert third.scored == 1 and third.unknown == {"stale": 1}
     assert frame(predictor.engine, VISITS).set_index("visit_id")["sepsis_score"]["heights"] > 0
     predictor.close()
 
 
-def test_a_site_map_of_codes_makes_foreign_codes_count(url, rows, tmp_path, models_dir, monkeypatch):
-    files = with_minimum(models_dir, tmp_path / "models")
-    moment = pd.Timestamp("2024-05-01")
-    visits = {
-        "own": [("HR", 90.0, 1), ("Resp", 18.0, 1), ("Temp", 37.0, 1)],
-        "theirs": [("x-pulse", 90.0, 1), ("x-breaths", 18.0, 1), ("x-temp", 98.6, 1)],
-    }
-    (tmp_path / "codes.csv").write_text(
-        "code,concept,unit\nx-pulse,heart_rate,\nx-breaths,respiratory_rate,\nx-temp,temperature,[degF]\n"
-    )
-    monkeypatch.setenv("SEPSIS_CODES", str(tmp_path / "codes.csv"))
+def test_a_site_map_of_codes_makes_foreign_codes_count(url, careful_files, site_codes, site_cases, monkeypatch):
+    monkeypatch.setenv("SEPSIS_CODES", str(site_codes))
     engine = connect(url)
     make_tables(engine)
-    load(engine, at(visits, moment))
-    arguments = ["--config", str(files[0]), "--model", str(files[1]), "--db-url", url, "--as-of", str(moment)]
-    assert main(arguments) == 0
+    load(engine, site_cases)
+    config, model = map(str, careful_files)
+    assert main(["--config", config, "--model", model, "--db-url", url, "--as-of", "2024-05-01T12:00"]) == 0
     scores = frame(engine, VISITS)["sepsis_score"]
     assert scores[0] == scores[1] and scores.notna().all()
     engine.dispose()
+
+
+def test_what_was_undone_is_not_in_the_prediction_log(predictor, rows, tmp_path, config_path, model_path, url):
+    load(predictor.engine, rows)
+    logged = Predictor(url, config_path, model_path, batch_size=15, monitor=f"sqlite:///{tmp_path}/log.db")
+    updates = []
+
+    def fail(connection, cursor, statement, *_):
+        updates.append(statement.startswith("UPDATE visits"))
+        if sum(updates) == 2:
+            raise sa.exc.OperationalError(statement, None, Exception("gone"))
+
+    sa.event.listen(logged.engine, "before_cursor_execute", fail)
+    with pytest.raises(BatchUndone):
+        logged.process_pending_visits()
+    logged.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as log:
+        assert log.execute("SELECT count(*) FROM predictions").fetchall() == [(15,)]
+        assert log.execute("SELECT kind, n FROM prediction_errors").fetchall() == [("batch_undone", 1)]
 
 
 def test_a_dry_run_writes_nothing(predictor, rows, config_path, model_path, url, capsys):

@@ -51,7 +51,8 @@ def batch_scores(pipeline, records):
     """(client, visit) -> score of the batch."""
     observations = pipeline.reproducer.read(records)
     visit, moments, _ = resolve_snapshots(observations)
-    return dict(zip(observations.keys(), pipeline.score(observations, visit, moments).tolist(), strict=True))
+    scores = pipeline.assess(observations, visit, moments).probability.tolist()
+    return {key: p if p == p else None for key, p in zip(observations.keys(), scores, strict=True)}
 
 
 def last_scores(results):
@@ -273,6 +274,46 @@ def test_dates_of_the_future_are_set_aside(make):
     assert processor.predict_due()[0]["num_observations"] == 1 and processor.set_aside == {"future": 2}
 
 
+def test_a_risk_that_cannot_be_told_has_its_reason(careful_files, evidence_cases, tmp_path):
+    rows, moment = evidence_cases
+    records = json.loads(rows.to_json(orient="records", date_format="iso"))
+    processor = StreamProcessor(*careful_files, 1, clock=moment.timestamp)
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+    feed.accept(records)
+    feed.score()
+    results = {r["visit_id"]: r for r in map(json.loads, feed.results.getvalue().splitlines())}
+    assert results.keys() == {"known", "heights", "stale", "ahead"}  # words open no visit
+    assert {v: r["reason"] for v, r in results.items() if r["risk_level"] == "UNKNOWN"} == {
+        "heights": "insufficient_evidence",
+        "stale": "stale",
+    }
+    assert results["heights"]["sepsis_probability"] is None and results["heights"]["num_observations"] == 0
+    assert results["heights"]["missing"] == ["heart_rate", "respiratory_rate", "temperature"]
+    assert results["heights"]["unused_codes"] == {"8302-2": 2} and results["known"]["unused_codes"] == {}
+    assert results["known"]["sepsis_probability"] == results["ahead"]["sepsis_probability"] > 0
+    assert [results[v]["hours_since_newest"] for v in ("known", "stale", "heights")] == [1.0, 40.0, None]
+    assert {r["as_of"] for r in results.values()} == {"2024-05-01T12:00:00Z"}
+    assert processor.set_aside == {"no_value": 1, "future": 1}
+    feed.finish()
+    scored = StreamProcessor(*careful_files, 1, clock=lambda: moment.timestamp() + 7200)
+    Feed(scored, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO()).finish()
+    assert scored.predict_visit("known")["hours_since_newest"] == 3.0  # now is another moment
+
+
+def test_a_site_map_of_codes_makes_foreign_codes_count(careful_files, site_codes, site_cases):
+    lines = site_cases.to_json(orient="records", lines=True, date_format="iso")
+    options = ["--codes", str(site_codes), "--as-of", "2024-05-01T12:00:00"]
+    done = run_lines(careful_files[0].parent, lines, *options)
+    results = {r["visit_id"]: r["sepsis_probability"] for r in map(json.loads, done.stdout.splitlines())}
+    assert results["own"] == results["theirs"] and done.returncode == 0, done.stderr
+
+
+def test_an_alert_follows_a_risk_that_was_unknown():
+    book = AlertBook()
+    assert book.rises([result("UNKNOWN", 1)]) == []
+    assert [a["previous_level"] for a in book.rises([result("HIGH", 2, "UNKNOWN")])] == ["UNKNOWN"]
+
+
 def test_dropped_visits_are_not_scored_from_a_part(make, tmp_path):
     now = [2e9]
     rows = [row for row in EXAMPLE if row["visit_id"] == EXAMPLE[0]["visit_id"]]
@@ -380,7 +421,7 @@ def test_alerts_go_to_file_and_webhook_and_a_dead_webhook_stops_nothing(tmp_path
 def run_lines(models_dir, text, *options):
     command = [sys.executable, str(ROOT / "stream_processor.py"), "--monitor", "off", "--min-observations", "1"]
     command += ["--config", str(models_dir / "best_model_config.json"), "--model", str(models_dir / "best_model.pkl")]
-    command += ["--as-of", "last"]
+    options = options if "--as-of" in options else (*options, "--as-of", "last")
     return subprocess.run([*command, *options], input=text, capture_output=True, text=True, timeout=120)
 
 

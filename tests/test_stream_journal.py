@@ -280,7 +280,7 @@ def test_a_durable_state_waits_for_the_disk_at_every_acknowledgement(make, tmp_p
 
 
 def test_the_log_is_brought_into_the_file_while_the_stream_goes_on(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("serving.stream.journal.CHECKPOINT_ENTRIES", 50)
+    monkeypatch.setattr("serving.stream.journal.CHECKPOINT_PAGES", 50)
     feed = feed_of(make(), tmp_path / "state")
     for row in USABLE[:200]:
         feed.accept([row])

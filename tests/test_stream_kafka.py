@@ -128,7 +128,8 @@ def visits(n):
 def expected(pipeline, records):
     observations = pipeline.reproducer.read(records)
     visit, moments, _ = resolve_snapshots(observations)
-    return dict(zip(observations.keys(), pipeline.score(observations, visit, moments).tolist(), strict=True))
+    scores = pipeline.assess(observations, visit, moments).probability.tolist()
+    return {key: p if p == p else None for key, p in zip(observations.keys(), scores, strict=True)}
 
 
 def alerted_once(alerts):

@@ -137,7 +137,8 @@ class BatchResult:
         counts += [f"{len(self.still_written)} still being written"] if self.still_written else []
         counts += [f"{len(self.failed)} failed"] if self.failed else []
         counts += [f"{len(self.kept)} kept for the next run"] if self.kept else []
-        return ", ".join(counts)
+        unused = sum((Counter(f.unused_codes) for f in self.scored), Counter())
+        return ", ".join(counts) + (f"; {unused_text(unused)}" if unused else "")
 
 
 class BatchProcessor:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from common.command_line import log
 from feature_pipeline import BadConfig
+from serving.evidence import unused_text
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
 from serving.stream.journal import Journal
 from serving.stream.processor import StreamProcessor
@@ -174,10 +175,12 @@ class Feed:
     def account(self) -> str:
         """One line on what was done."""
         aside = sum(self.processor.set_aside.values()) + self.unreadable
-        return (
+        unused = self.processor.unused_codes
+        told = (
             f"{self.accepted:,} observations, {aside:,} set aside, {self.scored:,} scores, {self.alerted:,} alerts, "
             f"{len(self.processor.visits):,} visits open"
         )
+        return told + (f"; {unused_text(unused)}" if unused else "")
 
     @property
     def failed(self) -> bool:

@@ -54,7 +54,7 @@ KINDS = {
     "meaning": "0; tells by which meanings of codes the rows were read",
 }
 PIECES = 32  # of a visit's rows, before they are written as one
-CHECKPOINT_ENTRIES = 8_000
+CHECKPOINT_PAGES = 8_000  # about so many are in the write-ahead log: 32 MB
 COUNTER = struct.Struct("<QI")  # finished transactions, checksum
 
 
@@ -108,7 +108,7 @@ class Journal:
         self._lock.callback(os.close, self._counter)
         self.database: sqlite3.Connection | None = None
         self.accepted = False  # are there observations of which nothing is settled?
-        self._transactions = self._entries = 0
+        self._transactions = self._pages = 0
         self._numbers = 0  # of visits
         self._codes: list[str] = []
         self._alerts: list[Alert] = []
@@ -245,13 +245,13 @@ class Journal:
                 self.database.execute("ROLLBACK")
             number = errno.ENOSPC if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" else errno.EIO
             raise OSError(number, f"the state cannot be kept: {os.strerror(number)}", str(self.path)) from None
-        if self._entries > CHECKPOINT_ENTRIES:
+        if self._pages > CHECKPOINT_PAGES:
             self._checkpoint()
 
     def _insert(self, entries: Iterable[tuple[str, int, bytes]]) -> None:
         rows = [(kind, visit, content, _checksum(kind, visit, content)) for kind, visit, content in entries]
         self.database.executemany("INSERT INTO entries (kind, visit, content, checksum) VALUES (?, ?, ?, ?)", rows)
-        self._entries += len(rows) + 4
+        self._pages += 4 + len(rows) + sum(len(row[2]) for row in rows) // 2048
 
     def accept(self, observations: Sequence[Mapping[str, Any]]) -> None:
         """Keeps observations as they came. Raises `OSError`, with nothing of them kept."""
@@ -337,7 +337,7 @@ class Journal:
         """Brings the write-ahead log into the file. A thread does it: the stream does not wait for the disk."""
         if self._checkpointing is not None and self._checkpointing.is_alive():
             return
-        self._entries = 0
+        self._pages = 0
 
         def work() -> None:
             with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path)) as own:

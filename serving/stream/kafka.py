@@ -28,6 +28,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from common.command_line import log
 from feature_pipeline import BadConfig
+from serving.evidence import unused_text
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
 from serving.stream.processor import StreamProcessor
 from serving.stream.visits import Visit, mark_of
@@ -399,7 +400,10 @@ class PartitionFeed:
         n_open = len(self.processor.visits)
         self._consumer.close()
         self._producer.flush(STOP_PATIENCE)
+        unused = self.processor.unused_codes
         log.info("%d visits were open; %d observations set aside", n_open, self.set_aside)
+        if unused:
+            log.info("%s", unused_text(unused))
 
     def abandon(self) -> None:
         """Leaves the group and commits nothing: whoever takes the partitions gives what is not out."""

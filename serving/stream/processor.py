@@ -81,6 +81,7 @@ class StreamProcessor:
         self.idle_hours, self.as_of, self.clock = idle_hours, as_of, clock
         self.visits: OrderedDict[Key, Visit] = OrderedDict()  # the longest silent first
         self.set_aside: Counter[str] = Counter()
+        self.unused_codes: Counter[str] = Counter()  # observations by code, of the first codes that came
         self.dropped = 0  # visits dropped because there were too many
         self._waiting: list[tuple[Mapping[str, Any], Any]] = []
         self._late_results: list[dict[str, Any]] = []  # last scores of visits that were dropped
@@ -178,6 +179,9 @@ class StreamProcessor:
             self._count({"malformed": len(rows)})
             return
         self._count(read.set_aside)
+        for code, n in self.pipeline.unused_codes(read).items():
+            if code in self.unused_codes or len(self.unused_codes) < FORGETTABLE:
+                self.unused_codes[code] += n
         self._take(read, [rows[row][1] for row in read.first_row.tolist()])
 
     def _count(self, reasons: Mapping[str, int]) -> None:
