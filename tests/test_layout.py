@@ -119,8 +119,9 @@ def top_names(imports: set[str]) -> set[str]:
 # ---------------------------------------------------------------------------------------------------- rooms
 
 
-def test_every_module_is_in_a_room():
+def test_every_module_is_in_a_room_and_every_room_has_a_module():
     assert {module for module in MODULES if room_of(module) is None} == set()
+    assert ROOMS.keys() == set(map(room_of, MODULES))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -37,7 +37,7 @@ def test_the_crontab_line_is_the_one_of_help_and_examples():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(document):
     text = re.sub(r"https?://\S+", "", document.read_text(encoding="utf-8"))
-    for name in set(re.findall(r"(?<![\w/.{*-])[\w-]+[\w/.-]*\.(?:py|txt|ipynb|sql)\b", text)):
+    for name in set(re.findall(r"(?<![\w/.{*-])[\w-]+[\w/.-]*\.(?:py|txt|ipynb)\b", text)):
         if not name.startswith(WRITTEN):
             found = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"))
             assert any(path.exists() for path in found), name
