@@ -21,7 +21,7 @@ from common.fhir import NOT_USED
 from feature_pipeline import BLOOD_PRESSURE_CODES, DIASTOLIC, SYSTOLIC, BadObservations
 from sources.labels import add_label_options, settings_of, write_labels
 from sources.meanings import given_concepts
-from sources.tables import duckdb, open_database, reason_of
+from sources.tables import duckdb, interruptible, open_database, reason_of
 
 HERE = Path(__file__).parent
 
@@ -129,7 +129,8 @@ def working_database(arguments: argparse.Namespace) -> Iterator[duckdb.DuckDBPyC
             con.execute(f"SET VARIABLE time = '{arguments.time}'")
             con.execute(f"SET VARIABLE by_time = {arguments.visits == 'icu'}")
             con.execute(MACROS)
-            yield con
+            with interruptible(con):
+                yield con
         except duckdb.OutOfMemoryException:
             raise BadObservations(
                 f"--memory {arguments.memory} is not enough for this source; try more of it, or fewer --threads"

@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import formats
@@ -578,6 +580,26 @@ def test_a_query_that_is_wrong_is_one_line(tmp_path, capsys):
         run("table", path, "--sql", tmp_path / "q.sql", out=tmp_path / "out", status=2)
         error = capsys.readouterr().err.strip()
         assert message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_long_query(number, status, tmp_path):
+    (tmp_path / "q.sql").write_text("SELECT count(*) AS visit_id FROM range(1000000000000) a, range(1000) b")
+    path = table_of(tmp_path, ["1,a,2024-01-01 08:00,HR,80,bpm"])
+    command = [sys.executable, ROOT / "prepare_data.py", "table", path, "--sql", tmp_path / "q.sql"]
+    process = subprocess.Popen([*map(str, command), "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(1200):
+            if list(tmp_path.glob("out/.prepare*/tables.duckdb")):
+                break
+            time.sleep(0.05)
+        time.sleep(1)  # from the database to the query
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == status and error.startswith("interrupted") and "Traceback" not in error
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 # ------------------------------------------------------------------------------------------------ one code path
