@@ -88,9 +88,7 @@ def test_random_hospitals_are_judged_as_by_hand(seed, definition):
     judged = hospital.judge(definition=definition)
     for visit in judged.itertuples():
         septic, suspicion, sofa = judged_by_hand(hospital, visit.client, definition == "sepsis3-rise")
-        found = [
-            None if value is None or value != value else value for value in (visit.suspicion_time, visit.sofa_time)
-        ]
+        found = [None if pd.isna(time) else time for time in (visit.suspicion_time, visit.sofa_time)]
         assert (visit.sepsis, *found) == (septic, suspicion, sofa), visit.Index
 
 
