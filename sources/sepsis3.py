@@ -73,9 +73,8 @@ def judge_visits(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> pd.
         con.execute(_HOURS)
         _run(con, "sofa")
         _run(con, "sepsis3")
-        parts = ", ".join(f"CASE WHEN s.visit_id IS NOT NULL THEN s.{p} ELSE w.{p} END AS {p}" for p in SOFA_PARTS)
-        con.execute((HERE / "labels.sql").read_text(encoding="utf-8").format(parts=parts))
-        judged = con.execute("SELECT * FROM labelled ORDER BY client, visit_id").df()
+        _run(con, "labels")
+        judged = con.execute("FROM labelled ORDER BY client, visit_id").df()
     for kind in ("vasopressors", "ventilation", "urine"):
         judged[f"{kind}_known"] = not _is_empty(con, kind)
     absent = [kind for kind in ("antibiotics", "cultures") if _is_empty(con, kind)]
@@ -111,6 +110,8 @@ def _prepare(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> None:
     """Variables and macros, and the tables `judged_visits` and `episodes`."""
     con.execute(f"SET VARIABLE rise = {settings.definition == 'sepsis3-rise'}")
     con.execute(f"SET VARIABLE onset = '{settings.onset}'")
+    by_stay = settings.visits == "icu"
+    con.execute(f"SET VARIABLE by_stay = {by_stay}")
     con.execute(f"SET VARIABLE lactate = {settings.lactate}")
     _run(con, "antimicrobials")
     con.execute(_DRUGS)
@@ -125,7 +126,6 @@ def _prepare(con: duckdb.DuckDBPyConnection, settings: LabelSettings) -> None:
     of_visits, of_stays = _columns(con, "visits"), _columns(con, "icu_stays")
     discharge, esrd = (name if name in of_visits else "NULL" for name in ("discharge", "esrd"))
     hours = [name if name in of_stays else "NULL::TIMESTAMP" for name in ("hours_from", "hours_to")]
-    by_stay = settings.visits == "icu"
     con.execute(_JUDGED_STAYS if by_stay else _JUDGED_VISITS.format(discharge=discharge, esrd=esrd))
     if settings.sofa_hours == "icu" and (by_stay or not _is_empty(con, "icu_stays")):
         judged_id = "stay_id" if by_stay else "visit_id"

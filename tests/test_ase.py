@@ -220,6 +220,7 @@ def test_ventilation_is_new():
         # community onset: of the whole stay
         pytest.param([(1, 2.0), (8, 1.0)], 1, "renal", id="falls to half later in the stay"),
         pytest.param([(1, 2.0), (8, 1.1)], 1, None, id="does not fall to half"),
+        pytest.param([(2, 2.0), (8, 1.0)], 2, None, id="the third day is hospital onset"),
     ],
 )
 def test_creatinine_doubles_from_its_baseline(points, culture, organ):

@@ -1,14 +1,15 @@
 """Sepsis-3 labels of visits on small cases that were worked out by hand: one rule, one case."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from common.labels import read_labels
 from feature_pipeline import BadConfig
-from sources.labels import report_parts, summary, table_of, write_labels
-from sources.sepsis3 import LabelSettings
+from sources.labels import PUBLISHED, report_parts, summary, table_of, write_labels
+from sources.sepsis3 import DEFINITIONS, ONSETS, LabelSettings
 from tests.hospital import Hospital, at
 
 # ----------------------------------------------------------------------------------------------------- sepsis
@@ -248,3 +249,11 @@ def test_no_labels_are_written_where_none_can_be_made(caplog, tmp_path):
     assert not list(tmp_path.iterdir()) and "without a label" in "".join(report_parts(figures))
     arguments.labels = "none"
     assert write_labels(Hospital().con, arguments) is None and report_parts(None) == []
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_the_page_for_clinicians_explains_every_column_and_every_choice(definition):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "labels.md").read_text(encoding="utf-8")
+    columns = table_of(Hospital().judge(definition=definition).reset_index()).columns
+    assert not [name for name in (definition, *columns, *ONSETS) if f"`{name}`" not in page]
+    assert not [entry["source"] for entry in PUBLISHED[definition] if entry["source"].split(" et al")[0] not in page]
