@@ -32,7 +32,7 @@ class Clients:
         columns = np.column_stack(
             [np.bincount(client, v if some is None else v[some], minlength=self.n) for v in per_visit.values()]
         )
-        return dict(zip(per_visit, (self.weights @ columns.astype(np.float64)).T, strict=True))
+        return dict(zip(per_visit, (self.weights @ columns.astype(np.float32)).T.astype(np.float64), strict=True))
 
     def histograms(self, band: np.ndarray, n_bands: int, label: np.ndarray, client: np.ndarray):
         """(positives, negatives), each (1 + n_resamples, n_bands): the moments of each band, first of all clients."""

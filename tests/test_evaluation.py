@@ -1,7 +1,10 @@
 """Evaluation: ward scores, net benefit, calibration, groups by hand; the record, the page and bad input."""
 
+import html
 import json
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate_model
+import train_best_model
 from common.alerts import Judged, Scored, judged_moments
 from common.labels import read_labels
 from common.metrics import sensitivity_at_alert_rate
@@ -377,6 +381,9 @@ def test_the_record_agrees_with_itself(record):
     assert [row["threshold"] for row in rows] == sorted((row["threshold"] for row in rows), reverse=True)
     sites = record["side_by_side"]["parts"]
     assert sum(part["alerts"]["sums"]["alerts"] for part in sites.values()) == sums["alerts"]
+    antibiotics = record["alerts"]["before_antibiotics"]
+    assert antibiotics["septic_visits_with_antibiotic"] == data["septic_visits"]
+    assert 0 < antibiotics["alerted_before"] <= data["septic_visits"]
     low, high = found["ppv_48h_95"]
     assert low <= found["ppv_48h"] <= high
     groups = [row for row in record["groups"]["table"] if row["attribute"] == "site"]
@@ -407,8 +414,18 @@ def test_the_page_stands_alone_and_every_picture_has_words(evaluated, record):
         "MEWS",
     ):
         assert text in page, text
-    assert "--set-thresholds" in page and record["thresholds"]["command"] in page
+    assert "--set-thresholds" in page and html.escape(record["thresholds"]["command"]) in page
     assert ">nan<" not in page.lower() and ">None<" not in page
+
+
+def test_the_command_of_the_page_deploys_the_threshold_of_its_table(record, models_dir, tmp_path):
+    shutil.copytree(models_dir, tmp_path / "models")
+    command = shlex.split(record["thresholds"]["command"])
+    assert command[:2] == ["python", "train_best_model.py"]
+    assert train_best_model.main([*command[2:], "--models-dir", str(tmp_path / "models"), "--quiet"]) == 0
+    levels = load_config(tmp_path / "models" / "best_model_config.json").risk_thresholds
+    asked = record["thresholds"]["answer"]["threshold"]
+    assert asked <= levels["high"] < 1.001 * asked and levels["medium"] < levels["high"]
 
 
 def test_random_alerts_are_named_as_what_they_are(record):

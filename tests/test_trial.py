@@ -188,6 +188,18 @@ def test_monitor_follows_the_stop_rule(live, models_dir, capsys):
     assert "--labels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("off", "no prediction log"), ("no url at all", "cannot be read"), ("x+y://u:secret@h/d", "cannot")],
+)
+def test_a_log_that_is_not_there_is_one_line(url, told, models_dir, live, capsys):
+    _, folder = live
+    options = ["--labels", str(folder / "outcomes.csv"), "--models-dir", str(models_dir), "--from-log", url]
+    assert evaluate_model.main([*options, "--out", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "secret" not in error and len(error.splitlines()) == 1
+
+
 def test_a_log_of_another_version_is_no_trial(live, models_dir, capsys):
     url, folder = live
     engine = open_engine(url)
