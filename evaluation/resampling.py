@@ -45,6 +45,17 @@ class Clients:
             out.append(np.vstack([table.sum(axis=0, dtype=np.float64), drawn]))
         return out
 
+    def medians(self, values: np.ndarray) -> np.ndarray:
+        """(1 + n_resamples,) the median of the visits that have a value (n_visits, NaN where none): of all visits, and
+        of each resample; NaN where no visit has one."""
+        rows = np.flatnonzero(~np.isnan(values))
+        if not len(rows):
+            return np.full(1 + len(self.weights), np.nan)
+        rows = rows[np.argsort(values[rows], kind="stable")]
+        weight = np.cumsum(self.weights[:, self.client[rows]], axis=1)
+        place = np.argmax(weight >= weight[:, -1:] / 2, axis=1)
+        return np.append(np.median(values[rows]), np.where(weight[:, -1] > 0, values[rows][place], np.nan))
+
 
 def interval(values: np.ndarray) -> list[float] | None:
     """The middle 95% of the resamples that have a value; None where fewer than half have."""

@@ -74,6 +74,17 @@ def test_resamples_draw_whole_clients():
     assert (part["x"] == clients.weights @ np.array([1, 0, 100])).all()
 
 
+def test_medians_of_resamples_by_hand():
+    clients = Clients(np.array([0, 1, 2, 2]), 50, seed=1)
+    values = np.array([10.0, np.nan, 4, 6])
+    found = clients.medians(values)
+    assert found[0] == 6
+    for weight, median in zip(clients.weights, found[1:], strict=True):
+        drawn = [10] * int(weight[0]) + [4, 6] * int(weight[2])
+        assert np.isnan(median) if not drawn else median == np.sort(drawn)[(len(drawn) - 1) // 2]
+    assert np.isnan(clients.medians(np.full(4, np.nan))).all()
+
+
 def test_bands_of_a_continuous_score_keep_its_order():
     score = np.random.default_rng(0).random(5000)
     band, edges = banded(score)
