@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
+from stays import HOUR, starts
 
 import evaluate_model
 import monitor
@@ -15,7 +16,6 @@ from common.trial import FIGURES, judge, live_scores, read_stop_rule
 from evaluation.silent_trial import by_week
 from feature_pipeline import NO_TIME, BadConfig, BadObservations, load_config
 from monitoring.log import open_engine, predictions
-from tests.test_alerts import HOUR, starts
 
 KEY = "a key of more than sixteen characters"
 MONDAY = datetime(2026, 3, 2)
