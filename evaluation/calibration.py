@@ -75,11 +75,8 @@ def expected_over_observed_95(
     label: np.ndarray, probability: np.ndarray, client: np.ndarray, clients: Clients
 ) -> list[float] | None:
     known = ~np.isnan(probability)
-    columns = [
-        np.bincount(client[known], values[known], minlength=clients.n).astype(np.float64)
-        for values in (probability, label)
-    ]
-    drawn = clients.weights @ np.column_stack(columns)
+    columns = [np.bincount(client[known], values[known], minlength=clients.n) for values in (probability, label)]
+    drawn = clients.weights @ np.column_stack(columns).astype(np.float32)
     return interval(np.where(drawn[:, 1] > 0, drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), np.nan))
 
 

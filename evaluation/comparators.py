@@ -141,7 +141,9 @@ def event_figures(
         out[f"{name}_95"] = interval(values) if out[name] is not None else None
     if scored.stays.dated:
         for w in windows:
-            out[f"lead_hours_{w:g}h"] = quartiles(lead_times(scored, w))
+            lead = lead_times(scored, w)
+            out[f"lead_hours_{w:g}h"] = quartiles(lead)
+            resamples[f"lead_hours_{w:g}h"] = clients.medians(lead)
     return out, resamples
 
 

@@ -23,6 +23,7 @@ from evaluation.comparators import (
 from evaluation.net_benefit import best_ranges, decision_curve
 from evaluation.resampling import Clients, ranking
 from evaluation.scoring import Past, judged_of
+from evaluation.subgroups import FEWEST_SEPTIC as FEWEST_SEPTIC_OF_GROUP
 from evaluation.subgroups import FEWEST_VISITS, Groups, differences, group_table, members
 from feature_pipeline import Config
 
@@ -227,9 +228,14 @@ def groups_section(
     scored: Scored, judged: Judged, groups: Groups, clients: Clients, settings: Settings
 ) -> dict[str, Any]:
     sums = group_sums(scored, judged, settings)
-    found = differences(sums, groups, clients)
+    found, table = differences(sums, groups, clients), group_table(sums, groups, clients)
+    visit, p = scored.visit[judged.rows], scored.probability[judged.rows]
+    for row, (_, _, member) in zip(table, members(groups), strict=True):
+        if row.get("septic", 0) >= FEWEST_SEPTIC_OF_GROUP:
+            some = member[visit]
+            row["calibration"] = {k: v for k, v in calibration(judged.label[some], p[some]).items() if k != "curve"}
     return {
-        "table": group_table(sums, groups, clients),
+        "table": table,
         "differences": found,
         "beyond_chance": [row for row in found if row["exceeds_chance"]],
         "comparisons": len(found),

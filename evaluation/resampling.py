@@ -32,7 +32,7 @@ class Clients:
         columns = np.column_stack(
             [np.bincount(client, v if some is None else v[some], minlength=self.n) for v in per_visit.values()]
         )
-        return dict(zip(per_visit, (self.weights @ columns.astype(np.float64)).T, strict=True))
+        return dict(zip(per_visit, (self.weights @ columns.astype(np.float32)).T.astype(np.float64), strict=True))
 
     def histograms(self, band: np.ndarray, n_bands: int, label: np.ndarray, client: np.ndarray):
         """(positives, negatives), each (1 + n_resamples, n_bands): the moments of each band, first of all clients."""
@@ -44,6 +44,17 @@ class Clients:
             drawn = np.vstack([self.weights[i : i + 100] @ table for i in range(0, len(self.weights), 100)])
             out.append(np.vstack([table.sum(axis=0, dtype=np.float64), drawn]))
         return out
+
+    def medians(self, values: np.ndarray) -> np.ndarray:
+        """(1 + n_resamples,) the median of the visits that have a value (n_visits, NaN where none): of all visits, and
+        of each resample; NaN where no visit has one."""
+        rows = np.flatnonzero(~np.isnan(values))
+        if not len(rows):
+            return np.full(1 + len(self.weights), np.nan)
+        rows = rows[np.argsort(values[rows], kind="stable")]
+        weight = np.cumsum(self.weights[:, self.client[rows]], axis=1)
+        place = np.argmax(weight >= weight[:, -1:] / 2, axis=1)
+        return np.append(np.median(values[rows]), np.where(weight[:, -1] > 0, values[rows][place], np.nan))
 
 
 def interval(values: np.ndarray) -> list[float] | None:

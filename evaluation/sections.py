@@ -55,6 +55,7 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
                 "the model's threshold": NOTHING if equal["threshold"] is None else f"{equal['threshold']:.4g}",
                 "its lead time": hours(its.get(f"lead_hours_{w:g}h")),
                 "the model's lead time": hours(ours.get(f"lead_hours_{w:g}h")),
+                "hours, model minus score": signed(equal["differences"].get(f"lead_hours_{w:g}h"), digits=1),
             }
         )
         parts = ", ".join(
@@ -179,6 +180,7 @@ def groups(record: Mapping[str, Any]) -> list[str]:
             "septic visits alerted": of(row, "sensitivity"),
             "PPV": of(row, "ppv"),
             "expected / observed": of(row, "expected_over_observed", plain),
+            "slope": plain(row["calibration"]["slope"]) if "calibration" in row else "",
         }
         for row in found["table"]
     ]

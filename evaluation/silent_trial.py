@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.trial import FIGURES, Rule, figure_of, judge, live_scores
 from evaluation.comparators import number
 from evaluation.scoring import Past
 from feature_pipeline import BadConfig, Config
-from monitoring.log import open_engine, predictions, url_of
+from monitoring.log import OFF, URL_VARIABLE, open_engine, predictions, url_of
 
 WEEK = np.timedelta64(7, "D")
 MONDAY = np.datetime64("1969-12-29", "us")  # before every date that the reader takes in a log
@@ -28,13 +29,23 @@ def past_of_log(
     `BadObservations`."""
     pseudonyms = lasting_pseudonyms()
     columns = [predictions.c[name] for name in ("visit", "as_of", "score", "risk_level")]
-    engine = open_engine(url_of(url))
+    url, engine = url_of(url), None
+    if url == OFF:
+        raise BadConfig(f"there is no prediction log to read: {URL_VARIABLE} or --from-log says {OFF!r}")
     try:
+        engine = open_engine(url)
         with engine.connect() as connection:
             query = sa.select(*columns).where(predictions.c.model_version == version)
             rows = pd.read_sql(query, connection)
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, pd.errors.DatabaseError, ImportError, ValueError) as error:
+        # its text may quote a password
+        raise BadConfig(
+            f"the prediction log cannot be read ({type(error).__name__}); expected sqlite:///file.db or "
+            "dialect+driver://user:password@host/name, as monitor.py takes it"
+        ) from None
     finally:
-        engine.dispose()
+        if engine is not None:
+            engine.dispose()
     if not len(rows):
         raise BadConfig(f"the prediction log has no score of model {version}")
     scored, left_out = live_scores(rows, labels, pseudonyms, cooldown_hours)

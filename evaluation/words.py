@@ -67,9 +67,9 @@ def points(difference: Mapping[str, Any]) -> str:
     return f"{100 * difference['difference']:+.1f} points ({100 * span[0]:+.1f} to {100 * span[1]:+.1f})"
 
 
-def signed(difference: Mapping[str, Any]) -> str:
+def signed(difference: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A paired difference of other figures, with its 95% interval."""
-    span = difference["difference_95"]
-    if span is None or difference["difference"] is None:
+    if difference is None or difference["difference_95"] is None or difference["difference"] is None:
         return NOTHING
-    return f"{difference['difference']:+.3f} ({span[0]:+.3f} to {span[1]:+.3f})"
+    low, high = difference["difference_95"]
+    return f"{difference['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import sqlalchemy as sa
+from evaluated import evaluated, new_patients, record  # noqa: F401 - fixtures
 
 import generate_features
 import train_best_model

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from evaluation.exports import source_attributes, tripod
+from evaluation.exports.facts import facts_of
 from evaluation.exports.model_card import ITEMS, NAMESPACE, xml_of
 from evaluation.exports.papers import PAPERS, filled, read_answers, write_papers
 from evaluation.exports.source_attributes import Item
 from feature_pipeline import BadConfig, load_config
-from tests.test_evaluation import evaluated, new_patients, record  # noqa: F401 - fixtures
 
 # 45 CFR 170.315(b)(11)(iv)(B): how many attributes each of the nine groups has
 HTI_1 = {"1": 4, "2": 4, "3": 2, "4": 4, "5": 2, "6": 4, "7": 5, "8": 4, "9": 2}
@@ -65,9 +65,7 @@ def test_the_27_items_of_tripod_ai():
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_every_item_is_answered_or_left_to_a_person(paper, evaluated, record, config_path):  # noqa: F811
-    from evaluation.exports.facts import facts_of
-
+def test_every_item_is_answered_or_left_to_a_person(paper, evaluated, record, config_path):
     facts = facts_of(load_config(config_path), record)
     for item in PAPERS[paper][1]:
         assert item.facts or item.left, item.number
@@ -77,7 +75,7 @@ def test_every_item_is_answered_or_left_to_a_person(paper, evaluated, record, co
         assert "nan" not in row["answer"].lower().split() and "None" not in row["answer"]
 
 
-def test_the_model_card_has_the_elements_of_the_schema_in_order(evaluated):  # noqa: F811
+def test_the_model_card_has_the_elements_of_the_schema_in_order(evaluated):
     root = ElementTree.parse(evaluated / "applied_model_card.xml").getroot()
     assert root.tag == f"{{{NAMESPACE}}}AppliedModelCard"
     assert {name: names(section) for name, section in zip(names(root), root, strict=True)} == CHAI
@@ -98,7 +96,7 @@ def test_the_model_card_escapes_what_people_write():
     assert root.find(f".//{{{NAMESPACE}}}ModelDeveloper").text == "a < b & 'c'"
 
 
-def test_what_a_person_wrote_counts_and_stands_beside_what_is_known(tmp_path, record, config_path):  # noqa: F811
+def test_what_a_person_wrote_counts_and_stands_beside_what_is_known(tmp_path, record, config_path):
     path = tmp_path / "answers.toml"
     path.write_text('[source_attributes]\n"1.i" = "Data team of St. Example"\n"8.i" = "Each Monday."\n')
     config = load_config(config_path)
@@ -135,7 +133,7 @@ def test_bad_answers_are_refused_in_words(tmp_path, text, told):
         read_answers(str(tmp_path / "answers.toml"))
 
 
-def test_the_folder_for_seismometer(evaluated, record, new_patients, config_path):  # noqa: F811
+def test_the_folder_for_seismometer(evaluated, record, new_patients, config_path):
     folder = evaluated / "seismometer"
     config = {path.name: json.loads(path.read_text()) for path in folder.glob("*.yml")}
     other = config["config.yml"]["other_info"]

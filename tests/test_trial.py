@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
+from stays import HOUR, starts
 
 import evaluate_model
 import monitor
@@ -15,7 +16,6 @@ from common.trial import FIGURES, judge, live_scores, read_stop_rule
 from evaluation.silent_trial import by_week
 from feature_pipeline import NO_TIME, BadConfig, BadObservations, load_config
 from monitoring.log import open_engine, predictions
-from tests.test_alerts import HOUR, starts
 
 KEY = "a key of more than sixteen characters"
 MONDAY = datetime(2026, 3, 2)
@@ -186,6 +186,18 @@ def test_monitor_follows_the_stop_rule(live, models_dir, capsys):
     assert "stop rule" not in told.out and "stop rule: holds" in told.err
     assert monitor.main([*check, "--stop-rule", rule]) == 2
     assert "--labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("off", "no prediction log"), ("no url at all", "cannot be read"), ("x+y://u:secret@h/d", "cannot")],
+)
+def test_a_log_that_is_not_there_is_one_line(url, told, models_dir, live, capsys):
+    _, folder = live
+    options = ["--labels", str(folder / "outcomes.csv"), "--models-dir", str(models_dir), "--from-log", url]
+    assert evaluate_model.main([*options, "--out", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "secret" not in error and len(error.splitlines()) == 1
 
 
 def test_a_log_of_another_version_is_no_trial(live, models_dir, capsys):
