@@ -33,6 +33,7 @@ from serving.deployed import LAST
 from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed
 from serving.stream.journal import Journal
+from serving.stream.visits import Visit
 from sources.demo_cohort import make_demo_cohort
 from stream_processor import StreamProcessor
 
@@ -170,27 +171,38 @@ def kept(arguments: argparse.Namespace) -> int:
               f"at most {peak:,.0f} MB")  # fmt: skip
         return DONE
     templates = open_visits(min(200, arguments.visits), arguments.length)
-    processor = StreamProcessor(
-        arguments.config, arguments.model, arguments.length - 1, as_of=LAST, max_visits=arguments.visits + 1
-    )
+    read = StreamProcessor(arguments.config, arguments.model, 1, as_of=LAST)
+    read.add_observations([row for visit in templates for row in visit])
+    read.settle()
+    rows = [np.concatenate(visit.rows) for visit in read.visits.values()]
     journal = Journal(arguments.state, arguments.durable)
-    feed = Feed(processor, AlertBook(), AlertSinks(), journal, io.StringIO())
+    journal.load()
+    meaning = read.pipeline.reproducer.codes.meaning_sha256
+    for start in range(0, arguments.visits, 500):
+        visits = [Visit("bench", f"v{n}", level="LOW") for n in range(start, min(start + 500, arguments.visits))]
+        for part in range(10):  # as if they had come in ten parts
+            for n, visit in enumerate(visits, start):
+                visit.fresh = [np.array_split(rows[n % len(rows)], 10)[part]]
+            journal.settle(visits, [], [], read.codes, set(), {}, meaning)
+    journal.close()
+    again = [sys.executable, __file__, "--restart", "--state", arguments.state]
+    again += ["--config", arguments.config, "--model", arguments.model]
+    if subprocess.run(again).returncode:
+        return SOME_FAILED
+    processor = StreamProcessor(arguments.config, arguments.model, 1, as_of=LAST, max_visits=10**9)
+    feed = Feed(processor, AlertBook(), AlertSinks(), Journal(arguments.state, arguments.durable), io.StringIO())
     spare_the_loaded()
-    split = arguments.length - 2  # nothing is due yet
-    started = time.perf_counter()
-    for visit in range(arguments.visits):
-        feed.accept([{**row, "visit_id": f"v{visit}"} for row in templates[visit % len(templates)][:split]])
-        if visit % 50 == 49:
-            feed.score()
-    feed.score()
-    print(f"{arguments.visits * split:,} observations of {arguments.visits:,} visits accepted and kept in "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     calls, rng = [], np.random.default_rng(0)
     batch = max(int(arguments.rate * 0.05), 1)
     end = time.perf_counter() + arguments.seconds
     while (began := time.perf_counter()) < end:
         some = rng.integers(0, arguments.visits, batch).tolist()
-        feed.accept([{**templates[v % len(templates)][split + 1], "visit_id": f"v{v}"} for v in some])
+        value = 80 + len(calls) % 40
+        records = [
+            {**templates[v % len(templates)][-1], "visit_id": f"v{v}", "client": "bench", "observation_value": value}
+            for v in some
+        ]
+        feed.accept(records)
         feed.score()
         calls.append(time.perf_counter() - began)
         time.sleep(max(0.05 - calls[-1], 0))
@@ -199,10 +211,8 @@ def kept(arguments: argparse.Namespace) -> int:
     print(f"at {batch / 0.05:,.0f} observations/s: a micro-batch is accepted, scored and kept in "
           f"{np.median(calls_ms):.1f} ms (median), {np.percentile(calls_ms, 99):.0f} ms (p99), longest "
           f"{calls_ms.max():.0f} ms; {size / 1e6:,.0f} MB on disk")  # fmt: skip
-    processor.min_observations = 10**9
     feed.finish()
-    again = [sys.executable, __file__, "--restart", "--state", arguments.state]
-    return subprocess.run([*again, "--config", arguments.config, "--model", arguments.model]).returncode
+    return DONE
 
 
 def benchmark(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,11 +26,14 @@ from common.artifacts import write_atomic
 from common.command_line import log
 from feature_pipeline import CONCEPTS, BadConfig, ProductionPipeline, Unit
 from monitoring.log import PredictionLog
+from serving.api import app as app_module
 from serving.api import fhir
 from serving.api.app import create_app
 from serving.api.limits import ThreadSafeMemory
 from serving.api.security import keep_keys, new_key, read_keys
+from serving.api.service import LARGE_BYTES
 from serving.api.settings import Settings
+from serving.deployed import ServedModel
 from tests.test_api_server import MINIMUM, model_with, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
@@ -213,7 +217,7 @@ def asked_together(client, bodies, monkeypatch):
         answers = [pool.submit(client.application.test_client().post, PREDICT, json=body) for body in bodies]
         until(lambda: len(service._waiting) == len(bodies), "all requests wait")
         assert not turn.settled
-        service.leave()
+        service.leave(turn)
         return [answer.result() for answer in answers], scored
 
 
@@ -256,6 +260,61 @@ def test_a_visit_that_cannot_be_scored_does_not_take_others_with_it(client, pipe
     monkeypatch.setattr(ProductionPipeline, "assess", failing)
     answers, _ = asked_together(client, bodies, monkeypatch)
     assert [answer.status_code for answer in answers] == [200, 500, 200]
+
+
+def test_a_large_request_keeps_no_small_one_waiting(client, monkeypatch):
+    begun, go_on, parse = threading.Event(), threading.Event(), app_module.parse_json
+
+    def slow(body, most):
+        if len(body) > LARGE_BYTES:
+            begun.set()
+            assert go_on.wait(60)
+        return parse(body, most)
+
+    monkeypatch.setattr(app_module, "parse_json", slow)
+    large = json.dumps(EXAMPLE).ljust(LARGE_BYTES + 1)
+
+    def post(body):
+        return client.application.test_client().post(PREDICT, data=body, content_type="application/json")
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, large)
+        assert begun.wait(60)
+        try:
+            assert post(json.dumps(EXAMPLE)).status_code == 200  # beside it
+            refused = post(large)
+            assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
+            assert "large" in refused.get_json()["message"]
+        finally:
+            go_on.set()
+        assert first.result().status_code == 200
+    assert post(large).status_code == 200  # the lane is free again
+
+
+def test_a_large_request_is_scored_in_pieces_and_alike(client, monkeypatch, tmp_path):
+    expected = client.post(f"{PREDICT}&explain=2", json=EXAMPLE).get_json()
+    pieces = []
+    score = ServedModel.score
+    monkeypatch.setattr(ServedModel, "score", lambda *a, **k: pieces.append(len(a[2])) or score(*a, **k))
+    for together, n in ((1, [1] * 8), (200, None), (10**6, [8])):
+        monkeypatch.setattr("serving.api.service.TOGETHER", together)
+        pieces.clear()
+        body = json.dumps(EXAMPLE).ljust(LARGE_BYTES + 1)
+        answer = client.post(f"{PREDICT}&explain=2", data=body, content_type="application/json")
+        assert answer.get_json() == expected
+        assert sum(pieces) == 8 and ((n is None and 1 < len(pieces) < 8) or pieces == n)
+    logged = sqlite3.connect(tmp_path / "log.db").execute("select count(*), count(distinct score) from predictions")
+    assert logged.fetchone() == (32, 8)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/fhir/predict", "/cds-services/sepsis-risk"])
+def test_a_body_of_too_many_objects_is_not_even_parsed(make_client, path, monkeypatch):
+    client = make_client(max_rows=100)
+    client.get("/ready")
+    monkeypatch.setattr("serving.api.bodies.json.loads", lambda *_, **__: pytest.fail("it is parsed"))
+    answer = client.post(path, data=b"[" + b"{}," * 500 + b"{}]", content_type="application/json")
+    monkeypatch.undo()
+    assert answer.status_code == 413 and "send fewer visits" in answer.get_data(as_text=True)
 
 
 def test_another_model_is_taken_up_while_the_service_runs(make_client, models_dir, tmp_path, monkeypatch):
@@ -1143,6 +1202,13 @@ def test_fhir_a_patients_age_and_sex_are_used(client, pipeline, url):
     assert answer["prediction"][0]["probabilityDecimal"] == expected
     if pipeline.reproducer.is_used("Age"):
         assert {"reference": "Patient/example"} in answer["basis"]
+
+
+def test_fhir_a_bundle_full_of_faults_is_told_in_short(client):
+    bad = [fhir_observation(valueQuantity={"value": 1, "unit": "furlong"}) for _ in range(200)]
+    (_, outcome) = client.post(FHIR, json=bundle_of(*bad, fhir_observation())).get_json()["entry"]
+    issues = outcome["resource"]["issue"]
+    assert len(issues) < 60 and any("200 not used in all" in issue["diagnostics"] for issue in issues)
 
 
 def test_fhir_further_pages_are_told(client):

@@ -25,7 +25,7 @@ from serving.api.limits import ThreadSafeMemory, check_rate_limit
 from serving.api.openapi import document
 from serving.api.records import Lines, code_places
 from serving.api.security import Gate, Refused
-from serving.api.service import NoModel, Service, TooMuch, Waiting, described_set_aside
+from serving.api.service import Busy, NoModel, Service, TooMuch, Waiting, described_set_aside
 from serving.api.settings import Settings
 from serving.deployed import LAST, NOW
 
@@ -52,6 +52,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.pseudonyms = Pseudonyms.from_environment()
     if settings.insecure and not app.gate.keys:
         log.warning("warning: SEPSIS_INSECURE is set: this service answers everybody who can reach it")
+    app.after_request(_finish)  # the first that is registered runs last: behind the limiter, which has a Retry-After
     limiter = Limiter(
         _who,
         app=app,
@@ -62,7 +63,6 @@ def create_app(settings: Settings | None = None) -> Flask:
         strategy="fixed-window",
     )
     app.before_request(_begin)
-    app.after_request(_finish)
     app.teardown_request(_leave)
     app.register_error_handler(Exception, _error)
 
@@ -89,6 +89,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
+RETRY_SOON = {"Retry-After": "2"}
 PROTECTED = {"predict", "fhir_predict", "cds_card", "model", "prometheus"}
 
 
@@ -112,6 +113,7 @@ def _finish(response: Response) -> Response:
     metrics.REQUESTS.labels(route, str(response.status_code)).inc()
     metrics.LATENCY.labels(route).observe(seconds)
     response.headers["X-Request-ID"] = g.get("request_id", "")
+    response.headers.update(g.pop("headers", {}))
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers.setdefault("Cache-Control", "no-store")
@@ -132,16 +134,17 @@ def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:
     return read_body(request, current_app.settings, types)
 
 
-def _take_turn(records: Callable[[], list[Any]] | None = None, as_of: str = NOW) -> Waiting:
+def _take_turn(body: bytes, records: Callable[[], list[Any]] | None = None, as_of: str = NOW) -> Waiting:
     """This request's turn, which lasts to its end; see `Service.take_turn`."""
-    waiting = current_app.service.take_turn(records, as_of)
-    g.has_turn = not waiting.settled
+    waiting = current_app.service.take_turn(records, as_of, len(body))
+    if not waiting.settled:
+        g.turn = waiting
     return waiting
 
 
 def _leave(_: BaseException | None) -> None:
-    if g.pop("has_turn", False):
-        current_app.service.leave()
+    if (turn := g.pop("turn", None)) is not None:
+        current_app.service.leave(turn)
 
 
 def _audit(outcome: str, scored: Any = None) -> None:
@@ -175,7 +178,7 @@ def _error(error: Exception) -> Response:
     else:
         response = jsonify({"status": "error", "message": message, **more})
         response.status_code = status
-    response.headers.extend(headers)
+    g.headers = headers
     return response
 
 
@@ -186,6 +189,8 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, st
     if isinstance(error, NoModel):
         # why it cannot be loaded names files of this machine: that is for the log
         return 503, "there is no usable model; the service's log says why", {}, {"Retry-After": "30"}
+    if isinstance(error, Busy):
+        return 503, "the service works on another large request; ask again, or send fewer visits", {}, RETRY_SOON
     if isinstance(error, TooMuch):
         return 413, str(error), {}, {}
     if isinstance(error, BadObservations):
@@ -227,7 +232,7 @@ def predict() -> Response:
     score at earlier moments, ``?series=1`` the observations as the model reads them."""
     top, points, series = _number("explain", 20), _number("trajectory", 100), _number("series", 1)
     service, as_of, body = current_app.service, _as_of(), _read_body()
-    scored = service.scored(_take_turn(lambda: _records(body), as_of))
+    scored = service.scored(_take_turn(body, lambda: _records(body), as_of))
     predictions, remarks = scored.predictions(), scored.warnings()
     if top:
         reasons, remark = scored.reasons(top)
@@ -254,7 +259,7 @@ def predict() -> Response:
 
 
 def _records(body: bytes) -> list[Any]:
-    records = parse_json(body)
+    records = parse_json(body, 2 * current_app.settings.max_rows)  # a unit may be {beats}/min
     if not isinstance(records, list):
         raise BadRequest(f"expected a JSON list of observations: {', '.join(COLUMNS)}")
     for name in ("visit_id", "client"):
@@ -277,11 +282,16 @@ def _named(row: Any) -> Any:
     return {**row, **bad} if bad else row
 
 
+def _resources(body: bytes) -> Any:
+    """FHIR resources: a small Observation has eight objects, and 400 bytes."""
+    return parse_json(body, 4 * current_app.settings.max_rows)
+
+
 def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
     service, as_of, body = current_app.service, _as_of(), _read_body(FHIR_TYPES)
-    turn = _take_turn(as_of=as_of)
-    found = fhir.observations_of(parse_json(body), turn.model.pipeline)
+    turn = _take_turn(body, as_of=as_of)
+    found = fhir.observations_of(_resources(body), turn.model.pipeline)
     turn.records = lambda: found.records
     scored = service.scored(turn)
     _audit("scored", scored)
@@ -296,8 +306,8 @@ def cds_services() -> Response:
 def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
     service, body = current_app.service, _read_body()
-    turn = _take_turn()
-    found = cds_hooks.observations_of(parse_json(body), turn.model.pipeline)
+    turn = _take_turn(body)
+    found = cds_hooks.observations_of(_resources(body), turn.model.pipeline)
     if not found.rows:
         _audit("no observations")
         version = turn.model.pipeline.model_version

@@ -77,7 +77,8 @@ class Found:
         """Notes that what stands at `where`, `n` observations, is not used, for a reason of `NOT_USED`."""
         why = f"{NOT_USED[reason]}{more}"
         issue = {"severity": "warning", "code": "not-supported", "diagnostics": why, "expression": [where]}
-        self.issues.append(issue)
+        if len(self.issues) < MOST_ISSUES:  # the rest is counted
+            self.issues.append(issue)
         self.set_aside_counts[reason] += n
         count_set_aside({reason: n})
 
@@ -342,6 +343,9 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
         RiskAssessment.model_validate(resource)
         entries.append({"resource": resource})
     issues = found.issues + _set_aside_issues(scored.set_aside())
+    if (n := sum(found.set_aside_counts.values())) > len(found.issues):
+        counts = "; ".join(f"{n} x {NOT_USED[reason]}" for reason, n in found.set_aside_counts.items())
+        issues.append({"severity": "warning", "code": "not-supported", "diagnostics": f"{n} not used in all: {counts}"})
     told = [*scored.warnings(), *([unused_text(scored.unused_codes, MOST_ISSUES)] if scored.unused_codes else [])]
     issues += [{"severity": "information", "code": "incomplete", "diagnostics": text} for text in told]
     if issues:
@@ -391,11 +395,7 @@ def _set_aside_issues(aside: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def operation_outcome(issues: list[dict[str, Any]]) -> dict[str, Any]:
-    shown = issues[:MOST_ISSUES]
-    if len(issues) > len(shown):
-        more = f"and {len(issues) - len(shown)} more"
-        shown = [*shown, {"severity": "information", "code": "informational", "diagnostics": more}]
-    resource = {"resourceType": "OperationOutcome", "issue": shown}
+    resource = {"resourceType": "OperationOutcome", "issue": issues}
     OperationOutcome.model_validate(resource)
     return resource
 

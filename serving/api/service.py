@@ -38,10 +38,15 @@ from serving.deployed import LOOK_SECONDS, NOW, Deployed, ServedModel, moments_o
 MOST_REASONS = 20
 MOST_POINTS = 100
 TOGETHER = 4000  # observations that are scored together; more would keep the first of them waiting
+LARGE_BYTES = 1_000_000  # a larger request has a lane of its own
 
 
 class NoModel(Exception):
     """There is no usable model; the text says why."""
+
+
+class Busy(Exception):
+    """As many large requests are worked on as the service takes at once."""
 
 
 class TooMuch(Exception):
@@ -58,6 +63,7 @@ class Service:
         self._lock_of_turns = threading.Lock()
         self._busy = False
         self._waiting: deque[Waiting] = deque()
+        self._lane = threading.Semaphore(1)  # of large requests
         self._deployed: Deployed | None = None
         self._problem = ""
         self._tried = -math.inf  # by the monotonic clock
@@ -97,25 +103,39 @@ class Service:
             metrics.MODEL.labels(old.model_version).set(0)
         metrics.MODEL.labels(new.model_version).set(1)
 
-    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None, as_of: str = NOW) -> Waiting:
+    def take_turn(self, records: Callable[[], Sequence[Any]] | None = None, as_of: str = NOW, size: int = 0) -> Waiting:
         """Waits until no other thread works on a request; `leave` ends the turn. `as_of` says which moment is scored,
         as `moments_of` has it.
 
         Where `records`, which gives the request's observations, is known before, another thread may score the request
-        meanwhile: then it is `settled` and there is no turn to leave. Raises `NoModel`.
+        meanwhile: then it is `settled` and there is no turn to leave. A request of more than `LARGE_BYTES` has a lane
+        of its own: it is read beside the turns of others, and takes a turn for each piece of its scoring. Raises
+        `NoModel`, and `Busy` where the lane is taken.
         """
-        own = Waiting(self.model(), records, as_of)
+        own = Waiting(self.model(), records, as_of, large=size > LARGE_BYTES)
+        if not own.large:
+            self._wait(own)
+        elif not self._lane.acquire(blocking=False):
+            raise Busy
+        return own
+
+    def leave(self, own: Waiting) -> None:
+        """Passes the turn on. Whoever has it should keep it until the answer is made: meanwhile others come, and are
+        scored together."""
+        if own.large:
+            self._lane.release()
+        else:
+            self._pass_on()
+
+    def _wait(self, own: Waiting) -> None:
         with self._lock_of_turns:
             if not self._busy:
                 self._busy = True
-                return own
+                return
             self._waiting.append(own)
         own.go.acquire()
-        return own
 
-    def leave(self) -> None:
-        """Passes the turn on. Whoever has it should keep it until the answer is made: meanwhile others come, and are
-        scored together."""
+    def _pass_on(self) -> None:
         with self._lock_of_turns:
             if self._waiting:
                 self._waiting.popleft().go.release()
@@ -126,7 +146,9 @@ class Service:
         """The scores of a request that has its turn. Reads, scores and logs what waits by now together with it: for a
         few visits more the features take hardly longer. Raises what reading the records raises, `BadObservations`,
         `TooMuch`."""
-        if not own.settled:
+        if own.large:
+            self._work_off_in_pieces(own)
+        elif not own.settled:
             self._work_off(own)
         if own.error is not None:
             raise own.error
@@ -158,6 +180,25 @@ class Service:
                     waiting.error = RuntimeError("the worker was stopped")
             for waiting in batch[1:]:
                 waiting.go.release()
+
+    def _work_off_in_pieces(self, own: Waiting) -> None:
+        """Scores a large request, up to `TOGETHER` observations a turn. A visit is never cut."""
+        self._read(own)
+        if own.error is not None:
+            return
+        first_row = own.observations.group_start[own.observations.visit_group_start]
+        pieces, first, n = [], 0, own.observations.n_visits
+        while first < n:
+            last = int(np.searchsorted(first_row, first_row[first] + TOGETHER, side="right")) - 1
+            some = np.arange(first, min(max(last, first + 1), n))
+            self._wait(Waiting(own.model, None))
+            try:
+                pieces.append(own.model.score(own.observations, some, own.moments[some]))
+            finally:
+                self._pass_on()
+            first = int(some[-1]) + 1
+        found = replace(pieces[0], **{name: np.concatenate([getattr(p, name) for p in pieces]) for name in _ARRAYS})
+        self._answer(own, found)
 
     def _next_like(self, own: Waiting) -> Waiting | None:
         with self._lock_of_turns:
@@ -195,24 +236,27 @@ class Service:
         observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
         moments = np.concatenate([waiting.moments for waiting in batch])
         found = model.score(observations, np.arange(observations.n_visits), moments)
+        first = 0
+        for waiting in batch:
+            rows = slice(first, first + waiting.observations.n_visits)
+            self._answer(waiting, replace(found, **{name: getattr(found, name)[rows] for name in _ARRAYS}))
+            first += waiting.observations.n_visits
+
+    def _answer(self, waiting: Waiting, found: Assessment) -> None:
+        waiting.scored = Scored(
+            waiting.model.pipeline, waiting.observations, waiting.moments, found, self.settings.max_visits
+        )
+        count_set_aside(waiting.observations.set_aside)
+        metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
         for level in found.level.tolist():
             metrics.PREDICTIONS.labels(level).inc()
         for reason in filter(None, found.reason.tolist()):
             metrics.UNKNOWN.labels(reason).inc()
         for p in found.probability[~np.isnan(found.probability)].tolist():
             metrics.SCORE.observe(p)
-        first = 0
-        for waiting, own in zip(batch, parts, strict=True):
-            count_set_aside(own.set_aside)
-            rows = slice(first, first + own.n_visits)
-            waiting.scored = Scored(model.pipeline, own, waiting.moments, _part(found, rows), self.settings.max_visits)
-            metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
-            first += own.n_visits
 
 
-def _part(found: Assessment, rows: slice) -> Assessment:
-    """The assessment of some of the snapshots."""
-    return replace(found, **{f.name: getattr(found, f.name)[rows] for f in fields(found) if f.name != "inputs"})
+_ARRAYS = [f.name for f in fields(Assessment) if f.name != "inputs"]  # of an assessment, a row a snapshot
 
 
 def count_set_aside(set_aside: dict[str, int]) -> None:
@@ -227,6 +271,7 @@ class Waiting:
     model: ServedModel
     records: Callable[[], Sequence[Any]] | None
     as_of: str = NOW
+    large: bool = False
     observations: Observations | None = None
     moments: np.ndarray | None = None
     scored: Scored | None = None

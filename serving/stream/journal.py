@@ -245,8 +245,7 @@ class Journal:
                 self.database.execute("ROLLBACK")
             number = errno.ENOSPC if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" else errno.EIO
             raise OSError(number, f"the state cannot be kept: {os.strerror(number)}", str(self.path)) from None
-        if self._pages > CHECKPOINT_PAGES:
-            self._checkpoint()
+        self._checkpoint()
 
     def _insert(self, entries: Iterable[tuple[str, int, bytes]]) -> None:
         rows = [(kind, visit, content, _checksum(kind, visit, content)) for kind, visit, content in entries]
@@ -334,20 +333,22 @@ class Journal:
             self._alerts = [alert for alert in self._alerts if alert not in ended]
 
     def _checkpoint(self) -> None:
-        """Brings the write-ahead log into the file. A thread does it: the stream does not wait for the disk."""
-        if self._checkpointing is not None and self._checkpointing.is_alive():
-            return
-        self._pages = 0
+        """Brings the write-ahead log into the file from time to time. A thread does most of it, so that the stream does
+        not wait for the disk; the rest, in which nothing may be written, is short. Then the log begins anew."""
+        thread = self._checkpointing
+        if thread is None and self._pages > CHECKPOINT_PAGES:
+            self._pages = 0
+            self._checkpointing = threading.Thread(target=self._bring_over, name="checkpoint", daemon=True)
+            self._checkpointing.start()
+        elif thread is not None and not thread.is_alive():
+            self._checkpointing = None
+            with contextlib.suppress(sqlite3.Error):
+                self.database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-        def work() -> None:
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path)) as own:
-                for _ in range(10):  # what is written meanwhile needs another round
-                    [(_, pages, done)] = own.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                    if pages == done:
-                        return
-
-        self._checkpointing = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._checkpointing.start()
+    def _bring_over(self) -> None:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path)) as own:
+            for _ in range(3):  # each round has less to do
+                own.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Lets another process have the file."""
