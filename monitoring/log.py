@@ -28,6 +28,7 @@ URL_VARIABLE = "SEPSIS_MONITOR_URL"
 DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
 OPENING_TRIES = 8
+REOPEN_SECONDS = 30.0  # between tries to open a log that could not be opened
 MIGRATIONS = Path(__file__).with_name("migrations")
 WAL_PAGES = 16_000  # of SQLite's write-ahead log, 64 MB: each checkpoint waits for the disk
 metadata = sa.MetaData()
@@ -144,21 +145,45 @@ class PredictionLog:
         self._profile = Profile(pipeline.config)
         self._pseudonyms = Pseudonyms.from_environment()
         self._failing = False
+        self._url, self._tried = OFF, 0.0  # what is opened again after an error, and when it was tried last
         self._pages, self._checkpointing = 0, threading.Lock()
-        if engine is not None and not self._pseudonyms.lasting:
-            log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
+        if engine is not None:
+            self._remark_on_pseudonyms()
 
     @classmethod
     def open(cls, url: str | None, pipeline: ProductionPipeline, source: str) -> PredictionLog:
         """The log at `url` for what `source` scores. None: the URL of the environment, else `DEFAULT_URL`. ``off``: no
         log."""
-        url, engine = url_of(url), None
-        if url != OFF:
-            try:
-                engine = open_engine(url)
-            except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
+        opened = cls(None, pipeline, source)
+        opened._url = url_of(url)
+        opened._open()
+        return opened
+
+    @property
+    def works(self) -> bool:
+        """False if predictions are lost: the log could not be opened, or the last row could not be written."""
+        return not self._failing
+
+    def _open(self) -> bool:
+        """Opens the database, if it is not open. After an error it is tried again `REOPEN_SECONDS` later."""
+        if self._engine is not None:
+            return True
+        if self._url == OFF or (self._failing and time.monotonic() - self._tried < REOPEN_SECONDS):
+            return False
+        self._tried = time.monotonic()
+        try:
+            self._engine = open_engine(self._url)
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
+            if not self._failing:
                 log.error("error: the prediction log cannot be opened: %s", type(error).__name__)
-        return cls(engine, pipeline, source)
+            self._failing = True
+            return False
+        self._remark_on_pseudonyms()
+        return True
+
+    def _remark_on_pseudonyms(self) -> None:
+        if not self._pseudonyms.lasting:
+            log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
 
     def record(
         self,
@@ -172,7 +197,7 @@ class PredictionLog:
 
         `found` is what `ProductionPipeline.assess` returned for these snapshots, `seconds` the duration of that call.
         """
-        if self._engine is None or not len(visit):
+        if not self._open() or not len(visit):
             return self._engine is not None
         clients, visits = observations.client_text[visit].tolist(), observations.visit_text[visit].tolist()
         codes, unknown = self._profile.present(observations, visit, as_of)
@@ -215,7 +240,7 @@ class PredictionLog:
 
     def record_error(self, kind: str, n: int = 1) -> bool:
         """Logs that `n` requests, files or visits could not be scored."""
-        if self._engine is None:
+        if not self._open():
             return False
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
         return self._write(_NEW_ERROR, [{"time": self._clock().replace(tzinfo=None), **row}])

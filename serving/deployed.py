@@ -25,15 +25,22 @@ LOOK_SECONDS = 5.0  # between looks for a new version
 NOW, LAST = "now", "last"
 
 
+class Unlogged(FeaturePipelineError):
+    """A prediction could not be logged, and the pattern must not give it unlogged."""
+
+    code = "unlogged"
+
+
 class ServedModel:
     """One version of the model and the log of its predictions. Work that begins with a version ends with it.
 
     `source` is the pattern that scores (api, batch, database, stream), `monitor` the URL of the prediction log (None:
-    the environment's). The log is closed when the last user of this version has gone.
+    the environment's). The log is closed when the last user of this version has gone. With `log_required` no result is
+    returned that could not be logged.
     """
 
-    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None, log_required: bool = False):
+        self.pipeline, self.log_required = pipeline, log_required
         self.log = PredictionLog.open(monitor, pipeline, source)
         weakref.finalize(self, self.log.close).atexit = False
 
@@ -54,7 +61,9 @@ class ServedModel:
         began = time.perf_counter()
         found = self.pipeline.assess(observations, visit, as_of)
         if record:
-            self.log.record(observations, visit, as_of, found, time.perf_counter() - began)
+            logged = self.log.record(observations, visit, as_of, found, time.perf_counter() - began)
+            if self.log_required and not logged:
+                raise Unlogged("predictions cannot be logged, and must not be returned unlogged")
         return found
 
 
@@ -71,12 +80,13 @@ class Deployed:
         source: str,
         monitor: str | None,
         before_use: Callable[[ProductionPipeline | None, ProductionPipeline], Any] = lambda old, new: None,
+        log_required: bool = False,
     ):
-        self._source, self._monitor, self._before_use = source, monitor, before_use
+        self._before_use, self._serving = before_use, (source, monitor, log_required)
         self._renewing = threading.Lock()
         self._looked, self._problem = time.monotonic(), ""
         before_use(None, pipeline)
-        self.current = ServedModel(pipeline, source, monitor)
+        self.current = ServedModel(pipeline, *self._serving)
 
     @property
     def pipeline(self) -> ProductionPipeline:
@@ -97,7 +107,7 @@ class Deployed:
                     self._problem = str(error)
                     log.error("error: %s; model %s stays in use", error, old.model_version)
                 return False
-            self.current, self._problem = ServedModel(successor, self._source, self._monitor), ""
+            self.current, self._problem = ServedModel(successor, *self._serving), ""
         log.info("model %s is loaded", successor.model_version)
         return True
 

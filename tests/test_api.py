@@ -500,6 +500,33 @@ def test_logs_hold_no_value_and_no_name(client, tmp_path):
     assert database.execute("select source, kind, n from prediction_errors").fetchall() == [("api", "unusable", 1)]
 
 
+def test_a_log_that_is_away_is_told_and_tried_again(make_client, tmp_path, monkeypatch):
+    (tmp_path / "folder").write_text("no folder")
+    url = f"sqlite:///{tmp_path}/folder/log.db"
+    client = make_client(monitor_url=url)
+    assert client.post(PREDICT, json=EXAMPLE).status_code == 200
+    assert client.get("/ready").get_json()["predictions_logged"] is False
+    assert "sepsis_predictions_not_logged_total" in client.get("/metrics").get_data(as_text=True)
+    strict = make_client(monitor_url=url, log_required=True)
+    answers = [
+        strict.post(PREDICT, json=EXAMPLE),
+        strict.get("/ready"),
+        strict.post(FHIR, json=bundle_of(fhir_observation())),
+    ]
+    for answer in answers:
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "2"
+        assert "sepsis_probability" not in answer.get_data(as_text=True)
+    (tmp_path / "folder").unlink()
+    monkeypatch.setattr("monitoring.log.REOPEN_SECONDS", -1)
+    for each in (client, strict):
+        assert each.post(PREDICT, json=EXAMPLE).status_code == 200
+        assert each.get("/ready").get_json()["predictions_logged"] is True
+    logged = sqlite3.connect(tmp_path / "folder" / "log.db").execute("select count(*) from predictions")
+    assert logged.fetchone() == (16,)
+    with pytest.raises(BadConfig, match="SEPSIS_LOG_REQUIRED"):
+        make_client(monitor_url="off", log_required=True)
+
+
 def test_pages_load_nothing_from_elsewhere(client):
     for path in ("/", "/docs"):
         with client.get(path) as answer:
@@ -814,6 +841,15 @@ def test_cds_hooks_discovery_and_cards(viewed, pipeline):
     assert pipeline.model_version in cards[0]["source"]["label"]
     assert "2024-07-02 09:30 UTC" in cards[0]["summary"] and "Not used" not in cards[0]["detail"]
     assert "is 2 h old" in cards[0]["detail"] and "__" not in cards[0]["detail"]
+
+
+def test_cds_the_audit_names_the_user_as_a_keyed_hash(viewed, tmp_path):
+    for call in (cds_call(fhir_observation()), cds_call()):
+        viewed.post(CDS, json=call)
+    viewed.post(CDS, json=cds_call(fhir_observation(), userId="Practitioner/2"))
+    one, nothing, two = (line["user_pseudonym"] for line in lines_of(tmp_path / "audit.jsonl"))
+    assert one == nothing != two and re.fullmatch("[0-9a-f]{16}", one)
+    assert "Practitioner" not in (tmp_path / "audit.jsonl").read_text()
 
 
 def test_cds_cards_are_of_the_encounter_that_is_viewed_else_of_the_latest(viewed):

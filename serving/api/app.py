@@ -18,7 +18,8 @@ from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
-from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadObservations, to_micros
+from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadConfig, BadObservations, to_micros
+from monitoring.log import OFF, url_of
 from serving.api import cds_hooks, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
@@ -27,7 +28,7 @@ from serving.api.records import Lines, code_places
 from serving.api.security import Gate, Refused
 from serving.api.service import Busy, NoModel, Service, TooMuch, Waiting, described_set_aside
 from serving.api.settings import Settings
-from serving.deployed import LAST, NOW
+from serving.deployed import LAST, NOW, Unlogged
 
 STATIC = Path(__file__).with_name("static")
 EXAMPLE = Path(__file__).parents[2] / "examples"
@@ -45,6 +46,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     ``app.service.pipeline()``. Raises `BadConfig` for settings that cannot be right."""
     settings = settings or Settings.from_environment()
     check_rate_limit(settings)
+    if settings.log_required and url_of(settings.monitor_url) == OFF:
+        raise BadConfig("SEPSIS_LOG_REQUIRED is set, but SEPSIS_MONITOR_URL is off; name a database")
     app = Flask("sepsis", static_folder=None)
     app.json.sort_keys = False
     app.settings, app.service, app.gate = settings, Service(settings), Gate(settings)
@@ -147,7 +150,7 @@ def _leave(_: BaseException | None) -> None:
         current_app.service.leave(turn)
 
 
-def _audit(outcome: str, scored: Any = None) -> None:
+def _audit(outcome: str, scored: Any = None, user: Any = None) -> None:
     """One line a request that concerns patients: who asked, about whom (as pseudonyms), with what outcome."""
     if not current_app.audit_log.path:
         return
@@ -160,6 +163,7 @@ def _audit(outcome: str, scored: Any = None) -> None:
         route=request.url_rule.rule,
         outcome=outcome,
         model_version=scored.pipeline.model_version if scored else None,
+        **({"user_pseudonym": names.digest("user", user).hex()[:16]} if isinstance(user, str) else {}),
         visits=len(keys),
         visit_pseudonyms=[names.visit(client, visit) for client, visit in keys],
     )
@@ -189,6 +193,8 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, st
     if isinstance(error, NoModel):
         # why it cannot be loaded names files of this machine: that is for the log
         return 503, "there is no usable model; the service's log says why", {}, {"Retry-After": "30"}
+    if isinstance(error, Unlogged):
+        return 503, str(error), {}, RETRY_SOON
     if isinstance(error, Busy):
         return 503, "the service works on another large request; ask again, or send fewer visits", {}, RETRY_SOON
     if isinstance(error, TooMuch):
@@ -307,15 +313,17 @@ def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
     service, body = current_app.service, _read_body()
     turn = _take_turn(body)
-    found = cds_hooks.observations_of(_resources(body), turn.model.pipeline)
+    call = _resources(body)
+    found = cds_hooks.observations_of(call, turn.model.pipeline)
+    user = call["context"].get("userId")
     if not found.rows:
-        _audit("no observations")
+        _audit("no observations", user=user)
         version = turn.model.pipeline.model_version
         unknown = [cds_hooks.unknown_card(UNKNOWN_REASONS[NOTHING_USABLE], cds_hooks.not_used(found), version)]
         return jsonify({"cards": unknown if found.issues else []})
     turn.records = lambda: found.records
     scored = service.scored(turn)
-    _audit("scored", scored)
+    _audit("scored", scored, user)
     return jsonify({"cards": cds_hooks.cards(found, scored)})
 
 
@@ -325,8 +333,13 @@ def health() -> Response:
 
 
 def ready() -> Response:
-    """The model is loaded and reproduces its golden example."""
-    return jsonify({"status": "ready", "model_version": current_app.service.pipeline().model_version})
+    """The model is loaded and reproduces its golden example; are predictions logged?"""
+    model_ = current_app.service.model()
+    works = model_.log.works
+    if not works and current_app.settings.log_required:
+        raise Unlogged("predictions cannot be logged, and must not be returned unlogged")
+    version = model_.pipeline.model_version
+    return jsonify({"status": "ready", "model_version": version, "predictions_logged": works})
 
 
 def model() -> Response:

@@ -36,7 +36,10 @@ def _paths(settings: Settings) -> dict[str, Any]:
     fhir = "application/fhir+json"
     # what any protected route may answer; FHIR routes answer it as an OperationOutcome
     refusals = {401: "no API key", 403: "a wrong API key", 429: "too many requests; Retry-After says when to ask again"}
-    broken = {500: "an error of the service, with a request id", 503: "no usable model"}
+    broken = {
+        500: "an error of the service, with a request id",
+        503: "no usable model, another large request, or no log",
+    }
     bodies = {
         400: "not JSON, or not of the expected form",
         408: "the body did not arrive in time",
@@ -284,7 +287,15 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                 ),
             }
         ),
-        "Status": {"type": "object", "required": ["status"], "properties": {"status": text, "model_version": text}},
+        "Status": {
+            "type": "object",
+            "required": ["status"],
+            "properties": {
+                "status": text,
+                "model_version": text,
+                "predictions_logged": {"type": "boolean"},
+            },
+        },
         "Model": {"type": "object", "required": ["model_version", "feature_set", "n_features", "metrics"]},
     }
 

@@ -94,7 +94,10 @@ class Service:
                 self._problem = str(error)
                 log.error("error: %s", error)
             raise NoModel(self._problem) from None
-        self._deployed = Deployed(pipeline, "api", self.settings.monitor_url or None, self._count_models)
+        settings = self.settings
+        self._deployed = Deployed(
+            pipeline, "api", settings.monitor_url or None, self._count_models, settings.log_required
+        )
         log.info("model %s is loaded", pipeline.model_version)
 
     @staticmethod
@@ -247,6 +250,8 @@ class Service:
             waiting.model.pipeline, waiting.observations, waiting.moments, found, self.settings.max_visits
         )
         count_set_aside(waiting.observations.set_aside)
+        if not waiting.model.log.works:
+            metrics.UNLOGGED.inc(len(found.level))
         metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
         for level in found.level.tolist():
             metrics.PREDICTIONS.labels(level).inc()
