@@ -17,6 +17,7 @@ from common.command_line import DONE, SOME_FAILED, log, make_parser, read_site_c
 from feature_pipeline import BadConfig
 from training.adapt import AdaptOptions, adapt
 from training.comparison import compare_and_promote
+from training.learning_curve import learning_curve
 from training.package import export_package, import_package
 from training.retraining import RetrainOptions, retrain
 from training.thresholds import add_threshold_options, describe_thresholds, rule_of, set_thresholds
@@ -73,7 +74,10 @@ def work(arguments: argparse.Namespace) -> int:
     elif arguments.adapt:
         site_codes = read_site_codes(arguments.codes)
         rest = arguments.force, arguments.seed, arguments.jobs
-        lines, done = adapt(directory, AdaptOptions(*data, rule, arguments.reason, site_codes, *rest))
+        options = AdaptOptions(*data, rule, arguments.reason, site_codes, *rest)
+        lines, done = (
+            (learning_curve(directory, options), True) if arguments.learning_curve else adapt(directory, options)
+        )
         print(*lines, sep="\n")
         return DONE if done else SOME_FAILED
     else:
@@ -122,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="deploy the same model as a new version with the thresholds of one of the next three options",
     )
     add_threshold_options(parser)
+    parser.add_argument(
+        "--learning-curve",
+        action="store_true",
+        help="with --adapt: report the gain with 100, 250, 500, ... of the patients; deploy nothing",
+    )
     parser.add_argument("--force", action="store_true", help="promote the version even if it is worse")
     parser.add_argument("--keep-config", action="store_true", help="retrain the deployed recipe, without a search")
     parser.add_argument("--quick", action="store_true", help="retrain with the quick search")

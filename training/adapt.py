@@ -192,10 +192,10 @@ def labels_of(labels: pd.DataFrame, data: TrainingData, rows: np.ndarray) -> np.
 
 
 def trial_lines(trials: list[Trial]) -> list[str]:
-    lines = ["cross-validated on local patients: ROC AUC, average precision, behind the best (standard error)"]
+    width = max(len(t.candidate.name) for t in trials)
+    lines = [f"{'cross-validated on local patients':<{width + 2}}  log loss  ROC AUC  average precision"]
     return lines + [
-        f"  {t.candidate.name:<36s} {t.roc_auc:.4f}  {t.average_precision:.4f}  {t.behind:.4f} ({t.noise:.4f})"
-        for t in trials
+        f"  {t.candidate.name:<{width}}  {t.log_loss:.5f}   {t.roc_auc:.4f}   {t.average_precision:.4f}" for t in trials
     ]
 
 
