@@ -17,11 +17,13 @@ from feature_pipeline import (
     BadConfig,
     Config,
     FeaturePlan,
+    MinimumEvidence,
     concept_of,
     read_observations,
     resolve_snapshots,
 )
 from training.candidates import FEATURE_SETS, ModelConfiguration
+from training.evidence import enough
 from training.fitting import filled
 from training.snapshots import TrainingData, load_training_data
 from training.thresholds import alert_curves, with_thresholds
@@ -100,6 +102,7 @@ def make_config(
     configuration: ModelConfiguration,
     evaluation: Evaluation,
     loss: dict[str, float],
+    minimum: MinimumEvidence,
     options: Any,
 ) -> Config:
     """All that ``best_model_config.json`` holds, before training; `options` are `SearchOptions`."""
@@ -128,6 +131,7 @@ def make_config(
         rank_by=options.rank_by,
         code_prevalence={code: round(share, 4) for code, share in prevalence.items() if code in used},
         loss_without_code=loss,
+        minimum_evidence=minimum,
         observed_codes=list(data.observations.codes),
         data={
             "observations": options.observations,
@@ -141,7 +145,8 @@ def make_config(
         seed=search.seed,
         golden=golden_example(names, search.synonyms, configuration.fill_value, search.codes),
     )
-    curves = alert_curves(data, evaluation.rows, evaluation.out_of_fold)
+    known = enough(minimum, data, names)[evaluation.rows]
+    curves = alert_curves(data, evaluation.rows, evaluation.out_of_fold, known)
     return with_thresholds(config, options.rule, curves, options.reason)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from common.metrics import OperatingPoint, calibration_table, figures
 from common.model_record import OUT_OF_SCOPE, intended_use, limits_of
 from feature_pipeline import Config, FeaturePlan
+from training.evidence import describe_evidence
 from training.snapshots import TrainingData
 from training.thresholds import describe_thresholds
 
@@ -94,6 +95,10 @@ def model_card(
         *(f"- {name}: {value}" for name, value in facts.items()),
         f"- split by {data.grouped_by}; snapshots every {config.snapshots.every_hours:g} h",
         f"- {describe_thresholds(config)}",
+        "",
+        "## Evidence",
+        "",
+        *(f"  {line}" if line.startswith("  ") else f"{line}\n" for line in describe_evidence(config)),
         "",
         f"## By group ({basis}; 95% intervals resampled by {data.grouped_by})",
         "",

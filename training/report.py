@@ -20,6 +20,7 @@ from feature_pipeline import (
     Config,
     describe_set_aside,
 )
+from training.evidence import describe_evidence
 from training.snapshots import PARTS, TEST
 from training.thresholds import describe_thresholds
 from training.trials import Evaluation, Search
@@ -130,6 +131,7 @@ def summary_text(
         describe_thresholds(config),
         *_levels_on_test(search, config, evaluation),
     ]
+    lines += ["", *describe_evidence(config)]
     if config.loss_without_code:
         worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:10]
         lines += [

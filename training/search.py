@@ -18,6 +18,7 @@ from common.metrics import FEWEST_POSITIVE_VISITS, describe_size, ranking_scores
 from feature_pipeline import BadConfig, Config, FeaturePipelineError, SnapshotSettings
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
+from training.evidence import measure_evidence
 from training.fitting import cross_validate
 from training.report import summary_text
 from training.snapshots import TEST, load_training_data
@@ -126,7 +127,8 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
             log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
         evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
         loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
-        config = make_config(search, feature_set, configuration, evaluation, loss, options)
+        minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, evaluation.model)
+        config = make_config(search, feature_set, configuration, evaluation, loss, minimum, options)
     ranking = [(fs, name, score) for score, fs, name, _ in finalists]
     text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)
     write_atomic(directory / SUMMARY, text)

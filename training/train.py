@@ -20,6 +20,7 @@ from feature_pipeline import Config, ScoreModel, describe_set_aside, load_config
 from monitoring.profile import make_profile
 from training.candidates import ModelConfiguration
 from training.config import configuration_of, load_data
+from training.evidence import enough
 from training.fitting import FeatureTable, cross_validate, filled, fit_calibrated
 from training.model_card import model_card
 from training.report import info_text, report_page
@@ -133,7 +134,9 @@ def version_files(
     if config.decision_sensitivity is not None:
         threshold = threshold_for_sensitivity(data.label, probability, config.decision_sensitivity)
         config = replace(config, decision_threshold=threshold)
-    config = with_thresholds(config, Rule.of(config), alert_curves(data, rows, probability), set_now=False)
+    minimum = config.minimum_evidence
+    known = None if minimum is None else enough(minimum, data, config.feature_names)
+    config = with_thresholds(config, Rule.of(config), alert_curves(data, rows, probability, known), set_now=False)
     model.metadata |= {
         "model_version": version,
         "trained_at": facts["Trained at"],
