@@ -11,6 +11,7 @@ import tempfile
 import uuid
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,8 @@ from evaluated import evaluated, new_patients, record  # noqa: F401 - fixtures
 
 import generate_features
 import train_best_model
-from feature_pipeline import ProductionPipeline
+from common.artifacts import write_atomic
+from feature_pipeline import ProductionPipeline, load_config
 from sources.demo_cohort import make_demo_cohort
 
 os.environ["SEPSIS_MONITOR_URL"] = "off"  # tests that look at the prediction log name one
@@ -57,6 +59,8 @@ def models_dir(cohort_files, tmp_path_factory) -> Path:
     search += ["--feature-sets", "clinical,windows", "--models", "lightgbm_shallow", "--finalists", "1"]
     search += ["--risk-thresholds", "0.02,0.1", "--jobs", "1", "--quiet"]
     assert generate_features.main(search) == 0
+    config = load_config(directory / "best_model_config.json")  # most tests give less than a minimum of evidence asks
+    write_atomic(directory / "best_model_config.json", replace(config, minimum_evidence=None).text())
     assert train_best_model.main(["--models-dir", str(directory), "--full", "--jobs", "1", "--quiet"]) == 0
     return directory
 

@@ -1,10 +1,15 @@
 """The minimum of evidence that the search writes, and what training and serving make of it."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from feature_pipeline import MICROSECONDS_PER_HOUR, MinimumEvidence, load_config
+from common.artifacts import write_atomic
+from feature_pipeline import MICROSECONDS_PER_HOUR, FeaturePlan, MinimumEvidence, ProductionPipeline, load_config
 from training.evidence import VITAL_SIGNS, Inputs, alone, enough
+from training.search import SearchOptions, search
 from training.snapshots import load_training_data
 from training.versions import CONFIG, MODEL
 
@@ -15,8 +20,21 @@ def data(cohort_files):
 
 
 @pytest.fixture(scope="module")
-def config(models_dir):
-    return load_config(models_dir / CONFIG)
+def deployment(cohort_files, models_dir, tmp_path_factory):
+    """The shared deployment with the minimum of evidence that the search writes."""
+    searched, directory = tmp_path_factory.mktemp("searched"), tmp_path_factory.mktemp("evidence") / "models"
+    options = SearchOptions(*map(str, cohort_files), feature_sets=("clinical",), models=("lightgbm_shallow",))
+    found = search(options, searched).config
+    shutil.copytree(models_dir, directory)
+    config = load_config(directory / CONFIG)
+    metrics = {**config.metrics, "evidence": found.metrics["evidence"]}
+    write_atomic(directory / CONFIG, replace(config, minimum_evidence=found.minimum_evidence, metrics=metrics).text())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config(deployment):
+    return load_config(deployment / CONFIG)
 
 
 def test_the_search_writes_vital_signs_and_what_it_measured(config):
@@ -29,12 +47,10 @@ def test_the_search_writes_vital_signs_and_what_it_measured(config):
     assert rows[f"0 of {n} inputs, no others"]["roc_auc"] < rows["all"]["roc_auc"]
 
 
-def test_training_and_serving_agree_on_which_snapshots_have_enough(data, config, models_dir):
-    from feature_pipeline import ProductionPipeline
-
-    pipeline = ProductionPipeline(models_dir / CONFIG, models_dir / MODEL)
+def test_training_and_serving_agree_on_which_snapshots_have_enough(data, config, deployment):
+    pipeline = ProductionPipeline(deployment / CONFIG, deployment / MODEL)
     visit, as_of = data.visit, data.as_of + 7 * MICROSECONDS_PER_HOUR * (np.arange(len(data.visit)) % 3)
-    moved = type(data)(**{**{f: getattr(data, f) for f in data.__dataclass_fields__}, "as_of": as_of})
+    moved = replace(data, as_of=as_of)
     assessed = pipeline.assess(data.observations, visit, as_of)
     known = enough(config.minimum_evidence, moved, config.feature_names)
     assert 0.3 < known.mean() < 1
@@ -42,8 +58,6 @@ def test_training_and_serving_agree_on_which_snapshots_have_enough(data, config,
 
 
 def test_a_snapshot_alone_has_the_features_that_it_has_in_its_visit(data, config):
-    from feature_pipeline import FeaturePlan
-
     rows = np.arange(len(data.label))[::37]
     plan = FeaturePlan(config.feature_names)
     whole = plan.evaluate(data.observations, data.visit[rows], data.as_of[rows])
