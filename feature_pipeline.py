@@ -1986,7 +1986,6 @@ def _is_golden(value: Any) -> bool:
 
 
 MOST_HOURS = 1_000_000  # between snapshots, or before onset: more than a life
-MOMENTS = ("grid", "latest", "mixed")
 
 
 @dataclass(frozen=True)
@@ -2000,14 +1999,10 @@ class SnapshotSettings:
     horizon_hours: float = 6.0
     after_onset: bool = False  # also take snapshots after onset, as positives
     retrospective: bool = False  # no onsets: one snapshot at the end of each visit
-    # A snapshot is taken at the point of the grid, at the latest observation before it, or at either by turns.
-    moments: str = "grid"
 
     def __post_init__(self):
         if not (0 < self.every_hours <= MOST_HOURS and 0 <= self.horizon_hours <= MOST_HOURS):
             raise ValueError(f"snapshots every {self.every_hours} h, horizon {self.horizon_hours} h")
-        if self.moments not in MOMENTS:
-            raise ValueError(f"moments {self.moments!r}, expected one of {', '.join(MOMENTS)}")
 
 
 @dataclass(frozen=True)

@@ -200,9 +200,7 @@ def make_training_data(
     if retrospective:
         as_of, label, row = last, sepsis, np.arange(len(visit))
     else:
-        row, as_of, label = _snapshots(
-            observations, visit, first, last, np.where(sepsis == 1, onset, NO_TIME), settings
-        )
+        row, as_of, label = _snapshots(first, last, np.where(sepsis == 1, onset, NO_TIME), settings)
         without = len(visit) - len(np.unique(row))
         leave_out("septic visits with onset before their first observation", without)
     if not 0 < label.sum() < len(label):
@@ -226,20 +224,7 @@ def make_training_data(
     )
 
 
-def latest_observation(observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
-    """(n_snapshots,) microseconds, the time of each visit's latest observation at `as_of` or before; NO_TIME for
-    none. `visit` ascends, and within a visit `as_of`."""
-    of_row = np.repeat(observations.group_visit, np.diff(observations.group_start))
-    both = np.concatenate([of_row, visit]), np.concatenate([observations.time, as_of])
-    asked = np.arange(len(both[0])) >= len(of_row)
-    order = np.lexsort((asked, both[1], both[0]))
-    time = np.where(asked[order], NO_TIME, both[1][order])
-    start = np.append(True, np.diff(both[0][order]) != 0)
-    place = np.maximum.accumulate(np.where(start | ~asked[order], np.arange(len(order)), 0))
-    return time[place][asked[order]]
-
-
-def _snapshots(observations, visit, first, last, onset, settings):
+def _snapshots(first, last, onset, settings):
     """(row of the visit, as_of, label) of the snapshots of visits; `onset` is NO_TIME for those without sepsis."""
     every = round(settings.every_hours * MICROSECONDS_PER_HOUR)
     horizon = round(settings.horizon_hours * MICROSECONDS_PER_HOUR)
@@ -249,12 +234,6 @@ def _snapshots(observations, visit, first, last, onset, settings):
     row = np.repeat(np.arange(len(first)), number)
     step = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
     as_of = first[row] + step * every
-    if settings.moments != "grid":
-        latest = latest_observation(observations, visit[row], as_of)
-        as_of = np.where((settings.moments == "latest") | ((row + step) % 2 == 1), latest, as_of)
-        new = np.diff(as_of, prepend=NO_TIME) != 0  # a visit without a new observation gives no new snapshot
-        new |= np.diff(row, prepend=-1) != 0
-        row, as_of = row[new], as_of[new]
     label = septic[row] & (as_of >= onset[row] - horizon * septic[row])
     return row, as_of, label.astype(np.int8)
 
