@@ -635,7 +635,11 @@ KEY = ["client", "observation_type_code", "observation_date", "observation_value
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "folder", "options", "same"),
-    [("omop", "omop", ("--ids", "source", "--codes", "source"), 229_692), ("meds", "meds", (), 347_785)],
+    [
+        ("omop", "omop", ("--ids", "source", "--codes", "source"), 229_692),
+        ("meds", "meds", (), 347_785),
+        ("fhir", "fhir", (), 262_966),
+    ],
 )
 def test_the_demo_is_the_same_in_other_formats(source, folder, options, same, tmp_path):
     raw = prepared_demo("mimic-iv", "raw", tmp_path / "raw")
