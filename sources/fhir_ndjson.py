@@ -30,6 +30,7 @@ SUFFIXES = (".ndjson", ".ndjson.gz", ".json", ".json.gz")
 BATCH = 50_000
 # kinds that fhir.sql reads beside Observations
 KINDS = {"Patient", "Encounter", "Specimen", "Medication", "MedicationRequest", "MedicationAdministration", "Procedure"}
+KINDS |= {"Microbiology"}  # which an Observation may be
 # an Observation that is about a culture: its codes, category or profile say so
 _MICROBIOLOGY = re.compile(r"micro(biology|-)|culture|bacteria identified|gram stain|\bMB\b", re.IGNORECASE)
 
@@ -77,7 +78,9 @@ def resources_of(path: Path, problems: Counter[str]) -> Iterator[tuple[str, dict
                     continue
                 try:
                     resource = json.loads(text)
-                except ValueError:
+                    if b"\\ud" in text.lower():
+                        json.dumps(resource, ensure_ascii=False).encode()
+                except ValueError:  # no JSON, or half a character
                     resource = None
                 if not isinstance(resource, dict):
                     problems[path.name] += 1
@@ -166,13 +169,15 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
                 problems[path.name] += 1
                 continue
             kinds[kind] += 1
-            if kind == "Observation":
-                add_observation(resource, observations, left_out)
-                if is_microbiology(resource):
-                    kind = "Microbiology"
-            if kind in KINDS or kind == "Microbiology":
-                name = url.rpartition(":")[2] if url.startswith("urn:") else resource.get("id")
-                resources.add(kind, str(name), own_identifier(resource), json.dumps(resource))
+            try:
+                if kind == "Observation":
+                    add_observation(resource, observations, left_out)
+                    kind = "Microbiology" if is_microbiology(resource) else kind
+                if kind in KINDS:
+                    name = url.rpartition(":")[2] if url.startswith("urn:") else resource.get("id")
+                    resources.add(kind, str(name), own_identifier(resource), json.dumps(resource))
+            except (AttributeError, KeyError, TypeError):  # something is no object or list where it should be one
+                left_out["bad_resource", ""] += 1
     resources.write()
     observations.write()
     if not kinds["Observation"] or not kinds["Encounter"]:

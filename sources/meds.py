@@ -22,7 +22,8 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     folder = Path(arguments.source)
     files = files_in(folder, (".parquet",))
     metadata = [path for path in files if path.parent.name == "metadata"]
-    events = [path for path in files if path not in metadata]
+    under_data = [path for path in files if "data" in path.relative_to(folder).parts]
+    events = under_data or [path for path in files if path not in metadata]
     if not events:
         raise BadConfig(f"{folder}: no Parquet file of events; MEDS has them under data/")
     for path in events:  # all at once would hide which file is of another kind

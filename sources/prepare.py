@@ -266,7 +266,7 @@ def complete_tables(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespac
 
 
 def visits_of(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`units_of_stay`: the visits that rows are given to, none of a client overlapping another; facts about them."""
+    """Makes `stays`, the visits that rows are given to; gives facts about them."""
     if arguments.visits == "icu":
         if not scalar(con, "SELECT count(*) FROM icu_stays"):
             raise BadObservations(f"{arguments.source}: no intensive-care stay is told, so --visits icu finds none")

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from common.command_line import progress
+from common.command_line import Terminated, progress
 from feature_pipeline import BadConfig, BadObservations, listed
 
 try:
@@ -69,9 +69,12 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
+    seen: list[int] = []
+
     def watch() -> None:
         while number := os.read(reader, 1)[0]:
             if number in (signal.SIGINT, signal.SIGTERM):
+                seen.append(number)
                 con.interrupt()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -80,7 +83,7 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
         yield
     except (RuntimeError, duckdb.InterruptException) as error:
         if "interrupt" in str(error).lower():
-            raise KeyboardInterrupt from None
+            raise (Terminated if signal.SIGTERM in seen else KeyboardInterrupt) from None
         raise
     finally:
         signal.set_wakeup_fd(before)

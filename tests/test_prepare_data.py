@@ -534,10 +534,13 @@ def test_a_broken_line_of_ndjson_is_counted(tmp_path):
     with gzip.open(folder / "Observation.ndjson.gz", "at") as file:
         file.write('{"resourceType": "Observation", "status": \n[1, 2]\n')
         file.write('{"resourceType": "Observation", "status": "final", "code": "x", "subject": 7}\n')
+        file.write('{"resourceType": "Patient", "id": "\\ud800", "gender": "male"}\n')
+        file.write('{"resourceType": "Patient", "id": "x", "identifier": [{"value": "1", "type": {"coding": [1]}}]}\n')
+        file.write(json.dumps(formats.observation(0, formats.ROWS[0]) | {"specimen": "blood", "id": "y"}) + "\n")
     out = run("fhir", folder, "--time", "charted", out=tmp_path / "out")
     assert by_concept(out) == formats.EXPECTED
-    assert report(out)["rejected_lines"] == {"Observation.ndjson.gz": 2}
-    assert report(out)["left_out"]["bad_resource"] == 1
+    assert report(out)["rejected_lines"] == {"Observation.ndjson.gz": 3}
+    assert report(out)["left_out"]["bad_resource"] == 3
 
 
 def test_half_a_gzip_of_ndjson_is_one_line(tmp_path, capsys):
@@ -632,7 +635,11 @@ KEY = ["client", "observation_type_code", "observation_date", "observation_value
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "folder", "options", "same"),
-    [("omop", "omop", ("--ids", "source", "--codes", "source"), 229_692), ("meds", "meds", (), 347_785)],
+    [
+        ("omop", "omop", ("--ids", "source", "--codes", "source"), 229_692),
+        ("meds", "meds", (), 347_785),
+        ("fhir", "fhir", (), 262_966),
+    ],
 )
 def test_the_demo_is_the_same_in_other_formats(source, folder, options, same, tmp_path):
     raw = prepared_demo("mimic-iv", "raw", tmp_path / "raw")
