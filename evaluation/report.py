@@ -27,7 +27,7 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         "visits": f"{data['visits']:,} of {data['clients']:,} clients, {data['septic_visits']:,} septic",
         "followed": f"{data['patient_days']:,.0f} patient-days, {data['moments']:,} scores",
         "UNKNOWN": share(data["unknown_moments"] / max(data["moments"], 1)) + " of the scores",
-        "HIGH from": f"{model['risk_thresholds']['high']:g}",
+        "HIGH from": f"{model['risk_thresholds']['high']:.4g}",
         "positive": f"moments with onset at most {model['horizon_hours']:g} h away"
         if dated(record)
         else "septic visits",
