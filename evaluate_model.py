@@ -127,7 +127,9 @@ def from_observations(
     record = evaluate(
         past, scored, config, settings, ward_scores_of(past), groups, lambda text: log.info("figures: %s", text)
     )
-    record["data"]["unknown_reasons"] = reasons
+    record["data"] |= {"unknown_reasons": reasons, "unused_codes": pipeline.unused_codes(observations)}
+    if remark := pipeline.missing_codes_remark(observations):
+        record["cannot_be_said"].insert(0, f"Codes: {remark}.")
     if other:
         new = ProductionPipeline(other / CONFIG, other / MODEL)
         theirs = past_of(new.reproducer.read(arguments.observations), labels, arguments.score_every)

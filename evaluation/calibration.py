@@ -27,15 +27,24 @@ def logistic_fit(x: np.ndarray, label: np.ndarray, slope: bool = True) -> tuple[
     rate = label.mean()
     weights = np.array([np.log(rate / (1 - rate)) - (0 if slope else x.mean()), 0.0 if slope else 1.0])
     free = 2 if slope else 1
+
+    def loss(weights: np.ndarray) -> float:
+        z = weights[0] + weights[1] * x
+        return float(np.sum(np.logaddexp(0, z) - label * z))
+
+    current = loss(weights)
     for _ in range(100):
         p = 1 / (1 + np.exp(-np.clip(weights[0] + weights[1] * x, -500, 500)))
         design = np.vstack([np.ones(len(x)), x])[:free]
         hessian = (design * (p * (1 - p))) @ design.T
         if np.linalg.cond(hessian) > 1e14:
             return float("nan"), float("nan")
-        step = np.linalg.solve(hessian, design @ (label - p))
-        weights[:free] += np.clip(step, -5, 5)
-        if np.abs(step).max() < 1e-10:
+        step = np.zeros(2)
+        step[:free] = np.linalg.solve(hessian, design @ (label - p))
+        while (new := loss(weights + step)) > current and np.abs(step).max() > 1e-12:
+            step = step / 2  # plain Newton may jump past the optimum and never come back
+        weights, current = weights + step, min(new, current)
+        if np.abs(step).max() < 1e-9:
             return float(weights[0]), float(weights[1])
     return float("nan"), float("nan")
 

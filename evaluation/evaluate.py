@@ -87,9 +87,14 @@ def evaluate(
         )
     tell("thresholds")
     record["thresholds"] = thresholds_section(scored, settings, config)
-    if ward is not None:
+    scores, lacking = ward or ({}, {})
+    silent = [name for name, score in scores.items() if np.isnan(score).all()]
+    if silent:
+        titles = ", ".join(COMPARATORS[name].title for name in silent)
+        record["cannot_be_said"].append(f"No visit has an observation that these scores need: {titles}.")
+    scores = {name: score for name, score in scores.items() if name not in silent}
+    if scores:
         record["ward_scores"] = {}
-        scores, lacking = ward
         for name, score in scores.items():
             tell(COMPARATORS[name].title)
             theirs = Ranked.of(score[judged.rows], label, client, clients)
@@ -101,8 +106,7 @@ def evaluate(
     tell("net benefit, calibration, groups")
     if 0 < label.sum() < len(label):
         tests = {
-            name: np.nan_to_num(score[judged.rows], nan=-1.0) >= COMPARATORS[name].cut
-            for name, score in (ward[0] if ward else {}).items()
+            name: np.nan_to_num(score[judged.rows], nan=-1.0) >= COMPARATORS[name].cut for name, score in scores.items()
         }
         curve = decision_curve(label, p, tests)
         record["net_benefit"] = {"curve": curve, "model_best_between": best_ranges(curve)}

@@ -27,31 +27,40 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         "visits": f"{data['visits']:,} of {data['clients']:,} clients, {data['septic_visits']:,} septic",
         "followed": f"{data['patient_days']:,.0f} patient-days, {data['moments']:,} scores",
         "UNKNOWN": share(data["unknown_moments"] / max(data["moments"], 1)) + " of the scores",
-        "HIGH from": f"{model['risk_thresholds']['high']:g}",
-        "positive moment": f"onset at most {model['horizon_hours']:g} h away",
+        "HIGH from": f"{model['risk_thresholds']['high']:.4g}",
+        "positive": f"moments with onset at most {model['horizon_hours']:g} h away"
+        if dated(record)
+        else "septic visits",
         "intervals": "95%, whole clients resampled",
     }
     lines = [f"{name}: {number:,}" for name, number in data["left_out"].items()]
     out = [facts_table(facts)]
+    if unused := data.get("unused_codes"):
+        most = ", ".join(f"{code} ({n:,})" for code, n in list(unused.items())[:10])
+        more = f" and {len(unused) - 10:,} more" if len(unused) > 10 else ""
+        out.append(paragraph(f"Codes that the model does not use, with their observations: {most}{more}."))
     if reasons := data.get("unknown_reasons"):
         out += [paragraph("UNKNOWN, by reason:"), listing(f"{text}: {n:,} scores" for text, n in reasons.items())]
     if lines:
         out += [paragraph("Left out of the evaluation:"), listing(lines)]
     ppv, caught = (f"ppv_{w:g}h", f"sensitivity_{w:g}h") if dated(record) else ("visit_ppv", "visit_sensitivity")
-    said = [
-        f"A ward of {record['settings']['beds']} beds gets "
-        f"{plain(_scaled(found['alerts_per_100_patient_days'], record))} alerts a day.",
-        f"Of the alerts, {of(found, ppv)} are right; random scores with as many alerts reach {share(chance.get(ppv))}.",
-        f"Of the septic visits, {of(found, caught)} have an alert {'in time' if dated(record) else 'at some time'}; "
-        f"by random scores {share(chance.get(caught))} have one.",
-    ]
+    load = plain(_scaled(found["alerts_per_100_patient_days"], record))
+    said = [f"A ward of {record['settings']['beds']} beds gets {load} alerts a day."]
+    if found.get(ppv) is not None:
+        said.append(f"Of the alerts, {of(found, ppv)} are right; of as many random alerts {share(chance.get(ppv))}.")
+    if found.get(caught) is not None and chance:
+        when = "in time" if dated(record) else "at some time"
+        said.append(
+            f"Of the septic visits, {of(found, caught)} have an alert {when}; by random alerts "
+            f"{share(chance.get(caught))}."
+        )
     for ward in record.get("ward_scores", {}).values():
         difference = ward["differences"]["moment_sensitivity"]
         if difference["difference"] is None:
             continue
         said.append(
-            f"{ward['title']} of {ward['cut']:g} or more finds {share(difference['comparator'])} of the moments before "
-            f"sepsis; the model finds {share(difference['model'])} at the same share of called moments "
+            f"{ward['title']} of {ward['cut']:g} or more finds {share(difference['comparator'])} of the positive "
+            f"moments; the model finds {share(difference['model'])} at the same share of called moments "
             f"({share(ward['called_share'])}): {beyond(difference)}."
         )
     if worse := record.get("groups", {}).get("beyond_chance"):

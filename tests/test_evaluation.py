@@ -220,3 +220,18 @@ def test_judged_moments_by_hand():
     assert isinstance(found, Judged)
     assert found.label.tolist() == [0, 1, 1, 0, 0]  # onset in 8, 6, 0 h; 9 h is past
     assert judged_moments(scored, 6, True).label.tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def test_codes_that_nobody_knows_are_named_and_no_score_is_made_up(new_patients, models_dir, tmp_path):
+    """A hospital whose codes are all foreign: the ward scores have no input, and the page says so."""
+    frame = pd.read_parquet(new_patients / "past.parquet")
+    frame["observation_type_code"] = "X" + frame["observation_type_code"].astype(str)
+    frame.to_parquet(tmp_path / "past.parquet", index=False)
+    more = ["--observations", str(tmp_path / "past.parquet")]
+    assert evaluate_model.main(options(new_patients, models_dir, tmp_path / "out", *more)) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "ward_scores" not in found and any("NEWS2, qSOFA, SIRS" in line for line in found["cannot_be_said"])
+    assert any("none has them here" in line for line in found["cannot_be_said"])
+    assert "XHR" in found["data"]["unused_codes"]
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert "XHR (" in page and "Against the scores" not in page

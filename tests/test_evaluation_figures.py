@@ -219,6 +219,18 @@ def test_slope_and_intercept_as_scikit_learn_fits_them():
     assert one == 1 and (1 / (1 + np.exp(-(large + x)))).mean() == pytest.approx(label.mean())
 
 
+def test_slope_of_a_rare_outcome_with_a_wide_score():
+    """Here plain Newton jumps past the optimum and never comes back."""
+    generator = np.random.default_rng(36)
+    mean, spread = generator.uniform(-7, -4), generator.uniform(0.2, 1.5)
+    x = generator.normal(mean, spread, 18_840)
+    label = (generator.random(len(x)) < 1 / (1 + np.exp(-x * generator.uniform(0.5, 1.5)))).astype(int)
+    assert label.sum() == 16
+    intercept, slope = logistic_fit(x, label)
+    other = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[:, None], label)
+    assert (intercept, slope) == pytest.approx((other.intercept_[0], other.coef_[0, 0]), abs=0.01)
+
+
 @pytest.mark.parametrize("label", [[0, 0, 0], [1, 1, 1]])
 def test_calibration_without_two_kinds_of_outcome_is_not_known(label):
     found = calibration(np.array(label), np.array([0.1, 0.2, 0.3]))
