@@ -1,11 +1,12 @@
-"""All of it together: one model served over HTTP, by files, from a database and from a stream, with the same scores.
+"""One model in all four patterns, HTTP, files, database and stream, with the same scores.
 
     python examples/production_system.py
 
 Trains a small model on the synthetic demo cohort if there is none in --models-dir, starts the service under gunicorn,
 drops a file for the batch processor, fills a database (SQLite, or --db-url), streams observations (through a pipe, or
---kafka), raises alerts, writes the monitor's report, compares the four ways' scores bit by bit, and stops cleanly. Its
-files lie in --work-dir, where each run replaces those of the one before. No real patient is in it.
+--kafka), raises alerts, writes the monitor's report, compares the scores of the four patterns bit by bit, and stops
+cleanly. Scores are for each visit's last observation, since the stays are past. Each run replaces the files of the
+earlier one in --work-dir. No real patient is in it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def new_patients(n: int) -> pd.DataFrame:
     return usable[usable["observation_value"].notna()].reset_index(drop=True)
 
 
-# ------------------------------------------------------------------------------------------------ the four ways
+# -------------------------------------------------------------------------------------------- the four patterns
 
 
 @contextlib.contextmanager
@@ -134,7 +135,7 @@ def service(system: System) -> Iterator[int]:
 def over_http(port: int, rows: pd.DataFrame) -> Scores:
     body = rows.astype(object).where(rows.notna(), None).to_json(orient="records", double_precision=15).encode()
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/predict?explain=3", body, {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/predict?as_of=last&explain=3", body, {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request) as answer:
         predictions = json.load(answer)["predictions"]
@@ -166,7 +167,7 @@ def from_database(system: System, rows: pd.DataFrame, url: str | None) -> Scores
             records = frame.astype(object).where(frame.notna(), None).to_dict("records")
             connection.execute(target.insert(), records)
     system.environment["SEPSIS_DB_URL"] = str(engine.url.render_as_string(hide_password=False))
-    system.script("db_predictor.py", *system.deployment)
+    system.script("db_predictor.py", *system.deployment, "--as-of", "last")
     with engine.connect() as connection:
         scored = sa.Table("visits", sa.MetaData(), autoload_with=connection).c
         query = sa.select(scored.client, scored.visit_id, scored.sepsis_score)
@@ -183,7 +184,7 @@ def from_stream(system: System, rows: pd.DataFrame, brokers: str | None) -> tupl
         results, alerts = through_kafka(system, lines.splitlines(), brokers, rows)
     else:
         path = system.work / "alerts.jsonl"
-        options = ["--min-observations", 1, "--alerts", path]
+        options = ["--as-of", "last", "--min-observations", 1, "--alerts", path]
         shown = system.script("stream_processor.py", *system.deployment, *options, stdin=lines)
         results = [json.loads(line) for line in shown.splitlines()]
         alerts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -202,7 +203,8 @@ def through_kafka(system: System, lines: list[str], brokers: str, rows: pd.DataF
         producer.produce(topics[0], line, f"{row['client']}|{row['visit_id']}")
     producer.flush(PATIENCE)
     command = [sys.executable, str(ROOT / "stream_processor.py"), "--kafka", brokers, "--group", name]
-    command += ["--topic", topics[0], "--out", topics[1], "--alerts-topic", topics[2], "--min-observations", "1"]
+    command += ["--topic", topics[0], "--out", topics[1], "--alerts-topic", topics[2]]
+    command += ["--as-of", "last", "--min-observations", "1"]
     with (system.work / "stream.log").open("w") as log:
         process = subprocess.Popen([*command, *system.deployment], env=system.environment, stderr=log)
     settings = {"bootstrap.servers": brokers, "group.id": f"{name}-reader", "auto.offset.reset": "earliest"}
@@ -244,7 +246,7 @@ def production_system(arguments: argparse.Namespace) -> int:
     same = all(scores == ways["api"] for scores in ways.values())
     for name, scores in ways.items():
         print(f"  {name:<9s} {len(scores)} visits, highest probability {max(scores.values()):.4f}")
-    print("the four ways give the same scores, to the last bit" if same else "THE SCORES DIFFER")
+    print("the four patterns give the same scores, to the last bit" if same else "THE SCORES DIFFER")
     highest = max(alerts, key=lambda alert: alert["sepsis_probability"], default=None)
     print(f"{len(alerts)} alerts" + (f", the worst: visit rose to {highest['risk_level']} risk" if highest else ""))
     page = system.work / "monitoring_report.html"
@@ -262,10 +264,14 @@ def production_system(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python examples/production_system.py", "models-dir")
     parser.add_argument(
-        "--work-dir", default="data/production_system", help="for what it makes; replaces its last run's"
+        "--work-dir",
+        default="data/production_system",
+        help="for all files; replaces those of an earlier run",
     )
-    parser.add_argument("--patients", type=number(int, 1), default=40, help="new synthetic patients")
-    parser.add_argument("--db-url", help="another database than SQLite, such as postgresql+psycopg://...; empty tables")
+    parser.add_argument("--patients", type=number(int, 1), default=40, help="number of new synthetic patients")
+    parser.add_argument(
+        "--db-url", help="a database without visits instead of SQLite, such as postgresql+psycopg://..."
+    )
     parser.add_argument("--kafka", metavar="BROKERS", help="stream through Kafka instead of a pipe")
     return run(production_system, parser, argv)
 
