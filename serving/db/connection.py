@@ -21,6 +21,9 @@ DEFAULT_URL = "sqlite:///data/sepsis.db"
 URL_VARIABLE = "SEPSIS_DB_URL"
 
 
+MYSQL = ("mysql", "mariadb")  # MariaDB has either name, by its URL
+
+
 class DatabaseError(FeaturePipelineError):
     """The database cannot be used: wrong URL, no connection, missing table. The text holds no password and no data."""
 
@@ -79,6 +82,13 @@ def connect(url: str | sa.URL) -> sa.Engine:
                 cursor.execute("SET TIME ZONE 'UTC'")
                 cursor.execute("SET DateStyle = 'ISO'")
             connection.commit()
+
+    if engine.dialect.name in MYSQL:
+
+        @sa.event.listens_for(engine, "connect")
+        def in_utc(connection, _):
+            with connection.cursor() as cursor:
+                cursor.execute("SET time_zone = '+00:00'")
 
     return engine
 

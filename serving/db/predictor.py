@@ -30,7 +30,7 @@ from feature_pipeline import (
     to_micros,
 )
 from monitoring.log import OFF
-from serving.db.connection import DEFAULT_URL, BatchUndone, DatabaseError, check_monitor, connect, in_words
+from serving.db.connection import DEFAULT_URL, MYSQL, BatchUndone, DatabaseError, check_monitor, connect, in_words
 from serving.db.tables import DEFAULT_MAPPING, NEWEST, Tables, make_tables
 from serving.deployed import LAST, NOW, Deployed, moments_of
 from serving.evidence import unused_text
@@ -482,6 +482,6 @@ def _unnested(columns: Sequence[sa.Column[Any]], rows: Sequence[tuple[Any, ...]]
 def skips_locked(connection: sa.Connection) -> bool:
     """Whether the database knows SKIP LOCKED; without it predictors wait for one another."""
     version = connection.dialect.server_version_info or ()
-    if connection.dialect.name in ("mysql", "mariadb"):
+    if connection.dialect.name in MYSQL:
         return version >= ((10, 6) if getattr(connection.dialect, "is_mariadb", False) else (8, 0))
     return True

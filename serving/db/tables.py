@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from feature_pipeline import (
     UNIT_COLUMN,
     listed,
 )
-from serving.db.connection import DatabaseError, in_words
+from serving.db.connection import MYSQL, DatabaseError, in_words
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 
@@ -73,16 +74,52 @@ _DETAILS = {
 }
 
 
+class Key(sa.types.TypeDecorator[str]):
+    """A text that is equal to no other one: MySQL and MariaDB take A for a, and what is followed by blanks for what is
+    not, unless the collation says otherwise."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, length: int | None = 64):
+        super().__init__(length)
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[str]:
+        length = self.impl.length
+        if dialect.name not in MYSQL:
+            return dialect.type_descriptor(sa.String(length))
+        return dialect.type_descriptor(mysql.VARCHAR(length, charset="utf8mb4", collation=exact_collation(dialect)))
+
+
+def like(foreign: sa.types.TypeEngine[Any], dialect: str) -> sa.types.TypeEngine[Any]:
+    """The type of a key beside a foreign key of that type."""
+    return Key(foreign.length or 64) if dialect in MYSQL and isinstance(foreign, sa.String) else foreign
+
+
+def exact_collation(dialect: sa.Dialect) -> str:
+    return "utf8mb4_nopad_bin" if getattr(dialect, "is_mariadb", False) else "utf8mb4_0900_bin"
+
+
+def pending_index(client: str, visit_id: str, score: str, dialect: str) -> tuple[list[str], dict[str, Any]]:
+    """Columns and options of the index that finds visits without a score, however many have one."""
+    if dialect in MYSQL:  # they know no index of a part of the rows
+        return [score, client, visit_id], {}
+    pending = sa.column(score).is_(None)
+    return [client, visit_id], {"postgresql_where": pending, "sqlite_where": pending}
+
+
 def schema(
-    mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING, foreign_visits: sa.Table | None = None
+    mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING,
+    foreign_visits: sa.Table | None = None,
+    dialect: str = "sqlite",
 ) -> sa.MetaData:
-    """The three tables as this project makes them, under the names of `mapping`.
+    """The three tables as this project makes them in a database of the `dialect`, under the names of `mapping`.
 
     Beside a visits table that the hospital made, keys have its types, and there is no foreign key to it.
     """
-    types = {"client": sa.String(64), "visit_id": sa.String(64)}
+    types: dict[str, Any] = {"client": Key(), "visit_id": Key()}
     if foreign_visits is not None:
-        types = {name: foreign_visits.c[mapping["visits"]["columns"][name]].type for name in types}
+        types = {name: like(foreign_visits.c[mapping["visits"]["columns"][name]].type, dialect) for name in types}
     metadata = sa.MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -115,8 +152,8 @@ def schema(
     visits = sa.Table(
         table,
         metadata,
-        sa.Column(c["client"], sa.String(64), primary_key=True),
-        sa.Column(c["visit_id"], sa.String(64), primary_key=True),
+        sa.Column(c["client"], Key(), primary_key=True),
+        sa.Column(c["visit_id"], Key(), primary_key=True),
         sa.Column(c["sepsis_score"], sa.Double()),
         sa.Column(c["risk_level"], sa.String(16)),
         sa.Column(c["scored_at"], _WHEN),
@@ -124,14 +161,8 @@ def schema(
         sa.CheckConstraint(sa.column(c["risk_level"]).in_(RISK_LEVELS), name="level"),
         schema=space,
     )
-    pending = visits.c[c["sepsis_score"]].is_(None)
-    sa.Index(
-        f"ix_{table}_pending",
-        visits.c[c["client"]],
-        visits.c[c["visit_id"]],
-        postgresql_where=pending,
-        sqlite_where=pending,
-    )
+    columns, options = pending_index(*(c[name] for name in ("client", "visit_id", "sepsis_score")), dialect)
+    sa.Index(f"ix_{table}_pending", *(visits.c[name] for name in columns), **options)
     table, space, c = named("predictions")
     key = [c["client"], c["visit_id"]]
     visit_key = [visits.c[mapping["visits"]["columns"][name]] for name in ("client", "visit_id")]
@@ -225,6 +256,8 @@ class Tables:
             raise DatabaseError(
                 f"the database has no table {table!r}; --init-db makes the tables, --tables maps other names"
             ) from None
+        if connection.dialect.name in MYSQL:
+            _check_collations(connection, table, [columns[key] for key in ("client", "visit_id")])
         missing = [own for name, own in columns.items() if own not in found.c and name not in OPTIONAL_COLUMNS]
         if missing:
             raise DatabaseError(
@@ -232,6 +265,38 @@ class Tables:
                 "--tables maps other names"
             )
         return {name: found.c[own] for name, own in columns.items() if own in found.c}
+
+
+def _check_collations(connection: sa.Connection, table: str, keys: Sequence[str]) -> None:
+    """Raises `DatabaseError` where two patients may have equal keys."""
+    space, _, name = table.rpartition(".")
+    query = sa.text(
+        "SELECT column_name, collation_name FROM information_schema.columns "
+        "WHERE table_schema = coalesce(:space, database()) AND table_name = :name"
+    )
+    collations = {own: c for own, c in connection.execute(query, {"space": space or None, "name": name})}
+    for own in keys:
+        collation = collations.get(own)
+        if collation and not collation.endswith(("nopad_bin", "0900_bin")):
+            raise DatabaseError(
+                f"table {table!r}: by the collation {collation!r} of column {own!r} different patients may have equal "
+                f"keys; change it, as in: ALTER TABLE {table} MODIFY {own} VARCHAR(64) CHARACTER SET utf8mb4 COLLATE "
+                f"{exact_collation(connection.dialect)} NOT NULL"
+            )
+
+
+@contextmanager
+def _alone(connection: sa.Connection) -> Iterator[None]:
+    """Keeps others who make the same tables waiting; SQLite's transaction does so anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('sepsis tables'))"))
+    if connection.dialect.name in MYSQL:
+        connection.execute(sa.text("SELECT get_lock('sepsis tables', 60)"))
+    try:
+        yield
+    finally:
+        if connection.dialect.name in MYSQL:
+            connection.execute(sa.text("SELECT release_lock('sepsis tables')"))
 
 
 def make_tables(engine: sa.Engine, mapping: Mapping[str, Mapping[str, Any]] = DEFAULT_MAPPING) -> None:
@@ -242,14 +307,14 @@ def make_tables(engine: sa.Engine, mapping: Mapping[str, Mapping[str, Any]] = DE
     """
     if engine.dialect.name == "sqlite" and engine.url.database:
         Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-    with in_words(engine.url), engine.begin() as connection:
+    with in_words(engine.url), engine.begin() as connection, _alone(connection):
         if mapping != DEFAULT_MAPPING:
             visits = schema(mapping).tables[mapping["visits"]["table"]]
             if sa.inspect(connection).has_table(visits.name, visits.schema):
                 visits = sa.Table(visits.name, sa.MetaData(), autoload_with=connection, schema=visits.schema)
-                metadata = schema(mapping, visits)
+                metadata = schema(mapping, visits, engine.dialect.name)
             else:
-                metadata = schema(mapping)
+                metadata = schema(mapping, dialect=engine.dialect.name)
             for table in metadata.sorted_tables:
                 if not sa.inspect(connection).has_table(table.name, table.schema):
                     table.create(connection)

@@ -4,6 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
+from serving.db.tables import Key, like, pending_index
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -17,9 +19,10 @@ LEVELS = "risk_level IN ('LOW', 'MEDIUM', 'HIGH', 'UNKNOWN')"
 def upgrade() -> None:
     database = sa.inspect(op.get_bind())
     present = set(database.get_table_names())
-    types = {"client": sa.String(64), "visit_id": sa.String(64)}
+    types = {"client": Key(), "visit_id": Key()}
     if "visits" in present:  # keys of the hospital's own types
-        types |= {column["name"]: column["type"] for column in database.get_columns("visits")}
+        dialect = op.get_bind().dialect.name
+        types |= {column["name"]: like(column["type"], dialect) for column in database.get_columns("visits")}
     if "patient_observations" not in present:
         op.create_table(
             "patient_observations",
@@ -38,8 +41,8 @@ def upgrade() -> None:
     if "visits" not in present:
         op.create_table(
             "visits",
-            sa.Column("client", sa.String(64), nullable=False),
-            sa.Column("visit_id", sa.String(64), nullable=False),
+            sa.Column("client", Key(), nullable=False),
+            sa.Column("visit_id", Key(), nullable=False),
             sa.Column("sepsis_score", sa.Double()),
             sa.Column("risk_level", sa.String(16)),
             sa.Column("scored_at", WHEN),
@@ -47,10 +50,8 @@ def upgrade() -> None:
             sa.CheckConstraint("sepsis_score BETWEEN 0 AND 1", name="ck_visits_score"),
             sa.CheckConstraint(LEVELS, name="ck_visits_level"),
         )
-        pending = sa.text("sepsis_score IS NULL")
-        op.create_index(
-            "ix_visits_pending", "visits", ["client", "visit_id"], postgresql_where=pending, sqlite_where=pending
-        )
+        columns, options = pending_index("client", "visit_id", "sepsis_score", op.get_bind().dialect.name)
+        op.create_index("ix_visits_pending", "visits", columns, **options)
     if "sepsis_predictions" not in present:
         op.create_table(
             "sepsis_predictions",
