@@ -2,7 +2,8 @@
 
 For development: ``python api_server.py``. For production: ``gunicorn -w 4 -b 0.0.0.0:5000 api_server:app``, which reads
 gunicorn.conf.py. Settings come from the environment (SEPSIS_CONFIG, SEPSIS_MODEL, SEPSIS_API_KEYS, ...; see
-serving/api/settings.py) or from the options below. Without a key only programs on the same machine are answered.
+serving/api/settings.py) or from the options below. Without keys gunicorn answers through a Unix socket only, and this
+script makes a key for one run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from werkzeug.serving import make_server
 
 from common.command_line import COULD_NOT_START, DONE, log, make_parser, number, run
 from feature_pipeline import BadConfig
-from serving.api.security import new_key
+from serving.api.security import SCOPES, new_key
 from serving.api.settings import Settings
 
 
@@ -37,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 def serve(arguments: argparse.Namespace) -> int:
     if arguments.new_key:
-        key, line = new_key(arguments.new_key)
+        key, line = new_key(arguments.new_key, arguments.scopes.split("+"), arguments.expires)
         # whatever the log's options are: it cannot be shown again
         print(f"the key, for the client (it is shown once): {key}", file=sys.stderr)
         print("the line for the file of SEPSIS_API_KEYS:", file=sys.stderr)
@@ -58,7 +59,12 @@ def serve(arguments: argparse.Namespace) -> int:
     }
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     share_pseudonym_key()
-    app = create_app(replace(settings, insecure=settings.insecure or arguments.insecure))
+    insecure = settings.insecure or arguments.insecure
+    key = ""
+    if not insecure and not settings.api_keys:  # a key for this run, as nothing else is said
+        key, line = new_key("this-run")
+        settings = replace(settings, api_keys=line)
+    app = create_app(replace(settings, insecure=insecure))
     try:
         app.service.pipeline()  # a bad model is told here, not at the first request
     except NoModel:
@@ -74,7 +80,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise BadConfig(f"{where} cannot be listened on ({error.strerror}); choose another with --port") from None
     with listener:
         host, port = f"[{arguments.host}]" if v6 else arguments.host, listener.getsockname()[1]
-        log.info("http://%s:%d (for development; use gunicorn for production)", host, port)
+        log.info("http://%s:%d%s (for development; use gunicorn for production)", host, port, key and f"/#key={key}")
         make_server(arguments.host, port, app, threaded=True, fd=listener.fileno()).serve_forever()
     return DONE
 
@@ -86,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="to listen on")
     parser.add_argument("--api-keys", metavar="FILE", help="keys as --new-key prints them; or SEPSIS_API_KEYS")
     parser.add_argument("--new-key", metavar="NAME", help="make an API key for a client and end")
+    parser.add_argument("--scopes", default="+".join(SCOPES), help="what the new key is for, joined by +")
+    parser.add_argument("--expires", default="", metavar="DATE", help="last day of the new key, such as 2027-12-31")
     parser.add_argument("--insecure", action="store_true", help="answer everybody, without keys; or SEPSIS_INSECURE=1")
     parser.add_argument("--audit-log", metavar="FILE", help="who asked about whom; data/audit.jsonl, - is stderr")
     parser.add_argument(

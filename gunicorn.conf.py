@@ -1,7 +1,7 @@
 """Defaults of `gunicorn api_server:app`; options of the command line come before them.
 
-TLS: --certfile and --keyfile. Behind a proxy leave `bind` on loopback and set API keys: without them a proxy on this
-machine may pass for a program on this machine, and all its clients with it.
+TLS: --certfile and --keyfile, or a proxy such as examples/deployment/nginx.conf. Without API keys the service answers
+through a Unix socket only (-b unix:PATH), or everybody with SEPSIS_INSECURE=1.
 """
 
 import contextlib

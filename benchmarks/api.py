@@ -62,6 +62,7 @@ def served(
     """gunicorn with two workers."""
     env = {
         **os.environ,
+        "SEPSIS_INSECURE": "1",  # on loopback
         "SEPSIS_CONFIG": str(Path(arguments.config).resolve()),
         "SEPSIS_MODEL": str(Path(arguments.model).resolve()),
         "SEPSIS_RATE_LIMIT": "100000000/minute",

@@ -30,7 +30,7 @@ from serving.api import app as app_module
 from serving.api import fhir
 from serving.api.app import create_app
 from serving.api.limits import ThreadSafeMemory
-from serving.api.security import keep_keys, new_key, read_keys
+from serving.api.security import Key, keep_keys, new_key, read_keys
 from serving.api.service import LARGE_BYTES
 from serving.api.settings import Settings
 from serving.deployed import ServedModel
@@ -65,6 +65,7 @@ def make_client(config_path, model_path, tmp_path):
             "config": str(config_path),
             "model": str(model_path),
             "rate_limit": "100000/minute",
+            "insecure": "api_keys" not in changes,
             "access_log": str(tmp_path / "access.jsonl"),
             "audit_log": str(tmp_path / "audit.jsonl"),
             "monitor_url": f"sqlite:///{tmp_path}/log.db",
@@ -365,21 +366,22 @@ def test_unknown_pages_and_methods_are_json_too(client):
 # -------------------------------------------------------------------------------------------------- security
 
 
-def test_without_keys_only_this_machine_is_answered(client):
-    assert client.post(PREDICT, json=EXAMPLE, environ_base=LOCAL).status_code == 200
-    answer = client.post(PREDICT, json=EXAMPLE, environ_base=AFAR)
-    assert answer.status_code == 401 and "--new-key" in answer.get_json()["message"]
-    assert client.get("/health", environ_base=AFAR).status_code == 200
+SOCKET = {"REMOTE_ADDR": ""}  # as gunicorn has it for a connection through a Unix socket
 
 
-@pytest.mark.parametrize("header", [{"X-Forwarded-For": "192.0.2.7"}, {"Forwarded": "for=x"}, {"Host": "evil.example"}])
-def test_a_proxy_or_a_rebound_name_does_not_make_a_client_local(client, header):
-    assert client.post(PREDICT, json=EXAMPLE, headers=header, environ_base=LOCAL).status_code == 401
+def test_without_keys_only_a_unix_socket_is_answered(make_client):
+    client = make_client(insecure=False)
+    assert client.post(PREDICT, json=EXAMPLE, environ_base=SOCKET).status_code == 200
+    for where in (LOCAL, AFAR):  # a proxy on this machine may stand for everybody
+        answer = client.post(PREDICT, json=EXAMPLE, environ_base=where)
+        assert answer.status_code == 401 and "--new-key" in answer.get_json()["message"]
+        assert client.get("/health", environ_base=where).status_code == 200
 
 
-def test_a_request_as_nginx_makes_it_by_itself_is_not_local(client):
-    asked = {**LOCAL, "SERVER_PROTOCOL": "HTTP/1.0"}
-    assert client.post(PREDICT, json=EXAMPLE, environ_overrides=asked).status_code == 401
+@pytest.mark.parametrize("header", [{"X-Forwarded-For": "192.0.2.7"}, {"Forwarded": "for=x"}, {"Via": "1.1 x"}])
+def test_a_proxy_at_the_socket_does_not_make_a_client_local(make_client, header):
+    client = make_client(insecure=False)
+    assert client.post(PREDICT, json=EXAMPLE, headers=header, environ_base=SOCKET).status_code == 401
 
 
 def test_insecure_answers_everybody(make_client):
@@ -400,6 +402,57 @@ def test_keys_open_the_service_from_anywhere(make_client, tmp_path):
     assert key not in (tmp_path / "access.jsonl").read_text() + keys.read_text()
 
 
+def test_keys_have_scopes_a_last_day_and_a_last_use(make_client, tmp_path):
+    made = {
+        name: new_key(name, *more)
+        for name, *more in (("scorer", ["score"]), ("watcher", ["metrics"]), ("old", ["score"], "2020-02-29"))
+    }
+    (tmp_path / "keys").write_text("\n".join(line for _, line in made.values()))
+    client = make_client(api_keys=str(tmp_path / "keys"))
+
+    def asked(name, path):
+        headers = {"X-API-Key": made[name][0]}
+        answer = (
+            client.post(path, json=EXAMPLE, headers=headers) if "predict" in path else client.get(path, headers=headers)
+        )
+        return answer.status_code, answer.get_data(as_text=True)
+
+    assert asked("scorer", PREDICT)[0] == asked("watcher", "/metrics")[0] == 200
+    assert asked("scorer", "/model")[0] == asked("watcher", "/model")[0] == 200
+    for name, path, said in (
+        ("scorer", "/metrics", "for score only"),
+        ("watcher", PREDICT, "for metrics only"),
+        ("old", PREDICT, "valid to 2020-02-29"),
+    ):
+        status, text = asked(name, path)
+        assert status == 403 and said in text
+    text = asked("watcher", "/metrics")[1]
+    assert re.search(r'sepsis_key_last_use_seconds{client="scorer"} [1-9]', text) and '{client="old"}' not in text
+    for scopes, expires in ((["all"], ""), (["score"], "soon"), (["score"], "2027-02-30")):
+        with pytest.raises(BadConfig, match=r"expected name:sha256"):
+            new_key("ward", scopes, expires)
+
+
+def test_wrong_keys_are_counted_by_address(make_client):
+    key, line = new_key("ward")
+    client = make_client(api_keys=line)
+
+    def status(given, where):
+        return client.post(PREDICT, json=EXAMPLE, headers={"X-API-Key": given}, environ_base=where).status_code
+
+    found = [status("sepsis_guess", AFAR) for _ in range(22)]
+    assert found == [403] * 20 + [429] * 2
+    assert status(key, AFAR) == 200  # the right one is answered
+    assert status("sepsis_guess", LOCAL) == 403
+
+
+def test_one_limit_counts_all_routes(make_client):
+    client = make_client(rate_limit="3/hour")
+    paths = (PREDICT, FHIR, CDS, PREDICT)
+    statuses = [client.post(path, json=EXAMPLE).status_code for path in paths]
+    assert statuses[-1] == 429 and 429 not in statuses[:-1]
+
+
 @pytest.mark.parametrize("data", [b"", b"ward:1234", b"a b:" + b"0" * 64, b"\xff\xfe\x00", b"ward:\xe4"])
 def test_bad_key_files_are_refused(tmp_path, data):
     (tmp_path / "keys").write_bytes(data)
@@ -411,7 +464,7 @@ def test_bad_key_files_are_refused(tmp_path, data):
 def test_key_files_as_windows_writes_them(tmp_path, encoding):
     _, line = new_key("ward")
     (tmp_path / "keys").write_text(line.upper() + "\r\n", encoding=encoding)
-    assert read_keys(str(tmp_path / "keys")) == {line.partition(":")[2]: "WARD"} == read_keys(line.upper())
+    assert read_keys(str(tmp_path / "keys")) == {line.split(":")[1]: Key("WARD")} == read_keys(line.upper())
 
 
 @pytest.mark.parametrize("source", ["sepsis_secret", "ward:sepsis_secret", "ward:sepsis_secret," + "x:" + "0" * 64])
@@ -494,7 +547,7 @@ def test_logs_hold_no_value_and_no_name(client, tmp_path):
         assert str(row["visit_id"]) not in re.findall(r"[\w-]+", text) and row["client"] not in text
     scored, failed = lines_of(tmp_path / "audit.jsonl")
     assert scored["outcome"] == "scored" and scored["visits"] == 8 == len(set(scored["visit_pseudonyms"]))
-    assert failed["outcome"] == "error 422" and failed["client"] == "local"
+    assert failed["outcome"] == "error 422" and failed["client"] == "anyone"
     database = sqlite3.connect(tmp_path / "log.db")
     assert database.execute("select count(*), count(distinct visit) from predictions").fetchone() == (8, 8)
     assert database.execute("select source, kind, n from prediction_errors").fetchall() == [("api", "unusable", 1)]
@@ -796,7 +849,9 @@ def test_fhir_errors_are_operation_outcomes(client, monkeypatch):
     for body, status in (([], 400), ({"resourceType": "Patient"}, 400), ({"resourceType": "Bundle"}, 422)):
         answer = client.post(FHIR, json=body)
         assert answer.status_code == status and answer.get_json()["resourceType"] == "OperationOutcome"
-    assert client.post(FHIR, json={}, environ_base=AFAR).get_json()["issue"][0]["code"] == "login"
+    with monkeypatch.context() as closed:
+        closed.setattr(client.application.gate, "open_to_all", False)
+        assert client.post(FHIR, json={}).get_json()["issue"][0]["code"] == "login"
     monkeypatch.setattr(ProductionPipeline, "assess", lambda *_: 1 / 0)
     answer = client.post(FHIR, json=bundle_of(fhir_observation()), headers={"X-Request-ID": "abc-1"})
     assert answer.status_code == 500 and "abc-1" in answer.get_json()["issue"][0]["diagnostics"]

@@ -82,6 +82,7 @@ class Server:
             "SEPSIS_AUDIT_LOG": str(folder / "audit.jsonl"),
             "SEPSIS_MONITOR_URL": f"sqlite:///{folder}/log.db",
             "SEPSIS_ACCESS_LOG": "",
+            "SEPSIS_INSECURE": "" if "SEPSIS_API_KEYS" in settings else "1",
             "TMPDIR": str(folder),
             **settings,
         }
@@ -268,6 +269,52 @@ def test_a_new_model_is_picked_up_without_a_lost_request(models_dir, tmp_path):
     finally:
         server.stop()
     assert not list(tmp_path.glob("sepsis-metrics-*"))  # also after a reload
+
+
+def test_without_keys_only_the_unix_socket_answers(models_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("s")  # the path of a Unix socket is short
+    server = Server(folder, models_dir, "-b", f"unix:{folder}/socket", SEPSIS_INSECURE="")
+    try:
+        assert server.get("/ready")[0] == 200 and server.predict()[0] == 401
+        for header, status in ({}, 200), ({"X-Forwarded-For": "192.0.2.7"}, 401):
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(f"{folder}/socket")
+            headers = {"Content-Type": "application/json", **header}
+            connection.request("POST", "/predict?as_of=last", EXAMPLE.read_bytes(), headers)
+            assert connection.getresponse().status == status
+            connection.close()
+    finally:
+        server.stop()
+
+
+def test_the_script_makes_a_key_for_its_run(browser, config_path, model_path, tmp_path):
+    command = [
+        sys.executable,
+        "api_server.py",
+        "--port",
+        "0",
+        "--monitor",
+        "off",
+        "--audit-log",
+        str(tmp_path / "audit"),
+    ]
+    command += ["--config", str(config_path), "--model", str(model_path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            shown = next(line for line in process.stderr if "http://" in line)
+            address, key = re.search(r"(http://127.0.0.1:\d+)/#key=(sepsis_\S+)", shown).groups()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{address}/model", timeout=PATIENCE)
+            assert refused.value.code == 401
+            page = browser.new_page()
+            page.goto(f"{address}/#key={key}")
+            page.get_by_role("button", name="Service").click()
+            page.locator("#card dd").first.wait_for()
+            assert "key" not in page.url
+            page.close()
+        finally:
+            process.terminate()
 
 
 # ------------------------------------------------------------------------------------------- behind nginx
@@ -718,6 +765,6 @@ def test_the_script_makes_keys_and_refuses_a_missing_model(tmp_path):
     made = subprocess.run(
         [*command, "--new-key", "ward", "--quiet"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert re.fullmatch(r"ward:[0-9a-f]{64}\n", made.stdout) and re.search(r"sepsis_\S{43}", made.stderr)
+    assert re.fullmatch(r"ward:[0-9a-f]{64}:score\+metrics\n", made.stdout) and re.search(r"sepsis_\S{43}", made.stderr)
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2 and "error: " in failed.stderr and "Traceback" not in failed.stderr

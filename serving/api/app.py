@@ -14,6 +14,7 @@ from typing import Any
 from flask import Flask, Response, current_app, g, jsonify, request, send_from_directory
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
+from limits import parse
 from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
 
 from common.command_line import log
@@ -25,7 +26,7 @@ from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
 from serving.api.openapi import document
 from serving.api.records import Lines, code_places
-from serving.api.security import Gate, Refused
+from serving.api.security import WRONG_KEYS, Gate, Refused
 from serving.api.service import Busy, NoModel, Service, TooMuch, Waiting, described_set_aside
 from serving.api.settings import Settings
 from serving.deployed import LAST, NOW, Unlogged
@@ -50,10 +51,10 @@ def create_app(settings: Settings | None = None) -> Flask:
         raise BadConfig("SEPSIS_LOG_REQUIRED is set, but SEPSIS_MONITOR_URL is off; name a database")
     app = Flask("sepsis", static_folder=None)
     app.json.sort_keys = False
-    app.settings, app.service, app.gate = settings, Service(settings), Gate(settings)
+    app.settings, app.service = settings, Service(settings)
     app.access_log, app.audit_log = Lines(settings.access_log, "access"), Lines(settings.audit_log, "audit")
     app.pseudonyms = Pseudonyms.from_environment()
-    if settings.insecure and not app.gate.keys:
+    if settings.insecure and not settings.api_keys:
         log.warning("warning: SEPSIS_INSECURE is set: this service answers everybody who can reach it")
     app.after_request(_finish)  # the first that is registered runs last: behind the limiter, which has a Retry-After
     limiter = Limiter(
@@ -65,11 +66,14 @@ def create_app(settings: Settings | None = None) -> Flask:
         swallow_errors=True,  # a fault of the limit costs the limit, not a prediction
         strategy="fixed-window",
     )
+    # one count for all routes, and for wrong keys
+    wrong_keys = parse(WRONG_KEYS)
+    app.gate = Gate(settings, lambda address: not limiter.limiter.hit(wrong_keys, "wrong-key", address))
     app.before_request(_begin)
     app.teardown_request(_leave)
     app.register_error_handler(Exception, _error)
 
-    limited = limiter.limit(settings.rate_limit)
+    limited = limiter.shared_limit(settings.rate_limit, scope="all")
     for rule, view, method in (
         ("/predict", predict, "POST"),
         ("/fhir/predict", fhir_predict, "POST"),
@@ -93,7 +97,8 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 
 RETRY_SOON = {"Retry-After": "2"}
-PROTECTED = {"predict", "fhir_predict", "cds_card", "model", "prometheus"}
+# what a key must be for
+PROTECTED = {"predict": "score", "fhir_predict": "score", "cds_card": "score", "model": None, "prometheus": "metrics"}
 
 
 def _who() -> str:
@@ -107,7 +112,7 @@ def _begin() -> None:
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
     if request.endpoint in PROTECTED:
-        g.client = current_app.gate.client(request)
+        g.client = current_app.gate.client(request, PROTECTED[request.endpoint])
 
 
 def _finish(response: Response) -> Response:
@@ -188,7 +193,7 @@ def _error(error: Exception) -> Response:
 
 def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str]]:
     if isinstance(error, Refused):
-        wanted = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        wanted = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "60"}}.get(error.status, {})
         return error.status, str(error), {}, wanted
     if isinstance(error, NoModel):
         # why it cannot be loaded names files of this machine: that is for the log

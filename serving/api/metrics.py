@@ -19,6 +19,13 @@ SET_ASIDE = Counter("sepsis_rows_set_aside", "Observations not used", ["reason"]
 UNUSED = Counter("sepsis_unused_observations", "Observations of codes that the model does not use", registry=registry)
 UNLOGGED = Counter("sepsis_predictions_not_logged", "Visits whose prediction was not logged", registry=registry)
 LOG_ERRORS = Counter("sepsis_log_errors", "Lines that a log could not take", ["log"], registry=registry)
+LAST_USE = Gauge(
+    "sepsis_key_last_use_seconds",
+    "When an API key was used last, seconds since 1970",
+    ["client"],
+    registry=registry,
+    **({"multiprocess_mode": "max"} if _shared else {}),
+)
 MODEL = Gauge(
     "sepsis_model_info",
     "1 for the model version that workers serve",

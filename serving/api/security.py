@@ -1,55 +1,72 @@
-"""Who may ask: named API keys, or, where none is set, programs on the same machine alone."""
+"""Who may ask, and what: named API keys, or, where none is set, programs that may open the Unix socket."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from flask import Request
 
 from feature_pipeline import BadConfig
+from serving.api import metrics
 from serving.api.settings import Settings
 
 HOW_TO_SET_A_KEY = (
-    "this service has no API key and answers programs on its own machine only; on the server run "
-    "`python api_server.py --new-key NAME`, put the line it prints into a file and name the file in SEPSIS_API_KEYS"
+    "this service has no API key; on the server run `python api_server.py --new-key NAME`, put the line it prints into "
+    "a file and name the file in SEPSIS_API_KEYS. Without keys it answers through a Unix socket (gunicorn -b "
+    "unix:PATH), or everybody who reaches it with SEPSIS_INSECURE=1"
 )
 SEND_THE_KEY = "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
-EXPECTED = "name:sha256, a line as `python api_server.py --new-key NAME` prints"
+EXPECTED = "name:sha256[:scopes[:expires]], a line as `python api_server.py --new-key NAME` prints"
+SCOPES = ("score", "metrics")  # what a key may be for; a line that names none is for both
+WRONG_KEYS = "20/minute"  # from one address; beyond them wrong keys are not even looked at
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
+@dataclass(frozen=True)
+class Key:
+    """Who has a key, what it is for, and its last day."""
+
+    name: str
+    scopes: tuple[str, ...] = SCOPES
+    expires: date | None = None
+
+
 class Refused(Exception):
-    """The client may not ask; `status` is 401 (not known) or 403 (a wrong key)."""
+    """The client may not ask; `status` is 401 (not known), 403 (a wrong key) or 429 (too many wrong keys)."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
 
 
-def new_key(name: str) -> tuple[str, str]:
-    """(a new key, the line ``name:sha256`` to store).
+def new_key(name: str, scopes: Sequence[str] = SCOPES, expires: str = "") -> tuple[str, str]:
+    """(a new key, the line ``name:sha256:scopes:expires`` to store).
 
     Keys are 256 random bits, so a plain SHA-256 of one cannot be guessed back: a slow password hash would add nothing.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
         raise BadConfig(f"key name {name!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
     key = "sepsis_" + secrets.token_urlsafe(32)
-    return key, f"{name}:{_hashed(key)}"
+    line = f"{name}:{_hashed(key)}:{'+'.join(scopes)}" + (f":{expires}" if expires else "")
+    read_keys(line)  # or it raises what is wrong with it
+    return key, line
 
 
 def _hashed(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_keys(source: str) -> dict[str, str]:
-    """SHA-256 to name, from a file of ``name:sha256`` lines (# begins a comment) or such lines with commas between."""
+def read_keys(source: str) -> dict[str, Key]:
+    """SHA-256 to key, from a file of ``name:sha256[:scopes[:expires]]`` lines (# begins a comment) or such lines with
+    commas between. Scopes are joined by +, the last day of a key is an ISO 8601 date."""
     if not source:
         return {}
     lines, where = source.split(","), "SEPSIS_API_KEYS"
@@ -70,16 +87,21 @@ def read_keys(source: str) -> dict[str, str]:
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-fA-F]{64})", line)
-        if not match:
-            raise BadConfig(f"{where}, line {number}: expected {EXPECTED}")
-        keys[match[2].lower()] = match[1]
+        match = re.fullmatch(r"([\w.-]{1,64}):([0-9a-f]{64})(?::([a-z+]*)(?::([0-9-]+))?)?", line, re.ASCII | re.I)
+        scopes = tuple((match[3] or "").lower().split("+")) if match and match[3] else SCOPES
+        try:
+            expires = date.fromisoformat(match[4]) if match and match[4] else None
+        except ValueError:
+            match = None
+        if not match or not set(scopes) <= set(SCOPES):
+            raise BadConfig(f"{where}, line {number}: expected {EXPECTED}; scopes are {', '.join(SCOPES)}")
+        keys[match[2].lower()] = Key(match[1], scopes, expires)
     if not keys:
         raise BadConfig(f"{where} holds no key; make one with `python api_server.py --new-key NAME`")
     return keys
 
 
-_kept: dict[str, dict[str, str]] = {}  # of each source, in gunicorn's master and the workers that it forks
+_kept: dict[str, dict[str, Key]] = {}  # of each source, in gunicorn's master and the workers that it forks
 
 
 def keep_keys(source: str) -> None:
@@ -91,50 +113,50 @@ def keep_keys(source: str) -> None:
 
 
 class Gate:
-    """Tells who a request comes from, or refuses it."""
+    """Tells who a request comes from, or refuses it. `wrong` is called with the address that a wrong key came from, and
+    says whether there were too many."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, wrong: Callable[[str], bool] = lambda address: False):
         kept = _kept.get(settings.api_keys)
         self.keys = read_keys(settings.api_keys) if kept is None else kept
-        self.open_to_all = settings.insecure
+        self.open_to_all, self._wrong = settings.insecure, wrong
 
-    def client(self, request: Request) -> str:
-        """The name of the client's key, ``local``, or ``anyone`` in an insecure service. Raises `Refused`."""
+    def client(self, request: Request, scope: str | None) -> str:
+        """The name of the client's key, ``local``, or ``anyone`` in an insecure service. `scope` is what the key must
+        be for, if anything. Raises `Refused`."""
         if self.keys:
-            return self._by_key(request)
+            return self._by_key(request, scope)
         if self.open_to_all:
             return "anyone"
         if is_local(request):
             return "local"
         raise Refused(401, HOW_TO_SET_A_KEY)
 
-    def _by_key(self, request: Request) -> str:
+    def _by_key(self, request: Request, scope: str | None) -> str:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        key = request.headers.get("X-API-Key", "") or (token.strip() if scheme.lower() == "bearer" else "")
-        if not key:
+        given = request.headers.get("X-API-Key", "") or (token.strip() if scheme.lower() == "bearer" else "")
+        if not given:
             raise Refused(401, SEND_THE_KEY)
-        hashed, found = _hashed(key), None
-        for stored, name in self.keys.items():  # all of them, each in constant time
+        hashed, found = _hashed(given), None
+        for stored, key in self.keys.items():  # all of them, each in constant time
             if hmac.compare_digest(hashed, stored):
-                found = name
+                found = key
         if found is None:
+            if self._wrong(request.remote_addr or ""):
+                raise Refused(429, "too many wrong API keys came from this address; ask again in a minute")
             raise Refused(403, "this API key is not known here")
-        return found
+        if found.expires is not None and datetime.now(UTC).date() > found.expires:
+            raise Refused(403, f"this API key was valid to {found.expires}; ask for a new one")
+        if scope is not None and scope not in found.scopes:
+            raise Refused(403, f"this API key is for {' and '.join(found.scopes)} only")
+        metrics.LAST_USE.labels(found.name).set_to_current_time()
+        return found.name
 
 
 def is_local(request: Request) -> bool:
-    """Does the request come from a program on this machine?
+    """Does the request come through a Unix socket, whose permissions say who may open it, and from no proxy?
 
-    A browser may be tricked into asking under another name for this machine's address, and a proxy speaks for others:
-    what shows either is not local. Not every proxy shows itself, so behind one there must be keys.
+    A connection over TCP shows no such thing: a proxy on the same machine, or a browser that was tricked into asking
+    under another name for its address, comes from loopback too.
     """
-    if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":  # as nginx asks, unless told otherwise
-        return False
-    try:
-        address = ipaddress.ip_address(request.remote_addr or "")
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    host = re.sub(r":\d+$", "", request.host).lower()
-    from_here = address.is_loopback or bool(mapped and mapped.is_loopback)
-    return from_here and host in _LOCAL_NAMES and not any(name in request.headers for name in _FORWARDED)
+    return not request.environ.get("REMOTE_ADDR") and not any(name in request.headers for name in _FORWARDED)

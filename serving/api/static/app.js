@@ -220,4 +220,7 @@ $("tab-patients").addEventListener("click", () => show("patients"));
 $("tab-service").addEventListener("click", () => show("service"));
 $("refresh").addEventListener("click", showService);
 $("key").addEventListener("change", () => ($("service").hidden ? loadModel() : showService()));
+// the address that api_server.py shows has the key of its run behind the #, which no browser sends
+const shown = /^#key=(sepsis_[\w-]+)$/.exec(location.hash);
+if (shown) { $("key").value = shown[1]; history.replaceState(null, "", location.pathname); }
 loadModel();
