@@ -40,18 +40,26 @@ class Check:
 
 def own_visits(config: Config, n: int, seed: int = 1) -> pd.DataFrame:
     """Observations of `n` synthetic visits in the codes of the config's golden example, which has all that the model
-    uses: two days each, with values and ranges like those of the example."""
+    uses: two days each. Every visit has its own level and trend of each code, between the first and the last tenth of
+    the training data where the reference profile knows them, else between the example's values."""
     golden = pd.DataFrame(config.golden["observations"]).groupby("observation_type_code")
-    values, ranges = golden["observation_value"].agg(["min", "max"]), golden[list(RANGE_COLUMNS)].first()
-    generator, start, rows = np.random.default_rng(seed), np.datetime64("2024-01-01T00:00:00", "m"), []
+    limits = {code: (values.min(), values.max()) for code, values in golden["observation_value"]}
+    for code in limits:
+        edges = [
+            x for x in config.reference_profile.get("edges", {}).get(f"{code}__last", []) if x != config.fill_value
+        ]
+        limits[code] = (edges[0], edges[-1]) if edges else limits[code]
+    ranges, generator = golden[list(RANGE_COLUMNS)].first(), np.random.default_rng(seed)
+    start, codes, rows = np.datetime64("2024-01-01T00:00:00", "m"), np.array(list(limits)), []
     for visit in range(n):
-        for code in values.index[generator.random(len(values)) < 0.9]:
-            concept = concept_of(code, config.synonyms)
+        for code in codes[generator.random(len(codes)) < 0.9].tolist():
+            concept, (low, high) = concept_of(code, config.synonyms), limits[code]
+            level, trend = generator.uniform(), generator.normal()
             number = 1 if concept and concept.static else generator.integers(6, 13)
             for minute in generator.integers(0, 48 * 60, number).tolist():
-                low, high = values.loc[code]
-                value = round(generator.uniform(low, max(high, low + 0.1)), 2)
+                share = np.clip(level + trend * (minute / 2880 - 0.5) + 0.05 * generator.normal(), 0, 1)
                 moment = str(start + np.timedelta64(minute + 60 * visit, "m"))
+                value = round(low + share * max(high - low, 0.1), 2)
                 rows.append((f"v{visit}", f"c{visit}", moment, code, value, *ranges.loc[code]))
     return pd.DataFrame(rows, columns=[*REQUIRED_COLUMNS, *RANGE_COLUMNS])
 
