@@ -47,7 +47,7 @@ class Reader:
     def run(self, command: str) -> str:
         """What the command prints on either stream. It must succeed."""
         command = VERSION.sub(lambda found: self.versions.get(found[0], found[0]), command)
-        command = re.sub(r"(localhost|127\.0\.0\.1):5000\b", rf"\1:{self.port}", command)
+        command = re.sub(r"(localhost|127\.0\.0\.1):5000\b", rf"\1:{self.port}", command).partition("  #")[0]
         if command.endswith("&"):
             return self.serve(command.rstrip("& "))
         name = command.removeprefix("export ").partition("=")[0] if command.startswith("export ") else None
@@ -66,7 +66,7 @@ class Reader:
         self.stop()
         log = (self.folder / "service.log").open("w")
         self.services.append(
-            subprocess.Popen(command.split(), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            subprocess.Popen(["env", *command.split()], cwd=self.folder, env=self.environment, stdout=log, stderr=log)
         )
         log.close()
         for _ in range(600):
