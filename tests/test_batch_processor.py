@@ -285,6 +285,23 @@ def test_a_finished_file_is_scored_again_only_when_it_or_the_model_changed(
     assert len(BatchProcessor(other, model_path, settle_seconds=0).process_directory().scored) == 1
 
 
+def test_a_notebook_scores_a_file_that_was_just_written(place, rows, config_path, model_path):
+    put(rows.head(300), place / "incoming/ward.csv")
+    assert len(BatchProcessor(config_path, model_path).process_directory().scored) == 1
+
+
+def test_a_replacement_of_the_same_size_and_time_is_seen(place, rows, processor):
+    path = put(rows.head(300), place / "incoming/ward.csv")
+    assert len(processor.process_directory().scored) == 1
+    before = path.stat()
+    other = place / "other.csv"
+    other.write_text(path.read_text().replace(rows["client"][0], rows["client"][0][::-1]))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert len(processor.process_directory().scored) == 1
+
+
 @pytest.mark.parametrize("same", ["output_dir", "failed_dir"])
 def test_nothing_is_written_among_the_input(place, rows, processor, same):
     put(rows.head(200), place / "incoming/ward.csv")
@@ -313,11 +330,13 @@ def test_two_input_directories_do_not_share_an_output_directory(place, rows, con
 def test_a_file_that_is_still_written_is_left_for_the_next_run(place, rows, config_path, model_path):
     path = put(rows, place / "incoming/ward.csv")
     moment = [path.stat().st_mtime + 9.0]
-    processor = BatchProcessor(config_path, model_path, clock=lambda: moment[0])
+    processor = BatchProcessor(config_path, model_path, settle_seconds=10, clock=lambda: moment[0])
     result = processor.process_directory()
     assert result.still_written == ["ward.csv"] and result.ok and not list((place / "predictions").glob("pred*"))
     assert "1 still being written" in str(result)
-    moment[0] += 2
+    moment[0] -= 86400  # the file is dated ahead
+    assert processor.process_directory().still_written == ["ward.csv"]
+    moment[0] += 86402
     assert len(processor.process_directory().scored) == 1
 
 

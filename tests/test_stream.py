@@ -143,7 +143,7 @@ def test_importing_loads_no_model_and_no_broker():
 
 def test_idle_visits_are_scored_a_last_time_and_dropped(make):
     now = [2e9]
-    processor = make(idle_hours=1, clock=lambda: now[0])
+    processor = make(idle_hours=1, steady=lambda: now[0])
     processor.add_observation(EXAMPLE[0])
     processor.settle()
     now[0] += 1800
@@ -153,6 +153,49 @@ def test_idle_visits_are_scored_a_last_time_and_dropped(make):
     now[0] += 1801
     assert [r["visit_id"] for r in processor.close_idle()] == [EXAMPLE[0]["visit_id"]]
     assert [key[1] for key in processor.visits] == ["2"]
+
+
+class Clocks:
+    """The system's clock and a steady one, set by hand."""
+
+    def __init__(self, wall):
+        self.wall, self.steady = wall, 1000.0
+
+    def go_on(self, seconds):
+        self.wall, self.steady = self.wall + seconds, self.steady + seconds
+
+    def options(self):
+        return {"clock": lambda: self.wall, "steady": lambda: self.steady, "as_of": "now"}
+
+
+@pytest.mark.parametrize("step", [3 * 86400, -3 * 86400])
+def test_a_step_of_the_clock_drops_nobody_and_loses_nothing(make, evidence_cases, step, caplog):
+    rows, moment = evidence_cases
+    records = [r for r in json.loads(rows.to_json(orient="records", date_format="iso")) if r["visit_id"] == "known"]
+    clocks = Clocks(moment.timestamp())
+    processor = make(**clocks.options())
+    processor.add_observations(records)
+    [before] = processor.predict_due()
+    clocks.wall += step
+    clocks.go_on(60)
+    assert processor.close_idle() == [] and len(processor.visits) == 1
+    processor.add_observation({**records[0], "observation_date": "2024-05-01T12:01:00", "observation_value": 91})
+    [after] = processor.predict_due()
+    assert processor.set_aside == {}
+    assert (before["as_of"], after["as_of"]) == ("2024-05-01T12:00:00Z", "2024-05-01T12:01:00Z")
+
+
+def test_a_clock_that_is_set_right_is_followed(make, evidence_cases):
+    """It was three days slow; what arrives says so."""
+    rows, moment = evidence_cases
+    records = [r for r in json.loads(rows.to_json(orient="records", date_format="iso")) if r["visit_id"] == "known"]
+    clocks = Clocks(moment.timestamp() - 3 * 86400)
+    processor = make(**clocks.options())
+    processor.add_observation(records[0])
+    assert processor.predict_due() == [] and processor.set_aside == {"future": 1}
+    clocks.wall = moment.timestamp()
+    processor.add_observations([{**row, "observation_date": "2024-05-01T11:59:00"} for row in records])
+    assert processor.predict_due()[0]["as_of"] == "2024-05-01T12:00:00Z"
 
 
 def test_too_many_visits_drop_the_longest_silent_with_its_score(make):
@@ -277,7 +320,7 @@ def test_dates_of_the_future_are_set_aside(make):
 def test_a_risk_that_cannot_be_told_has_its_reason(careful_files, evidence_cases, tmp_path):
     rows, moment = evidence_cases
     records = json.loads(rows.to_json(orient="records", date_format="iso"))
-    processor = StreamProcessor(*careful_files, 1, clock=moment.timestamp)
+    processor = StreamProcessor(*careful_files, 1, clock=moment.timestamp, steady=lambda: 0.0)
     feed = Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
     feed.accept(records)
     feed.score()
@@ -295,7 +338,7 @@ def test_a_risk_that_cannot_be_told_has_its_reason(careful_files, evidence_cases
     assert {r["as_of"] for r in results.values()} == {"2024-05-01T12:00:00Z"}
     assert processor.set_aside == {"no_value": 1, "future": 1}
     feed.finish()
-    scored = StreamProcessor(*careful_files, 1, clock=lambda: moment.timestamp() + 7200)
+    scored = StreamProcessor(*careful_files, 1, clock=lambda: moment.timestamp() + 7200, steady=lambda: 0.0)
     Feed(scored, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO()).finish()
     assert scored.predict_visit("known")["hours_since_newest"] == 3.0  # now is another moment
 
@@ -319,7 +362,7 @@ def test_dropped_visits_are_not_scored_from_a_part(make, tmp_path):
     rows = [row for row in EXAMPLE if row["visit_id"] == EXAMPLE[0]["visit_id"]]
 
     def feed():
-        processor = make(idle_hours=1, max_visits=2, clock=lambda: now[0])
+        processor = make(idle_hours=1, max_visits=2, steady=lambda: now[0])
         return Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
 
     first = feed()

@@ -84,7 +84,7 @@ LARGE_BYTES = 64_000_000  # of text; such a file is spread over the processes by
 WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the work
 
 
-SETTLE_SECONDS = 10.0
+SETTLE_SECONDS = 10.0  # of the script
 
 
 UNUSED_CODES = 100  # in the manifest, for each file
@@ -144,9 +144,10 @@ class BatchResult:
 class BatchProcessor:
     """Scores the files of a directory with one config and model.
 
-    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. `as_of` is
-    the moment that visits are scored for: ``last`` (the last observation of each), ``now``, or a time. `codes` is the
-    site's map of codes, `clock` returns the time in seconds since 1970, `monitor` is the URL of the prediction log.
+    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. Files that
+    changed in the last `settle_seconds` are left for the next run. `as_of` is the moment that visits are scored for:
+    ``last`` (the last observation of each), ``now``, or a time. `codes` is the site's map of codes, `clock` returns the
+    time in seconds since 1970, `monitor` is the URL of the prediction log.
     Raises `BadConfig`, `BadModel`, `BadObservations` (for `as_of`).
     """
 
@@ -158,7 +159,7 @@ class BatchProcessor:
         jobs: int = 1,
         scheduler: str | None = None,
         chunk_rows: int = CHUNK_ROWS,
-        settle_seconds: float = SETTLE_SECONDS,
+        settle_seconds: float = 0.0,
         quiet: bool = True,
         as_of: str = LAST,
         codes: SiteCodes | None = None,
@@ -263,7 +264,7 @@ class BatchProcessor:
             if known and (known["state"], known["config"]) == (_state(stat), scored_by):
                 result.unchanged.append(path.name)
                 continue
-            if abs(self.clock() - stat.st_mtime) < self.settle_seconds:
+            if self.settle_seconds and self.clock() - stat.st_mtime < self.settle_seconds:  # or dated ahead
                 result.still_written.append(path.name)
                 continue
             todo.append((path, stat))
@@ -284,7 +285,8 @@ class BatchProcessor:
 
 
 def _state(stat: os.stat_result) -> list[int]:
-    return [stat.st_size, stat.st_mtime_ns]
+    """By which a file is known again: another one of the same size and time has another inode."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 @dataclass

@@ -30,6 +30,7 @@ from feature_pipeline import (
 )
 from monitoring.log import OFF
 from serving.deployed import LAST, NOW, Deployed, moments_of
+from serving.stream.clock import OwnTime
 from serving.stream.visits import REMEMBERED, ROW, Key, Visit, mark_of
 
 REASONS = {
@@ -48,7 +49,8 @@ class StreamProcessor:
     Observations may come in any order, several times, and late: the score of a visit is the one that the batch gives on
     the same rows at the same moment, to the last bit. `as_of` is that moment: ``now``, ``last`` (the last observation
     of each visit, for feeds that are replayed), or a time. `min_observations`: a visit with fewer different ones is not
-    scored. `codes` is the site's map of codes.
+    scored. `codes` is the site's map of codes. `clock` returns the system's time in seconds since 1970, `steady` a time
+    that is never set: by it visits are idle.
 
     Bounds: `max_visits` (beyond it the visit that was silent the longest is scored and dropped) and `max_observations`
     of a visit. Old observations are folded away where no feature of the model can see them; where the model looks at
@@ -69,6 +71,7 @@ class StreamProcessor:
         as_of: str = NOW,
         codes: SiteCodes | None = None,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
         prediction_log: str = OFF,
     ):
         if as_of not in (NOW, LAST):
@@ -78,7 +81,7 @@ class StreamProcessor:
         )
         self.min_observations = min_observations
         self.max_visits, self.max_observations = max_visits, max_observations
-        self.idle_hours, self.as_of, self.clock = idle_hours, as_of, clock
+        self.idle_hours, self.as_of, self.time = idle_hours, as_of, OwnTime(clock, steady)
         self.visits: OrderedDict[Key, Visit] = OrderedDict()  # the longest silent first
         self.set_aside: Counter[str] = Counter()
         self.unused_codes: Counter[str] = Counter()  # observations by code, of the first codes that came
@@ -122,7 +125,7 @@ class StreamProcessor:
         self._concepts = [self.pipeline.reproducer.codes.meaning(code)[0] for code in self.codes]
         self._place = {code: place for place, code in codes.items()}
         self._free = [place for place in places if place not in codes]
-        now = self.clock()
+        now = self.time.steady()
         for number, content, rows in visits:
             visit = Visit(**content, rows=[rows], seen=now, number=number, pieces=1, n_rows_kept=len(rows))
             visit.kept = visit.content()
@@ -174,11 +177,13 @@ class StreamProcessor:
         if not rows:
             return
         try:
-            read = self.deployed.current.read([record for record, _ in rows], self.clock())
+            read = self.deployed.current.read([record for record, _ in rows], self.time.latest())
         except BadObservations:  # a column is in none of the records
             self._count({"malformed": len(rows)})
             return
         self._count(read.set_aside)
+        if len(read.time):
+            self.time.judge(read.time.max() / 1e6)
         for code, n in self.pipeline.unused_codes(read).items():
             if code in self.unused_codes or len(self.unused_codes) < FORGETTABLE:
                 self.unused_codes[code] += n
@@ -209,7 +214,7 @@ class StreamProcessor:
         rows["code"] = np.repeat(own[read.group_code], np.diff(read.group_start))
         for name in ("time", "value", "low", "high"):
             rows[name] = getattr(read, name)
-        now = self.clock()
+        now = self.time.steady()
         bounds = read.group_start[read.visit_group_start].tolist()
         for i, key in enumerate(read.keys()):
             own_rows = rows[bounds[i] : bounds[i + 1]]
@@ -343,7 +348,7 @@ class StreamProcessor:
         if not keys:
             return []
         observations = self._observations(keys)
-        moments = moments_of(observations, self.as_of, self.clock())
+        moments = moments_of(observations, self.as_of, self.time.now())
         model = self.deployed.current
         assessed = model.score(observations, np.arange(len(keys)), moments, record)
         used, unused = _by_use(model.pipeline, observations)
@@ -413,7 +418,7 @@ class StreamProcessor:
     def close_idle(self) -> list[dict[str, Any]]:
         """Drops the visits without an observation for `idle_hours`; gives their last scores where one was due."""
         self.settle()
-        horizon = self.clock() - self.idle_hours * 3600
+        horizon = self.time.steady() - self.idle_hours * 3600
         idle = []
         for key, visit in self.visits.items():
             if visit.seen > horizon or len(idle) == CLOSED_AT_ONCE:

@@ -24,7 +24,7 @@ class Visit:
     changed: bool = False  # since its last score
     full: bool = False
     folded: float | None = None  # observations older than so many hours may be no longer here
-    seen: float = 0.0  # by the processor's clock
+    seen: float = 0.0  # by the processor's steady clock
     level: str | None = None  # of the last score
     origin: Any = None
     # of a journal
