@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,37 +95,38 @@ def letters_of(texts: Sequence[str], width: int) -> np.ndarray:
     return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), width)
 
 
-def last_of_visit(visit: np.ndarray, as_of: np.ndarray) -> np.ndarray:
-    """Places of each visit's latest snapshot."""
-    order = np.lexsort([as_of, visit])
-    return np.sort(order[np.append(visit[order][1:] != visit[order][:-1], True)])
+class Scored(NamedTuple):
+    """Snapshots of one kind of moments, with scores by models that did not learn from their visits."""
+
+    features: np.ndarray  # (n_features, n_snapshots), not filled
+    probability: np.ndarray  # (n_snapshots,)
+    visit: np.ndarray  # (n_snapshots,)
+    as_of: np.ndarray  # (n_snapshots,)
 
 
-def make_profile(
-    config: Config,
-    features: np.ndarray,
-    probability: np.ndarray,
-    observations: Observations,
-    visit: np.ndarray,
-    as_of: np.ndarray,
-) -> dict[str, Any]:
+def make_profile(config: Config, observations: Observations, during: Scored, at_end: Scored) -> dict[str, Any]:
     """The config's ``reference_profile``: how scores, features and codes are distributed in training.
 
-    `features` (n_features, n_snapshots) are not filled yet, `probability` (n_snapshots,) out-of-fold. Watched are the
-    features that go with the score the most (by correlation), and every code's latest value. Bins are tenths. There is
-    one distribution for each kind of moments: all snapshots, and the last one of each visit.
+    There is one distribution for each kind of moments: snapshots during the stay, and each visit at its last
+    observation. Watched are the features that go with the score the most (by correlation), and every code's latest
+    value. Bins are tenths of the snapshots during the stay.
     """
-    visits = np.unique(visit)
-    n_kept = max(1, min(len(visits), len(visits) * _SAMPLE // len(visit)))
+    visits = np.unique(during.visit)
+    n_kept = max(1, min(len(visits), len(visits) * _SAMPLE // len(during.visit)))
     kept = visits[np.linspace(0, len(visits) - 1, n_kept).astype(int)]
-    some = np.flatnonzero(np.isin(visit, kept))
-    features, visit, as_of, probability = features[:, some], visit[some], as_of[some], probability[some]
-    if (fill := config.fill_value) is not None:
-        features[np.isnan(features)] = fill
-    clipped = np.clip(probability, 1e-9, 1 - 1e-9)
+
+    def sampled(scored: Scored) -> Scored:
+        some = np.isin(scored.visit, kept)
+        features = scored.features[:, some]
+        if (fill := config.fill_value) is not None:
+            features[np.isnan(features)] = fill
+        return Scored(features, scored.probability[some], scored.visit[some], scored.as_of[some])
+
+    during, at_end = sampled(during), sampled(at_end)
+    clipped = np.clip(during.probability, 1e-9, 1 - 1e-9)
     score = np.log(clipped / (1 - clipped))
     strength = []
-    for row in features:
+    for row in during.features:
         known = ~np.isnan(row)
         x, y = row[known], score[known]
         varies = len(x) > 10 and x.std() > 1e-12 and y.std() > 1e-12
@@ -140,11 +141,11 @@ def make_profile(
         # an edge at the smallest value would leave the first bin empty
         return [float(edge) for edge in np.unique(np.quantile(values, tenths)) if edge > values.min()]
 
-    watched = {names[i]: edges(features[i]) for i in sorted({*strongest, *latest})}
-    reference = {"edges": watched, "score_edges": edges(probability)}
+    watched = {names[i]: edges(during.features[i]) for i in sorted({*strongest, *latest})}
+    reference: dict[str, Any] = {"edges": watched, "score_edges": edges(during.probability)}
     own = Profile(replace(config, reference_profile=reference))
-    codes, unknown = own.present(observations, visit, as_of)
-    rows = {"visit": visit, "score": probability, "bins": own.bins(features.T), "codes": codes, "unknown": unknown}
-    at_end = np.zeros(len(visit))
-    at_end[last_of_visit(visit, as_of)] = 1.0
-    return reference | {DURING: own.distribution(rows, np.ones(len(visit))), AT_END: own.distribution(rows, at_end)}
+    for moments, (features, probability, visit, as_of) in ((DURING, during), (AT_END, at_end)):
+        codes, unknown = own.present(observations, visit, as_of)
+        rows = {"visit": visit, "score": probability, "bins": own.bins(features.T), "codes": codes, "unknown": unknown}
+        reference[moments] = own.distribution(rows, np.ones(len(visit)))
+    return reference

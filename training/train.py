@@ -16,8 +16,8 @@ import numpy as np
 from common.artifacts import library_versions, write_atomic, write_json
 from common.command_line import log
 from common.metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
-from feature_pipeline import Config, ScoreModel, describe_set_aside, load_config, names_sha256
-from monitoring.profile import make_profile
+from feature_pipeline import Config, FeaturePlan, ScoreModel, describe_set_aside, load_config, names_sha256
+from monitoring.profile import Scored, make_profile
 from training.candidates import ModelConfiguration
 from training.config import configuration_of, load_data
 from training.evidence import enough
@@ -113,6 +113,24 @@ def train_full(directory: Path, observations: str | None = None, labels: str | N
     return files[INFO]
 
 
+def scored_moments(material: Material, model: ScoreModel, probability: np.ndarray) -> tuple[Scored, Scored]:
+    """The snapshots, whose out-of-fold scores are `probability`, and each visit at its last observation.
+
+    The model has learned from these visits. Its scores at the last observations are therefore taken down to where
+    out-of-fold scores are, by the quantiles of both kinds of scores of the snapshots.
+    """
+    data, plain = material.data, material.table.plain
+    visit = np.unique(data.visit)
+    as_of = data.observations.last_time[visit]
+    features = FeaturePlan(material.config.feature_names).evaluate(data.observations, visit, as_of)
+
+    def learned(rows: np.ndarray) -> np.ndarray:
+        return model.probability(filled(rows, material.config.fill_value))
+
+    at_end = np.interp(learned(features), np.sort(learned(plain.T)), np.sort(probability))
+    return Scored(plain, probability, data.visit, data.as_of), Scored(features.T, at_end, visit, as_of)
+
+
 def version_files(
     material: Material,
     config: Config,
@@ -158,9 +176,7 @@ def version_files(
             "fingerprint": data.fingerprint,
             "description": data.describe(),
         },
-        reference_profile=make_profile(
-            config, material.table.plain, probability, data.observations, data.visit, data.as_of
-        ),
+        reference_profile=make_profile(config, data.observations, *scored_moments(material, model, probability)),
         model_version=version,
         model_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         golden={**config.golden, "probability": golden},
