@@ -98,23 +98,21 @@ def test_a_row_holds_no_name_and_no_value(pipeline, ward, tmp_path, key):
 
 
 def test_bins_are_those_of_the_reference(pipeline, cohort):
-    """The snapshots of training have the shares that the config's profile holds."""
+    """The snapshots of training, and its visits at their last observations, have the shares that the profile holds."""
     data = snapshots_of(*cohort, pipeline)
-    reference = pipeline.config.reference_profile
-    profile = Profile(pipeline.config)
-    probability, features = pipeline.evaluate(data.observations, data.visit, data.as_of)
-    codes, unknown = profile.present(data.observations, data.visit, data.as_of)
-    frame = pd.DataFrame(
-        {
-            **{"visit": data.visit, "score": probability, "bins": profile.bins(features)},
-            **{"codes": codes, "unknown": unknown, "newest": pd.NaT},
-            "as_of": data.as_of.astype("datetime64[us]"),
-        }
-    )
-    last = frame.groupby("visit")["as_of"].transform("max").eq(frame["as_of"])
-    ended = frame[last].assign(newest=frame["as_of"])
-    for moments, rows in ((DURING, frame), (AT_END, ended)):
-        current = distributions(rows, profile)
+    reference, profile = pipeline.config.reference_profile, Profile(pipeline.config)
+    visits = np.unique(data.visit)
+    ends = data.observations.last_time[visits]
+    for moments, visit, as_of in ((DURING, data.visit, data.as_of), (AT_END, visits, ends)):
+        probability, features = pipeline.evaluate(data.observations, visit, as_of)
+        codes, unknown = profile.present(data.observations, visit, as_of)
+        frame = pd.DataFrame(
+            {
+                **{"visit": visit, "score": probability, "bins": profile.bins(features)},
+                **{"codes": codes, "unknown": unknown, "as_of": as_of.astype("datetime64[us]")},
+            }
+        )
+        current = distributions(frame.assign(newest=pd.NaT if moments == DURING else frame["as_of"]), profile)
         assert set(current) == {moments}
         for name in ("features", "codes", "unknown", "n_visits"):
             assert current[moments][name] == reference[moments][name], name
