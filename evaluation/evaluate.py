@@ -167,7 +167,7 @@ def cannot_be_said(scored: Scored, judged: Judged, past: Past) -> list[str]:
         lines.append("No score reached the HIGH threshold. PPV is not known; see the thresholds below.")
     if past.first_antibiotic is None:
         lines.append(
-            "The labels have no column first_antibiotic: whether alerts come before treatment starts is not known."
+            "The labels have no column antibiotic_time: whether alerts come before treatment starts is not known."
         )
     return lines
 

@@ -109,11 +109,11 @@ def _moments(observations: Observations, own: np.ndarray, stays: Stays, score_ev
 
 
 def with_antibiotics(past: Past, path: str) -> Past:
-    """With the column ``first_antibiotic`` of the labels file, if it has one."""
+    """With the column ``antibiotic_time`` of the labels file, if it has one."""
     table = read_cells(path, f"labels {path!r}")
-    if "first_antibiotic" not in table.columns:
+    if "antibiotic_time" not in table.columns:
         return past
-    times, _ = parse_times(table["first_antibiotic"])
+    times, _ = parse_times(table["antibiotic_time"])
     keys = zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True)
     known = dict(zip(keys, times.tolist(), strict=True))
     return replace(past, first_antibiotic=np.array([known.get(key, NO_TIME) for key in past.keys], dtype=np.int64))

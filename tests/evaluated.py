@@ -19,7 +19,7 @@ def new_patients(tmp_path_factory):
     observations["client"] = "new-" + observations["client"].astype(str)
     labels["client"] = "new-" + labels["client"].astype(str)
     onset = pd.to_datetime(labels["sepsis_onset"])
-    labels["first_antibiotic"] = (onset + pd.Timedelta(hours=3)).astype(str).where(labels["sepsis"] == 1, "")
+    labels["antibiotic_time"] = (onset + pd.Timedelta(hours=3)).astype(str).where(labels["sepsis"] == 1, "")
     labels[["visit_id", "client"]].assign(site=np.where(np.arange(len(labels)) % 2, "north", "south")).to_csv(
         folder / "groups.csv", index=False
     )

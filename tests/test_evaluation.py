@@ -19,9 +19,11 @@ from common.labels import read_labels
 from evaluation.alerts import random_alerts
 from evaluation.comparators import event_figures
 from evaluation.evaluate import Settings, evaluate
+from evaluation.exports.papers import write_papers
 from evaluation.report import chance_in_words, report_page
 from evaluation.resampling import Clients
-from evaluation.scoring import past_of
+from evaluation.scoring import past_of, ward_scores_of
+from evaluation.subgroups import observed_groups
 from feature_pipeline import NO_TIME, BadObservations, load_config, read_observations
 
 ONE_RESAMPLE = 4  # of figures whose intervals do not matter
@@ -114,14 +116,14 @@ def test_rows_in_another_order_give_the_same_record(new_patients, models_dir, tm
 
 
 def test_labels_without_onset_say_what_cannot_be_said(new_patients, models_dir, tmp_path):
-    labels = pd.read_csv(new_patients / "labels.csv", dtype=str).drop(columns=["sepsis_onset", "first_antibiotic"])
+    labels = pd.read_csv(new_patients / "labels.csv", dtype=str).drop(columns=["sepsis_onset", "antibiotic_time"])
     labels.to_csv(tmp_path / "labels.csv", index=False)
     more = ["--labels", str(tmp_path / "labels.csv")]
     assert evaluate_model.main(options(new_patients, models_dir, tmp_path / "out", *more)) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert "ppv_48h" not in found["alerts"]["deployed"] and found["alerts"]["deployed"]["visit_ppv"] is not None
     assert any("no onset times" in line for line in found["cannot_be_said"])
-    assert any("first_antibiotic" in line for line in found["cannot_be_said"])
+    assert any("antibiotic_time" in line for line in found["cannot_be_said"])
     assert found["data"]["judged_moments"] == found["data"]["visits"]
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "retrospective" in page and "Lead time of the first alert" not in page
@@ -235,3 +237,36 @@ def test_codes_that_nobody_knows_are_named_and_no_score_is_made_up(new_patients,
     assert "XHR" in found["data"]["unused_codes"]
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "XHR (" in page and "Against the scores" not in page
+
+
+def test_a_model_that_answers_nothing(new_patients, models_dir, tmp_path):
+    """Every moment UNKNOWN, as where a hospital measures too little: no figure of the model, those of the ward stay."""
+    config = load_config(models_dir / "best_model_config.json")
+    labels = read_labels(new_patients / "labels.csv")
+    past = past_of(read_observations(new_patients / "past.parquet"), labels, 12.0)
+    silent = np.full(len(past.visit), np.nan)
+    scored = Scored.of(past.stays, past.visit, past.time, silent, np.zeros(len(silent), dtype=bool))
+    groups = observed_groups(past.observations, past.place)
+    found = evaluate(past, scored, config, Settings(alerts_a_day=1), ward_scores_of(past), groups)
+    json.dumps(found, allow_nan=False)
+    assert found["alerts"]["deployed"]["unknown_share"] == 1 and found["ranking"]["roc_auc"] == 0.5
+    assert found["ward_scores"]["news2"]["ranking"]["comparator"]["roc_auc"] > 0.5
+    assert found["calibration"]["expected_over_observed"] is None and found["thresholds"]["table"] == []
+    page = report_page(found, [])
+    assert "100.0% of the scores" in page and ">nan<" not in page
+    write_papers(tmp_path, config, found, {})
+
+
+@pytest.mark.parametrize("septic", [0, 1])
+def test_one_visit_alone(new_patients, models_dir, septic):
+    config = load_config(models_dir / "best_model_config.json")
+    labels = read_labels(new_patients / "labels.csv")
+    labels = labels[labels["sepsis"] == septic].head(1)
+    past = past_of(read_observations(new_patients / "past.parquet"), labels, 3.0)
+    p = np.linspace(0, 0.9, len(past.visit))
+    scored = Scored.of(past.stays, past.visit, past.time, p, p > 0.5)
+    found = evaluate(
+        past, scored, config, Settings(), ward_scores_of(past), observed_groups(past.observations, past.place)
+    )
+    json.dumps(found, allow_nan=False)
+    assert found["data"]["visits"] == 1 and ">nan<" not in report_page(found, [])
