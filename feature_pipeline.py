@@ -46,7 +46,7 @@ class FeaturePipelineError(Exception):
 
 
 class BadObservations(FeaturePipelineError):
-    """The observations cannot be used: a missing column, an unreadable file, or no usable row at all."""
+    """The observations cannot be used: a missing column, an unreadable file, or no usable row."""
 
     code = "bad_observations"
 
@@ -80,19 +80,19 @@ class NotExplainable(FeaturePipelineError):
 
 
 class UnknownRiskWarning(UserWarning):
-    """Visits whose evidence carries no score; the text says how many, and why."""
+    """Some visits do not have enough evidence for a score; the text says how many, and why."""
 
 
 class UnfinishedSwitchWarning(UserWarning):
-    """Config and model file are of two archived versions; the config's is served, from the archive."""
+    """Config and model file belong to different versions; the config's version is served, from the archive."""
 
 
 class MissingCodesWarning(UserWarning):
-    """Codes that nearly every visit had in training are absent from the data to be scored."""
+    """The data to be scored lack codes that nearly every visit had in training."""
 
 
 def listed(items: Iterable[Any], most: int = 5) -> str:
-    """`items` quoted and joined, the first few only, with the number of the others."""
+    """The first few `items`, quoted and joined, with the number of the others."""
     items = [repr(str(item)) for item in items]
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
@@ -103,10 +103,10 @@ def listed(items: Iterable[Any], most: int = 5) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit that a concept may come in: ``value * factor + offset``, rounded to `decimals`, is in the concept's own.
+    """Another unit of a concept: ``value * factor + offset``, rounded to `decimals`, is in the concept's own unit.
 
-    A unit that is told by the number alone has the interval of such values in `told`: where no unit is named, a value
-    there is taken to be in it if the concept's own unit does not allow it.
+    Some units can be recognised by the number alone: if no unit is named, a value in the interval `told` that is
+    implausible in the concept's own unit is taken to be in this one.
     """
 
     spellings: str  # separated by commas, as are codes below
@@ -124,12 +124,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Concept:
-    """A clinical quantity whatever code and unit a hospital gives it.
+    """A clinical quantity, with all codes and units that hospitals use for it.
 
-    `low` and `high` bound what a living patient can show, in `unit`: generous on purpose, they keep out errors of
-    transmission, not extreme patients. `codes` are names and LOINC numbers that mean values in `unit` where none is
-    named, `coded_in` those that mean another one. `units` are the other units that can be converted. `static`: it does
-    not change during a stay.
+    `low` and `high` are the limits of what a living patient can show, in `unit`. They are wide: they exclude errors of
+    transmission, not extreme patients. `codes` are names and LOINC codes of values in `unit`, unless a row names a
+    unit; `coded_in` are codes of values in another unit. `units` can be converted. `static`: does not change during a
+    stay.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Concept:
     static: bool = False
 
     def unit_named(self, name: str) -> Unit | None:
-        """The unit that `name` (UCUM or a usual spelling) means; None if it is none of this concept's."""
+        """The unit that `name` (UCUM or a usual spelling) means; None if this concept does not have it."""
         return _units_of(self.name).get(_unit_key(name), _ANY_UNIT if self.unit in ("code", "0/1") else None)
 
 
@@ -159,7 +159,7 @@ def _units_of(concept: str) -> dict[str, Unit]:
 
 
 _ANY_UNIT = Unit("")
-# How else a concept's own unit is written, in UCUM and by interfaces.
+# Other spellings of a concept's own unit, in UCUM and by interfaces.
 _SPELLINGS: dict[str, str] = {
     "1/min": "/min, {beats}/min, beats/min, beats/minute, bpm, {breaths}/min, breaths/min, min-1, insp/min",
     "°C": "Cel, C, degC, deg C, degrees C",
@@ -256,7 +256,7 @@ CONCEPT = {concept.name: concept for concept in CONCEPTS}
 _CONCEPT_PLACE = {concept.name: i for i, concept in enumerate(CONCEPTS)}
 _STATIC = np.array([concept.static for concept in CONCEPTS] + [False])  # the last for a code without a concept, -1
 
-# Codes whose value is two numbers, ``120/80``: rows of them are split into these two.
+# Codes whose value is two numbers, ``120/80``: their rows are split into these two.
 BLOOD_PRESSURE_CODES = ("BP", "NIBP", "ABP", "blood pressure", "85354-9", "35094-2", "55284-4")
 SYSTOLIC, DIASTOLIC = "8480-6", "8462-4"
 
@@ -275,7 +275,7 @@ _PAIRED = {_code_key(code) for code in BLOOD_PRESSURE_CODES}
 
 
 def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept | None:
-    """The clinical concept of `code`, or None; `synonyms` (code to concept name) comes before the built-in ones.
+    """The clinical concept of `code`, or None. `synonyms` (code to concept name) override the built-in codes.
 
     >>> concept_of("TEMP").name, concept_of("8310-5").name, concept_of("heart_RATE").name, concept_of("XYZ")
     ('temperature', 'temperature', 'heart_rate', None)
@@ -284,7 +284,7 @@ def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept 
 
 
 def to_unit(concept: Concept, value: float, unit: str | None) -> float | None:
-    """`value` in the concept's own unit; None where `unit` is none that can be converted. Without a unit as it is.
+    """`value` in the concept's own unit; None if `unit` cannot be converted. Without a unit, `value` itself.
 
     >>> to_unit(CONCEPT["hemoglobin"], 120.0, "g/L"), to_unit(CONCEPT["temperature"], 100.4, "[degF]")
     (12.0, 38.0)
@@ -302,11 +302,11 @@ SiteCodes = Mapping[str, tuple[str, str]]  # code -> name of a concept, unit of 
 
 @dataclass(frozen=True)
 class Codes:
-    """What codes mean: built in, by the `synonyms` of the search (code to concept name), and by a site's own map.
+    """The meaning of codes: built in, from the `synonyms` of the search (code to concept name), and from a site's map.
 
-    `site` gives for further codes the concept's name and the unit of their values ("" for the concept's own). `own` are
+    `site` maps further codes to the concept's name and the unit of their values ("" for the concept's own). `own` are
     the codes that the model knows, each with its share of the training visits: another code of the same concept is read
-    as the most frequent of them. `seen` are all codes of the training data: they are read as they were then.
+    as the most frequent of them. `seen` are all codes of the training data: they are read as in training.
     """
 
     synonyms: Mapping[str, str] = field(default_factory=dict)
@@ -315,7 +315,7 @@ class Codes:
     seen: frozenset[str] = frozenset()
 
     def meaning(self, code: str) -> tuple[Concept | None, str]:
-        """The concept of `code`, and the unit of its values where none is named; (None, "") for an unknown code."""
+        """The concept of `code`, and the unit of its values if a row names none; (None, "") for an unknown code."""
         if code in self.site:
             name, unit = self.site[code]
             return CONCEPT[name], unit or CONCEPT[name].unit
@@ -327,7 +327,7 @@ class Codes:
         return _MEANING.get(_code_key(code), (None, ""))
 
     def own_code(self, code: str) -> str:
-        """The model's code for `code`: itself where training had it, else the model's code of the same concept (LOINC
+        """The model's code for `code`: itself if training had it, else the model's code of the same concept (LOINC
         8867-4 may be this hospital's HR), else `code`."""
         if code in self.seen or not self.own:
             return code
@@ -335,14 +335,14 @@ class Codes:
         return self._of_concept.get(concept.name, code) if concept else code
 
     def with_site(self, site: SiteCodes) -> Codes:
-        """These codes with a site's map. Raises `BadConfig` where it names no concept or unit of it, or gives a code of
+        """These codes with a site's map. Raises `BadConfig` if it names an unknown concept or unit, or gives a code of
         the training data another meaning."""
         for code, (name, unit) in site.items():
             if name not in CONCEPT:
                 raise BadConfig(f"site code {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
             concept, own_unit = self.meaning(code)
             if unit and CONCEPT[name].unit_named(unit) is None:
-                raise BadConfig(f"site code {code!r}: {unit!r} is no unit that {name} can be converted from")
+                raise BadConfig(f"site code {code!r}: {name} cannot be converted from {unit!r}")
             if code in self.seen and (
                 concept is not CONCEPT[name] or (unit and concept.unit_named(unit) != concept.unit_named(own_unit))
             ):
@@ -355,7 +355,7 @@ class Codes:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Tells one site's map from another; None without one."""
+        """Identifies a site's map; None without one."""
         return hashlib.sha256(json.dumps(sorted(self.site.items())).encode()).hexdigest()[:16] if self.site else None
 
     @cached_property
@@ -378,7 +378,7 @@ RANGE_COLUMNS = ("reference_range_min", "reference_range_max")
 UNIT_COLUMN = "unit"
 COLUMNS = (*REQUIRED_COLUMNS, *RANGE_COLUMNS, UNIT_COLUMN)
 
-# A row is set aside for the first of these that holds.
+# A row is set aside for the first of these that applies.
 SET_ASIDE_REASONS = {
     "malformed": "not a row of the expected form",
     "no_visit": "no visit_id",
@@ -410,7 +410,7 @@ class Observations:
 
     visit_id: np.ndarray  # (n_visits,) as given
     client: np.ndarray  # (n_visits,) as given
-    visit_text: np.ndarray  # (n_visits,) text, the identity of a visit together with client_text
+    visit_text: np.ndarray  # (n_visits,) text; identifies a visit together with client_text
     client_text: np.ndarray  # (n_visits,)
     codes: tuple[str, ...]  # sorted
     concepts: tuple[Concept | None, ...]  # of each code
@@ -429,7 +429,7 @@ class Observations:
     where: str = "the observations"  # what was read, for messages
 
     def check_usable(self) -> Observations:
-        """These observations. Raises `BadObservations` where no row at all can be used."""
+        """These observations. Raises `BadObservations` if not one row can be used."""
         if len(self.time):
             return self
         counted = "; ".join(f"{n} x {SET_ASIDE_REASONS[reason]}" for reason, n in self.set_aside.items())
@@ -451,23 +451,23 @@ class Observations:
 
     @cached_property
     def concepts_have_several_codes(self) -> bool:
-        """Do two codes stand for one concept?"""
+        """Do two codes have the same concept?"""
         known = [c.name for c in self.concepts if c]
         return len(set(known)) < len(known)
 
     @cached_property
     def visit_group_start(self) -> np.ndarray:
-        """(n_visits + 1,) first group of each visit; a visit with nothing usable has none."""
+        """(n_visits + 1,) first group of each visit; a visit without usable rows has none."""
         return np.searchsorted(self.group_visit, np.arange(self.n_visits + 1))
 
     @cached_property
     def first_time(self) -> np.ndarray:
-        """(n_visits,) time of the first usable observation, NO_TIME where there is none."""
+        """(n_visits,) time of the first usable observation, or NO_TIME."""
         return self._per_visit(np.minimum)
 
     @cached_property
     def last_time(self) -> np.ndarray:
-        """(n_visits,) time of the last usable observation, NO_TIME where there is none."""
+        """(n_visits,) time of the last usable observation, or NO_TIME."""
         return self._per_visit(np.maximum)
 
     def _per_visit(self, ufunc: np.ufunc) -> np.ndarray:
@@ -488,7 +488,7 @@ class Observations:
         code: np.ndarray,
         columns: Mapping[str, np.ndarray],
     ) -> Observations:
-        """Observations from rows that were validated before, such as those of several readings together.
+        """Observations from rows that were validated before, for example those of several readings.
 
         `visits` are (client, visit_id) as given; `codes` must be sorted; for each row `visit` and `code` are places in
         these, and `columns` hold ``time``, ``value``, ``low``, ``high``. Exact duplicates count once.
@@ -509,9 +509,9 @@ class Observations:
 
     @classmethod
     def stacked(cls, parts: Sequence[Observations]) -> Observations:
-        """The visits of several readings, one after the other; a visit of two readings stands there twice.
+        """The visits of several readings, one after the other. A visit of two readings occurs twice.
 
-        What was set aside stays with the parts.
+        Counts of rows set aside are not carried over.
         """
         concept = {code: c for part in parts for code, c in zip(part.codes, part.concepts, strict=True)}
         place = {code: i for i, code in enumerate(sorted(concept))}
@@ -564,14 +564,14 @@ def read_observations(
 ) -> Observations:
     """Reads a file (.csv, .csv.gz, .parquet), a frame or a list of records into `Observations`.
 
-    Rows that cannot be used are set aside and counted by reason (`SET_ASIDE_REASONS`); exact duplicates count
-    once. ``<0.5`` and ``>200`` count as their number. Dates with a zone are converted to UTC, dates without are
-    taken as UTC. Bytes that are no UTF-8 cost the rows whose visit, client or code has them: with them replaced, two
-    patients might become one. `codes` says what codes mean (or maps further codes to concept names). With a column
-    ``unit`` values are converted to their concept's unit. A blood pressure ``120/80`` becomes two observations. Rows
-    later than `now` (microseconds since 1970 UTC) and a tolerance are set aside; without it there is no now.
+    Rows that cannot be used are set aside and counted by reason (`SET_ASIDE_REASONS`). Exact duplicates count once.
+    ``<0.5`` and ``>200`` count as their number. Dates with a zone are converted to UTC, dates without a zone are UTC. A
+    row whose visit, client or code is not UTF-8 is set aside: with replaced bytes, two patients could become one.
+    `codes` says what codes mean, or maps further codes to names of concepts. With a column ``unit``, values are
+    converted to their concept's unit. A blood pressure ``120/80`` becomes two observations. Rows later than `now`
+    (microseconds since 1970 UTC) plus a tolerance are set aside; without `now`, none are.
 
-    Where nothing is usable the observations are empty; see `Observations.check_usable`. Raises `BadObservations` when a
+    If no row can be used, the observations are empty; see `Observations.check_usable`. Raises `BadObservations` if a
     column is missing or the file cannot be read.
     """
     if isinstance(source, Observations):
@@ -593,7 +593,7 @@ def _check_columns(columns: list[Any], where: str) -> None:
     names = [name for name in columns if name in COLUMNS]
     missing = [name for name in REQUIRED_COLUMNS if name not in names]
     if missing:
-        # the other names are not shown: in a file without a header they are a patient's data
+        # the other names are not shown: in a file without a header they are data of a patient
         found = f"found {listed(names, 7) if names else 'none of them'} and {len(columns) - len(names)} others"
         first = str(columns[0]) if len(columns) == 1 else ""
         hint = "; is the separator a comma?" if re.search(r"[;\t|]", first) else ""
@@ -601,13 +601,13 @@ def _check_columns(columns: list[Any], where: str) -> None:
             f"{where}: missing column {listed(missing)}; {found}; expected {', '.join(COLUMNS)}{hint}"
         )
     if len(set(names)) < len(names):
-        raise BadObservations(f"{where}: a column stands twice; expected {', '.join(COLUMNS)}")
+        raise BadObservations(f"{where}: a column occurs twice; expected {', '.join(COLUMNS)}")
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, int]:
     """(a file's table before anything is checked, the number of lines with too many fields, which are left out).
 
-    The cells of a text file are texts. Raises `BadObservations` when the file cannot be read.
+    The cells of a text file are texts. Raises `BadObservations` if the file cannot be read.
     """
     where = f"file {str(path)!r}"
     try:
@@ -679,7 +679,7 @@ _LONG = 1000  # from here on distinct cells are sorted out first: quicker for ma
 
 
 def _distinct(column: Column) -> tuple[np.ndarray, list[Any]]:
-    """(index of each row's cell, cells); where that is quick to tell each distinct cell stands once."""
+    """(index of each row's cell, cells). If it is quick to find out, each distinct cell occurs once."""
     if isinstance(column, list):
         if set(map(type, column)) not in ({str}, {int}):  # among others True and 1.0 would pass for the same
             return np.arange(len(column)), column
@@ -696,17 +696,17 @@ def _is_empty(cell: Any) -> bool:
 
 
 _EMPTY, _UNDECODED = -1, -2
-_NO_CHARACTER = re.compile("[\ufffd\ud800-\udfff]")  # what stands for bytes that are no UTF-8, in files and in JSON
+_NO_CHARACTER = re.compile("[\ufffd\ud800-\udfff]")  # replaces bytes that are not UTF-8, in files and in JSON
 
 
 def text_places(column: Column) -> tuple[np.ndarray, list[str]]:
-    """(index of each row's text, -1 where empty or not UTF-8; the distinct texts in order of appearance)."""
+    """(index of each row's text, -1 if empty or not UTF-8; the distinct texts in order of appearance)."""
     index, texts = _text_places(column)
     return np.maximum(index, -1), texts
 
 
 def _text_places(column: Column) -> tuple[np.ndarray, list[str]]:
-    """As `text_places`, with `_EMPTY` and `_UNDECODED` told apart."""
+    """As `text_places`, with `_EMPTY` and `_UNDECODED` instead of -1."""
     index, cells = _distinct(column)
     place: dict[str, int] = {}
     merged = [_EMPTY if _is_empty(cell) else place.setdefault(as_text(cell), len(place)) for cell in cells]
@@ -721,7 +721,7 @@ def _text_places(column: Column) -> tuple[np.ndarray, list[str]]:
 
 
 def parse_times(column: Column) -> tuple[np.ndarray, np.ndarray]:
-    """(microseconds since 1970 UTC, was the cell empty); NO_TIME where there is no usable date."""
+    """(microseconds since 1970 UTC, was the cell empty); NO_TIME if there is no usable date."""
     if isinstance(column, pd.Series) and column.dtype.kind == "M":
         if isinstance(column.dtype, pd.DatetimeTZDtype):
             column = column.dt.tz_convert("UTC").dt.tz_localize(None)
@@ -743,7 +743,7 @@ _PLAIN_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d(?:\.\d{1,6})?
 
 
 def _plain_times(texts: list[Any]) -> np.ndarray | None:
-    """Microseconds of a few texts that all are plain UTC times, None for others: quicker than pandas for a request."""
+    """Microseconds of a few texts that are all plain UTC times, else None: faster than pandas for a request."""
     matches = [_PLAIN_TIME.fullmatch(text) if isinstance(text, str) else None for text in texts[:_LONG]]
     if None in matches or len(matches) < len(texts):
         return None
@@ -754,7 +754,7 @@ def _plain_times(texts: list[Any]) -> np.ndarray | None:
 
 
 def _date_text(cell: Any) -> Any:
-    """What may be a date: 2024 and 2024-01 are ISO 8601, but no moment of a measurement."""
+    """A text that may be a date. 2024 and 2024-01 are ISO 8601, but not the time of a measurement."""
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         cell = str(cell)
     if isinstance(cell, np.datetime64):
@@ -768,7 +768,7 @@ def _date_text(cell: Any) -> Any:
 
 
 def _number(cell: Any) -> float:
-    """The number in a cell, NaN where there is none; ``<0.5`` and ``>= 200`` count as their number."""
+    """The number in a cell, or NaN; ``<0.5`` and ``>= 200`` count as their number."""
     if isinstance(cell, bool | np.bool_):
         return np.nan
     if isinstance(cell, str):
@@ -782,7 +782,7 @@ def _number(cell: Any) -> float:
 
 
 def _numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 with NaN where there is no number, was the cell empty)."""
+    """(float64, NaN if there is no number; was the cell empty)."""
     if isinstance(column, pd.Series) and column.dtype.kind in "iuf" and isinstance(column.dtype, np.dtype):
         numbers = column.to_numpy(dtype=np.float64)
         return numbers, np.isnan(numbers)
@@ -823,7 +823,7 @@ def _validate(
     time, date_empty = parse_times(table["observation_date"])
     value, value_empty = _numbers(table["observation_value"])
     low, high = (_numbers(table[name])[0] if name in table else np.full(n_rows, np.nan) for name in RANGE_COLUMNS)
-    with np.errstate(invalid="ignore"):  # a bound that no value may reach is none
+    with np.errstate(invalid="ignore"):  # an infinite limit excludes nothing
         low, high = (np.where(np.abs(bound) <= LARGEST, bound, np.nan) for bound in (low, high))
 
     # visits in order of first appearance, also those of which no row is usable
@@ -832,7 +832,7 @@ def _validate(
     visit, pairs = pd.factorize(pair, use_na_sentinel=False)
     first_row = np.empty(len(pairs), dtype=np.int64)
     first_row[visit[::-1]] = np.arange(n_rows)[::-1]
-    if (pairs < 0).any():  # rows that name no visit make no visit
+    if (pairs < 0).any():  # rows without a visit make no visit
         nameless = int(np.flatnonzero(pairs < 0)[0])
         first_row = np.delete(first_row, nameless)
         visit = np.where(visit == nameless, -1, visit - (visit > nameless))
@@ -889,7 +889,7 @@ def _validate(
         remarks["range_ignored"] = int((odd_range & usable).sum())
         low, high = np.where(odd_range, np.nan, low), np.where(odd_range, np.nan, high)
 
-    # from here on codes are the model's own, in sorted order, whatever order they came in
+    # from here on, codes are the model's own, in sorted order
     rows = slice(None) if usable.all() else np.flatnonzero(usable)
     own = [meanings.own_code(code) for code in codes]
     sorted_codes = sorted(set(own))
@@ -925,13 +925,13 @@ _TWO_NUMBERS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", re.ASC
 
 
 def _split_pressures(codes, columns, paired, values) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Rows of a blood pressure ``120/80`` as one of the systolic and, at the end, one of the diastolic pressure."""
+    """Splits each row of a blood pressure ``120/80`` into a systolic row and, at the end, a diastolic row."""
     rows = np.flatnonzero(paired[columns["code"]] & np.isnan(columns["value"]))
     matches = [_TWO_NUMBERS.fullmatch(str(cell)) for cell in _as_given(values, rows)]
     rows = rows[[match is not None for match in matches]]
     pressures = np.array([[float(match[1]), float(match[2])] for match in matches if match]).reshape(-1, 2)
     codes = [*codes, *(code for code in (SYSTOLIC, DIASTOLIC) if code not in codes)]
-    for name in ("low", "high"):  # a range of which of the two?
+    for name in ("low", "high"):  # a range would be of which of the two?
         columns[name][rows] = np.nan
     added = {name: column[rows] for name, column in columns.items()}
     added |= {"code": np.full(len(rows), codes.index(DIASTOLIC)), "value": pressures[:, 1]}
@@ -941,7 +941,7 @@ def _split_pressures(codes, columns, paired, values) -> tuple[list[str], dict[st
 
 
 def _in_own_units(codes, columns, units, meanings):
-    """(value, low, high) in the units of the codes' concepts, which rows were converted, and whose unit cannot be."""
+    """(value, low, high) in the units of the codes' concepts; which rows were converted; which rows cannot be."""
     code, unit, value, low, high = (columns[name] for name in ("code", "unit", "value", "low", "high"))
     converted, unknown = np.zeros(len(value), dtype=bool), np.zeros(len(value), dtype=bool)
 
@@ -1037,7 +1037,7 @@ def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 class Snapshots:
-    """Which rows: snapshots (a visit at a moment each) joined to the groups of their visits.
+    """Which rows: snapshots (each is a visit at a moment) joined to the groups of their visits.
 
     A pair is one snapshot with one group; `begin` and `end` are the rows of the group that the snapshot knows,
     those with ``time <= as_of``. `visit` must be ascending.
@@ -1197,13 +1197,13 @@ class Segments:
 
     @cached_property
     def weighted_mean(self) -> np.ndarray:
-        """With weights that halve every 12 h before the run's last value."""
+        """Mean with weights that halve every 12 h before the run's last value."""
         hours_before_last = self.spread(self.hours_since_first[np.cumsum(self.length) - 1]) - self.hours_since_first
         weight = np.exp2(hours_before_last / -12)
         return self.total(weight * self.values) / self.total(weight)
 
     def latest_row(self, hit: np.ndarray) -> np.ndarray:
-        """The last row of each run for which the flat `hit` holds; it must hold somewhere."""
+        """The last row of each run where `hit` (flat) is true; each run must have one."""
         return self.highest(np.where(hit, self._rows, -1))
 
 
@@ -1228,7 +1228,7 @@ STATISTICS: dict[str, Statistic] = {}
 
 
 def _quotient(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """`above` / `below`; NaN outside `where`, and beyond `LARGEST`: scikit-learn's trees refuse what is no float32."""
+    """`above` / `below`; NaN outside `where`, and beyond `LARGEST`: scikit-learn's trees only take float32."""
     with np.errstate(over="ignore"):
         quotient = np.divide(above, below, out=np.full(len(below), np.nan), where=where)
     quotient[np.abs(quotient) > LARGEST] = np.nan
@@ -1275,13 +1275,13 @@ def _std(s: Segments) -> np.ndarray:
 
 @statistic("summary", "count", windowed=True, empty=0.0)
 def _count(s: Segments) -> np.ndarray:
-    """The number of values; 0 where there is none."""
+    """The number of values; 0 without any."""
     return s.count
 
 
 @statistic("trend", "slope")
 def _slope(s: Segments) -> np.ndarray:
-    """Least-squares slope in units an hour; NaN where all values stand at one time."""
+    """Least-squares slope, in units per hour; NaN if all values have the same time."""
     hours = s.hours_since_first
     off = hours - s.spread(s.total(hours) / s.count)
     across = s.total(off * off)
@@ -1309,13 +1309,13 @@ def _age(s: Segments) -> np.ndarray:
 
 @statistic("recency", "measured", empty=0.0, of_latest=True)
 def _measured(s: Segments) -> np.ndarray:
-    """1 where ever measured in the visit so far, else 0."""
+    """1 if measured in the visit so far, else 0."""
     return np.ones(len(s.count))
 
 
 @statistic("recency", "rate", empty=0.0)
 def _rate(s: Segments) -> np.ndarray:
-    """Values an hour of the visit so far, the first hour counting whole; 0 where there is none."""
+    """Values per hour of the visit so far, which counts as one hour at least; 0 without any."""
     return s.count / np.maximum((s.as_of - s.start_time) / MICROSECONDS_PER_HOUR, 1.0)
 
 
@@ -1328,9 +1328,9 @@ def _gap(s: Segments) -> np.ndarray:
 
 @statistic("reference", "outside", of_latest=True)
 def _outside(s: Segments) -> np.ndarray:
-    """How far the last value lies outside its own reference range, in range widths: negative below, 0 inside.
+    """Distance of the last value from its reference range, in range widths: negative below, 0 inside.
 
-    With one bound alone the width is that bound's size. NaN without a range, or where the width is (next to) 0.
+    With only one bound, the width is the size of that bound. NaN without a range, or if the width is (nearly) 0.
     """
     row = s.end - 1
     low, high = s._observations.low[row], s._observations.high[row]
@@ -1342,13 +1342,13 @@ def _outside(s: Segments) -> np.ndarray:
 
 @statistic("reference", "share_below")
 def _share_below(s: Segments) -> np.ndarray:
-    """Share of the values with a lower bound that are below it; NaN where none has one."""
+    """Share of values below their lower bound, among those that have one; NaN if none has."""
     return _share(s, s.values < s.low, s.low)
 
 
 @statistic("reference", "share_above")
 def _share_above(s: Segments) -> np.ndarray:
-    """Share of the values with an upper bound that are above it; NaN where none has one."""
+    """Share of values above their upper bound, among those that have one; NaN if none has."""
     return _share(s, s.values > s.high, s.high)
 
 
@@ -1365,8 +1365,8 @@ def _range(s: Segments) -> np.ndarray:
 
 @statistic("variability", "cv")
 def _cv(s: Segments) -> np.ndarray:
-    """Coefficient of variation: population standard deviation over the size of the mean; NaN where the mean is 0,
-    or so near to it (a billionth of the largest value) that only rounding tells it from 0."""
+    """Coefficient of variation: population standard deviation over the absolute mean; NaN if the mean is 0, or so
+    close to it (a billionth of the largest value) that the difference may be rounding."""
     size = np.abs(s.mean)
     largest = np.maximum(np.abs(s.minimum), np.abs(s.maximum))
     return np.divide(s.std, size, out=np.full(len(size), np.nan), where=size > 1e-9 * largest)
@@ -1374,14 +1374,14 @@ def _cv(s: Segments) -> np.ndarray:
 
 @statistic("variability", "mean_abs_change")
 def _mean_abs_change(s: Segments) -> np.ndarray:
-    """Mean absolute difference of neighbouring values; NaN for one value."""
+    """Mean absolute difference of consecutive values; NaN for one value."""
     step = np.abs(np.diff(s.values, prepend=s.values[:1]))
     step[s._offsets] = 0.0
     steps = s.count - 1
     return np.divide(s.total(step), steps, out=np.full(len(steps), np.nan), where=steps > 0)
 
 
-# Deviation: how the latest value stands against the patient's own past.
+# Deviation: how far the latest value is from the patient's own past.
 
 
 @statistic("deviation", "departure", windowed=True)
@@ -1392,14 +1392,14 @@ def _departure(s: Segments) -> np.ndarray:
 
 @statistic("deviation", "zscore")
 def _zscore(s: Segments) -> np.ndarray:
-    """Last value minus the mean, in population standard deviations; NaN where the values do not vary."""
+    """Last value minus the mean, in population standard deviations; NaN if the values do not vary."""
     varies = s.std > 1e-9 * np.maximum(np.abs(s.minimum), np.abs(s.maximum))  # beyond rounding
     return np.divide(s.last - s.mean, s.std, out=np.full(len(s.std), np.nan), where=varies)
 
 
 @statistic("deviation", "ewm")
 def _ewm(s: Segments) -> np.ndarray:
-    """Mean of the values with exponential weights, half as much every 12 h before the last."""
+    """Exponentially weighted mean: weights halve every 12 h before the last value."""
     return s.weighted_mean
 
 
@@ -1411,13 +1411,13 @@ def _departure_ewm(s: Segments) -> np.ndarray:
 
 @statistic("deviation", "hours_since_max")
 def _hours_since_max(s: Segments) -> np.ndarray:
-    """Hours since the largest value, the latest of several."""
+    """Hours since the largest value; the latest, if there are several."""
     return s.hours_before(s.latest_row(s.values == s.spread(s.maximum)))
 
 
 @statistic("deviation", "hours_since_min")
 def _hours_since_min(s: Segments) -> np.ndarray:
-    """Hours since the smallest value, the latest of several."""
+    """Hours since the smallest value; the latest, if there are several."""
     return s.hours_before(s.latest_row(s.values == s.spread(s.minimum)))
 
 
@@ -1425,7 +1425,7 @@ CLINICAL_HOURS = 24  # how far back the clinical scores look, but for the latest
 
 
 class Concepts:
-    """Clinical quantities of many snapshots: the values of all codes of a concept together, NaN where none."""
+    """Clinical quantities of many snapshots: all codes of a concept together, NaN without a value."""
 
     def __init__(self, snapshots: Snapshots):
         self._snapshots = snapshots
@@ -1475,7 +1475,7 @@ class Concepts:
 
 
 class _Inputs:
-    """Stands in for `Concepts` to find out which concepts a clinical feature asks for."""
+    """Replaces `Concepts` to find out which concepts a clinical feature asks for."""
 
     def __init__(self):
         self.names: set[str] = set()
@@ -1515,8 +1515,8 @@ def clinical(name: str, in_block: bool = True):
 def clinical_score(name: str, *parts: str, in_block: bool = True):
     """Declares a sum of parts as several features.
 
-    `<name>`: the sum of the parts whose inputs are there, NaN where no part has its inputs; `<name>_parts`: how
-    many have; `<name>_<part>`: each part's points, NaN where its inputs are missing. With `in_block=False` the block
+    `<name>`: the sum of the parts whose inputs are known, NaN if none are; `<name>_parts`: the number of those
+    parts; `<name>_<part>`: each part's points, NaN if its inputs are missing. With `in_block=False` the block
     ``clinical`` does not make them: models keep the features that they have.
     """
 
@@ -1554,7 +1554,7 @@ def _bands(edges: tuple[float, ...], points: tuple[float, ...]) -> tuple[np.ndar
 
 
 def _either(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 where one of two criteria (1, 0 or NaN) holds, 0 where neither of those known does, NaN where both are NaN."""
+    """1 if one of two criteria (1, 0 or NaN) is 1, 0 if none of the known ones is, NaN if both are NaN."""
     return np.fmax(a, b)
 
 
@@ -1630,9 +1630,9 @@ def _partial_sofa(c: Concepts):
     """Partial SOFA, Vincent et al., Intensive Care Med 1996;22:707, doi 10.1007/BF01709751: worst of 24 h, but
     respiration by the latest ratio.
 
-    What a table of observations does not tell is left out: without ventilation respiration gives at most 2,
-    without vasopressors circulation at most 1, and urine output is not counted. Where PaO2 is missing, SpO2/FiO2
-    stands in, with 512 for 400 and 357 for 300 (Pandharipande et al., Crit Care Med 2009;37:1317).
+    Observations do not show ventilation, vasopressors and urine output: respiration gives at most 2 points, circulation
+    at most 1, and urine is not counted. If PaO2 is missing, SpO2/FiO2 replaces it, with 512 for 400 and 357 for 300
+    (Pandharipande et al., Crit Care Med 2009;37:1317).
     """
     with_pao2 = np.minimum(_sofa_points("pf_ratio", pf_ratio(c)), SOFA_UNVENTILATED)
     with_spo2 = _points(sf_ratio(c), [357, 512], [2, 1, 0], "right")
@@ -1704,8 +1704,8 @@ CONTEXT: dict[str, Context] = {}
 
 
 def context(name: str, look_back: float | None):
-    """Declares a feature of a snapshot's circumstances, and how many hours before `as_of` it looks at (None: at the
-    whole visit)."""
+    """Declares a feature of a snapshot's circumstances. It looks at `look_back` hours before `as_of`, or at the whole
+    visit (None)."""
 
     def declare(function):
         CONTEXT[name] = Context(function, look_back)
@@ -1752,7 +1752,7 @@ def _types_24h(s: Snapshots) -> np.ndarray:
 
 @context("hour_of_day", look_back=0)
 def _hour_of_day(s: Snapshots) -> np.ndarray:
-    """Hour of the day of as_of, with its fraction: in the time zone of the data, UTC where they had one."""
+    """Hour of the day of as_of, with its fraction, as the data have it; UTC for times with a zone."""
     return (s.as_of % (24 * MICROSECONDS_PER_HOUR)) / MICROSECONDS_PER_HOUR
 
 
@@ -1783,7 +1783,7 @@ def parse_feature(text: str) -> Feature:
     >>> parse_feature("clinical__sirs")
     Feature(block='clinical', name='sirs', code=None, window=None)
 
-    Raises `BadConfig` when no block makes such a feature.
+    Raises `BadConfig` if no block makes such a feature.
     """
     head, _, tail = text.rpartition("__")
     if head == "clinical" and tail in CLINICAL:
@@ -1837,12 +1837,12 @@ def _parts(sizes: np.ndarray, at_once: int) -> list[tuple[int, int]]:
 
 
 class FeaturePlan:
-    """What a list of feature names asks for, sorted out once: `evaluate` computes just that."""
+    """A parsed list of feature names. `evaluate` computes these features and no others."""
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
         if len(set(self.names)) != len(self.names):
-            raise BadConfig("a feature name stands twice")
+            raise BadConfig("a feature name occurs twice")
         features = [parse_feature(name) for name in self.names]
         self.codes = sorted({f.code for f in features if f.code is not None})
         place = {code: i for i, code in enumerate(self.codes)}
@@ -1911,7 +1911,7 @@ class FeaturePlan:
         except OverflowError:  # stays of centuries: fewer visits at once
             middle = sum(part) // 2
             if middle == part[0]:
-                raise BadObservations("a visit spans too many years to be right; check its dates") from None
+                raise BadObservations("a visit spans too many years; check its dates") from None
             for half in ((part[0], middle), (middle, part[1])):
                 self._fill_part(half, out, observations, visit, as_of, own_code)
 
@@ -2010,7 +2010,7 @@ class MinimumEvidence:
     """What a snapshot needs for a probability: `at_least` of the `inputs` (names of concepts, or codes without one)
     measured in the last `within_hours`, and some observation that the model uses, no older than `newest_hours`.
 
-    Raises `ValueError` where that cannot be.
+    Raises `ValueError` if that is impossible.
     """
 
     inputs: list[str]
@@ -2024,7 +2024,7 @@ class MinimumEvidence:
 
 
 def _key(does: Callable[[Any], bool], expected: str, **default: Any) -> Any:
-    """A field of `Config`: does a value do, and what it has to be. A field with a default may be absent or null."""
+    """A field of `Config` with its check and what is expected, in words. With a default it may be absent or null."""
     return field(metadata={"does": does, "expected": expected}, **default)
 
 
@@ -2038,8 +2038,8 @@ def _is_table(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    """What ``best_model_config.json`` holds: everything that features and scores depend on, and what is told of the
-    model. Search, training, serving, monitoring and the model card read it from here."""
+    """The content of ``best_model_config.json``: everything that features and scores depend on, and facts about the
+    model. All scripts read it through this class."""
 
     schema_version: int = _key(lambda v: v == SCHEMA_VERSION, f"schema version {SCHEMA_VERSION}")
     feature_set: str = _key(_is_text, "a text")
@@ -2136,10 +2136,10 @@ def load_config(path: str | Path) -> Config:
             if name in given:
                 given[name] = kind(**given[name])
         except (TypeError, ValueError) as error:
-            raise BadConfig(f"{where}: {name!r} is not as it must be ({error}); search and train again") from None
+            raise BadConfig(f"{where}: {name!r} is wrong ({error}); search and train again") from None
     config = Config(**given)
     if config.model.get("fill_value") != config.fill_value:
-        raise BadConfig(f"{where}: 'fill_value' is not the model's own; search and train again")
+        raise BadConfig(f"{where}: 'fill_value' differs from the model's; search and train again")
     check_synonyms(config.synonyms, where)
     return config
 
@@ -2156,7 +2156,7 @@ def check_synonyms(synonyms: Any, where: str) -> None:
 
 
 def _stamp(path: str | Path) -> tuple[int, ...]:
-    """Tells a file from what it was before it was replaced or written to."""
+    """Changes when the file is replaced or written to."""
     try:
         stat = Path(path).stat()
     except OSError:
@@ -2173,7 +2173,7 @@ def to_micros(moment: Any) -> int:
 
 
 def iso_times(micros: np.ndarray) -> list[str | None]:
-    """ISO 8601 texts, UTC, of microseconds since 1970, without needless fractions; None for NO_TIME."""
+    """Microseconds since 1970 as ISO 8601 texts in UTC, without needless fractions; None for NO_TIME."""
     texts = np.asarray(micros, dtype=np.int64).astype("datetime64[us]").astype(str).tolist()
     return [None if text == "NaT" else text.removesuffix(".000000") + "Z" for text in texts]
 
@@ -2181,8 +2181,8 @@ def iso_times(micros: np.ndarray) -> list[str | None]:
 def resolve_snapshots(observations: Observations, as_of: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
     """(visit index, microseconds, several moments?) of the snapshots that `as_of` names.
 
-    None: each visit at its last usable observation. One moment: every visit then. Several moments: every visit at
-    each of them. A frame with the columns ``visit_id, client, as_of``: just these, in its order.
+    None: each visit at its last usable observation. One moment: every visit at that moment. Several moments: every
+    visit at each of them. A frame with the columns ``visit_id, client, as_of``: its rows, in its order.
     """
     every = np.arange(observations.n_visits)
     if as_of is None:
@@ -2212,12 +2212,12 @@ class SetAsideWarning(UserWarning):
 
 
 def describe_set_aside(observations: Observations) -> str:
-    """One line, without any value or identifier; empty where every row was used."""
+    """One line, without any value or identifier; empty if every row was used."""
     return "; ".join(f"{n} rows: {SET_ASIDE_REASONS[reason]}" for reason, n in observations.set_aside.items())
 
 
 class FeatureReproducer:
-    """Computes a model's features from observations, just as in training.
+    """Computes a model's features from observations, as in training.
 
     >>> FeatureReproducer("models/best_model_config.json").transform(df)   # doctest: +SKIP
     """
@@ -2245,11 +2245,11 @@ class FeatureReproducer:
         return FeaturePlan(names)
 
     def read(self, source: Any, now: int | None = None) -> Observations:
-        """`read_observations` in the model's terms: other codes of a concept that it knows become its own."""
+        """`read_observations` with the model's codes: other codes of a concept that it knows become its own."""
         return read_observations(source, self.codes, now)
 
     def read_and_warn(self, source: Any) -> Observations:
-        """`read`, and a `SetAsideWarning` for rows that are not used. Raises `BadObservations` where none can be."""
+        """`read`, with a `SetAsideWarning` for rows that are not used. Raises `BadObservations` if none can be used."""
         observations = self.read(source).check_usable()
         if observations.set_aside and observations is not source:
             warnings.warn(SetAsideWarning(f"set aside: {describe_set_aside(observations)}"), stacklevel=3)
@@ -2289,9 +2289,9 @@ class FeatureReproducer:
     def transform(self, df: Any, return_all_features: bool = False, as_of: Any = None) -> pd.DataFrame:
         """Observations (frame, file or records) to features.
 
-        Gives one row a visit in order of first appearance, at its last observation or at `as_of`; with several
-        moments in `as_of` (see `resolve_snapshots`) one row a snapshot, and their `as_of` as third column. Columns:
-        ``visit_id, client``, then the model's features in the model's order, or with `return_all_features` every
+        Returns one row for each visit, in order of first appearance, at its last observation or at `as_of`. With
+        several moments in `as_of` (see `resolve_snapshots`): one row for each snapshot, with `as_of` as third column.
+        Columns: ``visit_id, client``, then the model's features in its order, or with `return_all_features` every
         feature that the blocks make of the config's codes. Raises `BadObservations`.
         """
         observations = self.read_and_warn(df)
@@ -2318,7 +2318,7 @@ def _index_columns(observations, visit, moments, several) -> dict[str, np.ndarra
 
 
 class BoostedTrees:
-    """A LightGBM booster. One thread: a second one costs more than it brings for a few rows, and hangs after fork."""
+    """A LightGBM booster, used with one thread: a second thread is slower for a few rows, and hangs after fork."""
 
     def __init__(self, booster: Any):
         self.booster = booster
@@ -2332,8 +2332,8 @@ class BoostedTrees:
 
 
 class LinearModel:
-    """Logistic regression on standardised features, clipped at `CLIP` standard deviations so that one odd value
-    cannot outvote all others. NumPy sums each row alone: BLAS would give a row other bits in a batch than alone."""
+    """Logistic regression on standardised features, clipped at `CLIP` standard deviations so that one odd value cannot
+    decide alone. NumPy sums each row by itself: with BLAS, the bits of a row would depend on the batch."""
 
     CLIP = 4.0
 
@@ -2353,7 +2353,7 @@ class LinearModel:
 
 
 class Classifier:
-    """Any scikit-learn classifier with `predict_proba`; explains nothing."""
+    """Any scikit-learn classifier with `predict_proba`. It has no explanations."""
 
     def __init__(self, estimator: Any):
         self.estimator = estimator
@@ -2439,7 +2439,7 @@ UNKNOWN_REASONS = {
 
 @dataclass(frozen=True)
 class Assessment:
-    """What `ProductionPipeline.assess` says of snapshots."""
+    """What `ProductionPipeline.assess` returns for snapshots."""
 
     probability: np.ndarray  # (n_snapshots,) NaN where the risk is unknown
     level: np.ndarray  # (n_snapshots,) HIGH, MEDIUM, LOW or UNKNOWN
@@ -2450,7 +2450,7 @@ class Assessment:
     features: np.ndarray  # (n_snapshots, n_features) filled; NaN where a snapshot has no observation
 
     def missing(self) -> list[list[str]]:
-        """For each snapshot without enough evidence the inputs that were not measured recently; else nothing."""
+        """For each snapshot without enough evidence, the inputs that were not measured recently; else an empty list."""
         return [
             [name for name, there in zip(self.inputs, known, strict=True) if not there]
             if reason == INSUFFICIENT_EVIDENCE
@@ -2459,7 +2459,7 @@ class Assessment:
         ]
 
     def remark(self) -> str | None:
-        """How many risks are unknown and why, in one line without identifiers; None where all are known."""
+        """How many risks are unknown and why, in one line without identifiers; None if all are known."""
         count = {r: int(n) for r in UNKNOWN_REASONS if (n := np.count_nonzero(self.reason == r))}
         told = "; ".join(f"{n} x {UNKNOWN_REASONS[reason]}" for reason, n in count.items())
         return f"{sum(count.values())} of {len(self.reason)} risks are UNKNOWN: {told}" if count else None
@@ -2472,11 +2472,11 @@ def _finite(hours: np.ndarray) -> np.ndarray:
 class ProductionPipeline:
     """Observations to probability of sepsis, with the deployed config and model.
 
-    Loading checks the model file's SHA-256 before it is unpickled and recomputes the config's golden example:
-    whatever would give other numbers than training refuses to start (`BadConfig`, `BadModel`). While another version is
-    deployed its model file stands before its config; whoever loads then, or after such a deployment was cut short, gets
-    the config's model from the archive and an `UnfinishedSwitchWarning`. A model file that no archived version has is
-    never passed over.
+    Loading checks the model file's SHA-256 before it is unpickled, and recomputes the config's golden example. A model
+    that would give other numbers than in training is refused (`BadConfig`, `BadModel`). When another version is
+    deployed, its model file is replaced before its config. Until then, or if that deployment was interrupted, the
+    config's model comes from the archive, with an `UnfinishedSwitchWarning`. A model file that belongs to no archived
+    version is always refused.
     """
 
     def __init__(
@@ -2500,7 +2500,7 @@ class ProductionPipeline:
         where = f"model file {str(path)!r}"
         expected = self.config.model_sha256
         if not expected:
-            raise BadModel("the config belongs to no trained model yet; run train_best_model.py --full")
+            raise BadModel("the config has no trained model yet; run train_best_model.py --full")
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -2519,7 +2519,7 @@ class ProductionPipeline:
                 "another version is being deployed, or that was cut short; train_best_model.py --rollback ends it"
             )
             warnings.warn(UnfinishedSwitchWarning(unfinished), stacklevel=3)
-        self.model_file = content  # for other processes, which must have the very same
+        self.model_file = content  # for other processes, which must use the same
         try:
             model = joblib.load(io.BytesIO(content))
         except Exception as error:  # unpickling may raise anything, most often a library that is not installed
@@ -2546,11 +2546,11 @@ class ProductionPipeline:
         return None
 
     def outdated(self) -> bool:
-        """Was the config file replaced since? One look at its date, so that a service may ask often."""
+        """Was the config file replaced since it was loaded? Reads only the file's date: a service may ask often."""
         return _stamp(self._files[0]) != self._stamp
 
     def successor(self) -> ProductionPipeline | None:
-        """The pipeline that was deployed to the same files since; None where there is none. Raises as loading does."""
+        """The pipeline that was deployed to the same files since, or None. Raises as loading does."""
         return ProductionPipeline(*self._files, self.site_codes) if self.outdated() else None
 
     def _check_golden_example(self) -> None:
@@ -2574,7 +2574,9 @@ class ProductionPipeline:
             ]
             raise BadModel(f"the golden example gives other features here than in training: {listed(wrong)}")
         if not np.allclose(self.model.probability(features), golden["probability"], 1e-9, 1e-12):
-            raise BadModel("the golden example gives another probability here than in training; library versions?")
+            raise BadModel(
+                "the golden example gives another probability here than in training; compare the library versions"
+            )
 
     def predict(
         self, df: Any, return_probabilities: bool = True, as_of: Any = None, details: bool = False
@@ -2636,7 +2638,7 @@ class ProductionPipeline:
         return probability
 
     def assess(self, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> Assessment:
-        """Snapshots to risk: a probability and its level where the evidence carries one, else UNKNOWN with a reason.
+        """Snapshots to risk: a probability and its level if the evidence is enough, else UNKNOWN with a reason.
 
         `visit` (n_snapshots,) places of visits in the observations, `as_of` (n_snapshots,) microseconds since 1970 UTC.
         """
@@ -2670,7 +2672,7 @@ class ProductionPipeline:
 
     @cached_property
     def _age_codes(self) -> list[str]:
-        """The codes by whose age evidence is judged: those that the model uses, but for static ones."""
+        """The codes whose age counts as evidence: those that the model uses, except static ones."""
         codes = sorted(self.reproducer.codes.own)
         concept = {code: self.reproducer.codes.meaning(code)[0] for code in codes}
         return [c for c in codes if self.reproducer.is_used(c) and not (concept[c] and concept[c].static)]
@@ -2687,7 +2689,7 @@ class ProductionPipeline:
 
     @cached_property
     def _inputs(self) -> list[np.ndarray]:
-        """Of each input of the minimum of evidence the columns, among those of `_age_codes`, that measure it."""
+        """For each input of the minimum of evidence, the columns of `_age_codes` that measure it."""
         names = []
         for code in self._age_codes:
             concept = self.reproducer.codes.meaning(code)[0]
@@ -2708,7 +2710,7 @@ class ProductionPipeline:
     def risk_level(self, probabilities: Any) -> Any:
         """'LOW', 'MEDIUM' or 'HIGH' by the config's thresholds, 'UNKNOWN' for an empty probability.
 
-        A number gives a text, anything longer an array of texts.
+        One number gives a text, an array or a series gives an array of texts.
         """
         levels = self.config.risk_thresholds
         p = np.asarray(probabilities, dtype=np.float64)
@@ -2722,7 +2724,7 @@ class ProductionPipeline:
         Columns: ``visit_id, client`` (and ``as_of``), ``feature``, ``value`` (empty where not measured),
         ``contribution`` (to the log-odds, after calibration; positive raises the risk); the strongest first. Visits
         of unknown risk have no row. Raises `NotExplainable` for models without additive contributions,
-        `BadObservations`, and `ValueError` where `top` is not a whole number from 1.
+        `BadObservations`, and `ValueError` if `top` is not a whole number from 1.
         """
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
             raise ValueError("top, the number of features to explain by, must be a whole number from 1")
@@ -2742,8 +2744,8 @@ class ProductionPipeline:
         return pd.DataFrame(columns)
 
     def absent_codes(self, present: Iterable[str], n_visits: int) -> list[str]:
-        """Codes that so many visits would hardly all lack, by their share of the training visits, and that are not
-        among those `present`."""
+        """Codes that are not `present`, though among so many visits at least one should have them, by their share
+        of the training visits."""
         present = set(present)
         return [
             code
@@ -2752,7 +2754,7 @@ class ProductionPipeline:
         ]
 
     def missing_codes_remark(self, observations: Observations) -> str | None:
-        """What the model misses: `absent_codes` with the ROC AUC that each cost when it was measured; None for none."""
+        """The `absent_codes`, each with the ROC AUC that its absence costs; None if there are none."""
         present = {observations.codes[i] for i in set(observations.group_code.tolist())}
         absent = self.absent_codes(present, int((observations.first_time != NO_TIME).sum()))
         if not absent:
@@ -2766,5 +2768,5 @@ class ProductionPipeline:
 def get_pipeline(
     config_path: str | Path = DEFAULT_CONFIG, model_path: str | Path = DEFAULT_MODEL
 ) -> ProductionPipeline:
-    """The pipeline of these files, loaded once a process; `get_pipeline.cache_clear()` forgets it."""
+    """The pipeline of these files, loaded once in a process; `get_pipeline.cache_clear()` forgets it."""
     return ProductionPipeline(config_path, model_path)

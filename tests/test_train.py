@@ -328,7 +328,7 @@ def test_a_write_that_fails_never_mixes_two_versions(deployment, some, second_ve
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fill_value": 7}, "'fill_value' is not the model's own"),
+        ({"fill_value": 7}, "'fill_value' differs from the model's"),
         ({"seed": None}, "'seed' is missing"),
         ({"metrics": None, "decision_sensitivity": None}, "'metrics' is missing"),
     ],
