@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import schemathesis
+from fhir.resources.R4B.capabilitystatement import CapabilityStatement
+from fhir.resources.R4B.operationdefinition import OperationDefinition
+from fhir.resources.R4B.riskassessment import RiskAssessment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
@@ -695,7 +698,8 @@ def test_fhir_gives_the_same_number_to_the_last_bit(client, pipeline):
     assert prediction["probabilityDecimal"] == expected
     assert client.post(PREDICT, json=rows).get_json()["predictions"][0]["sepsis_probability"] == expected
     assert prediction["outcome"]["coding"][0]["code"] == "91302008"
-    assert prediction["whenRange"]["high"]["value"] == 6
+    assert prediction["whenPeriod"] == {"start": "2024-07-02T08:00:00Z", "end": "2024-07-02T14:00:00Z"}
+    assert "fraction" in prediction["rationale"] and "prediction" in assessment
     assert assessment["subject"] == {"reference": "Patient/example"}
     assert assessment["encounter"] == {"reference": "Encounter/e1"}
     assert [b["reference"] for b in assessment["basis"]] == [f"urn:uuid:{i}" for i in range(4)]
@@ -1126,8 +1130,8 @@ def test_a_row_from_the_future_changes_no_number_and_is_named(strict):
     late = {**vital("8867-4", "2024-07-04T09:30:00Z"), **HEIGHT, "id": "late"}
     for before, after in zip(answers_of(strict, *used), answers_of(strict, *used, late), strict=True):
         for told in (before, after):
-            told.pop("uuid", None)
-            told.pop("detail", None)
+            for name in ("uuid", "id", "detail"):
+                told.pop(name, None)
         assert before == after
     (reason,) = strict.post("/predict", json=rows_of(*used, late)).get_json()["set_aside"]["reasons"]
     assert (reason["reason"], reason["count"], reason["first_rows"]) == ("future", 1, [4])
@@ -1300,6 +1304,60 @@ def test_fhir_a_bundle_full_of_faults_is_told_in_short(client):
     (_, outcome) = client.post(FHIR, json=bundle_of(*bad, fhir_observation())).get_json()["entry"]
     issues = outcome["resource"]["issue"]
     assert len(issues) < 60 and any("200 not used in all" in issue["diagnostics"] for issue in issues)
+
+
+def test_fhir_an_assessment_says_who_made_it_and_what_it_is(client, pipeline):
+    entry, *_ = client.post(FHIR, json=bundle_of(fhir_observation())).get_json()["entry"]
+    assessment = RiskAssessment.model_validate(entry["resource"])
+    assert entry["fullUrl"] == f"urn:uuid:{assessment.id}" and assessment.performer.reference == "#model"
+    (device,) = assessment.contained
+    assert device.version[0].value == pipeline.model_version
+    assert assessment.code.coding[0].code == "225338004"
+    assert "Risk of sepsis" in assessment.text.div and "whenRange" not in entry["resource"]["prediction"][0]
+
+
+def test_fhir_metadata_and_the_operation_that_it_names(client, pipeline):
+    answer = client.get("/fhir/metadata")
+    statement = CapabilityStatement.model_validate(answer.get_json())
+    assert answer.mimetype == "application/fhir+json" and statement.fhirVersion == "4.0.1"
+    expected = client.post(FHIR, json=bundle_of(fhir_observation())).get_json()["entry"][0]["resource"]["prediction"]
+    for resource in statement.rest[0].resource:
+        (operation,) = resource.operation
+        path = operation.definition.removeprefix("http://localhost")
+        definition = OperationDefinition.model_validate(client.get(path).get_json())
+        assert definition.resource == ["Patient", "Encounter"] and definition.code == operation.name
+        names = {parameter.name for parameter in definition.parameter if parameter.use == "in"}
+        assert names == {"observations", "as-of"}
+        parameters = [{"name": "observations", "resource": bundle_of(fhir_observation())}]
+        parameters.append({"name": "as-of", "valueString": "last"})
+        body = {"resourceType": "Parameters", "parameter": parameters}
+        done = client.post(f"/fhir/{resource.type}/${operation.name}", json=body)
+        assert done.get_json()["entry"][0]["resource"]["prediction"] == expected
+        body["parameter"][1]["valueString"] = "yesterday"
+        assert client.post(f"/fhir/{resource.type}/${operation.name}", json=body).status_code == 422
+        assert (
+            client.post(f"/fhir/{resource.type}/${operation.name}", json={**body, "parameter": {}}).status_code == 400
+        )
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Accept": "application/fhir+json; fhirVersion=4.0"}, 200),
+        ({"Accept": "text/html, */*;q=0.1"}, 200),
+        ({"Accept": "application/fhir+xml"}, 406),
+        ({"Accept": "application/fhir+json; fhirVersion=5.0"}, 406),
+        ({"Content-Type": "application/fhir+json; fhirVersion=3.0"}, 415),
+    ],
+)
+def test_fhir_media_types_and_versions_are_honoured(client, headers, status):
+    body, headers = json.dumps(bundle_of(fhir_observation())), {"Content-Type": "application/fhir+json", **headers}
+    answer = client.post(FHIR, data=body, headers=headers)
+    assert answer.status_code == status and answer.mimetype == "application/fhir+json"
+    if status != 200:
+        assert answer.get_json()["resourceType"] == "OperationOutcome"
+    if status == 406:
+        assert client.get("/fhir/metadata", headers=headers).status_code == 406
 
 
 def test_fhir_further_pages_are_told(client):

@@ -21,7 +21,7 @@ from common.command_line import log
 from common.pseudonyms import Pseudonyms
 from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadConfig, BadObservations, to_micros
 from monitoring.log import OFF, url_of
-from serving.api import cds_hooks, fhir, metrics
+from serving.api import cds_hooks, conformance, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
 from serving.api.openapi import document
@@ -73,13 +73,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.teardown_request(_leave)
     app.register_error_handler(Exception, _error)
 
-    limited = limiter.shared_limit(settings.rate_limit, scope="all")
+    limit = limiter.shared_limit(settings.rate_limit, scope="all")
+    limited = {view: limit(view) for view in (predict, fhir_predict, cds_card)}
     for rule, view, method in (
         ("/predict", predict, "POST"),
         ("/fhir/predict", fhir_predict, "POST"),
+        *((f"/fhir/{name}/${conformance.OPERATION}", fhir_predict, "POST") for name in conformance.TYPES),
         ("/cds-services/sepsis-risk", cds_card, "POST"),
     ):
-        app.add_url_rule(rule, view_func=limited(view), methods=[method])
+        app.add_url_rule(rule, view_func=limited[view], methods=[method])
     for rule, view in (
         ("/", page),
         ("/docs", docs),
@@ -91,6 +93,8 @@ def create_app(settings: Settings | None = None) -> Flask:
         ("/metrics", prometheus),
         ("/openapi.json", openapi),
         ("/cds-services", cds_services),
+        ("/fhir/metadata", fhir_metadata),
+        (f"/fhir/OperationDefinition/{conformance.OPERATION}", fhir_operation),
     ):
         app.add_url_rule(rule, view_func=view, methods=["GET"])
     return app
@@ -224,14 +228,14 @@ def _number(name: str, most: int) -> int:
     return int(text)
 
 
-def _as_of() -> str:
-    """``?as_of=``: now, last (each visit's last observation), or a time."""
-    as_of = request.args.get("as_of", NOW)
+def _as_of(given: str | None = None) -> str:
+    """The moment that is `given`, or ``?as_of=``: now, last (each visit's last observation), or a time."""
+    as_of = request.args.get("as_of", NOW) if given is None else given
     if as_of not in (NOW, LAST):
         try:
             to_micros(as_of)
         except BadObservations:
-            raise UnprocessableEntity("?as_of= is neither now, nor last, nor an ISO 8601 time") from None
+            raise UnprocessableEntity("as_of is neither now, nor last, nor an ISO 8601 time") from None
     return as_of
 
 
@@ -299,14 +303,30 @@ def _resources(body: bytes) -> Any:
 
 
 def fhir_predict() -> Response:
-    """A FHIR R4 Bundle of Observations to a Bundle of RiskAssessments."""
+    """A FHIR R4 Bundle of Observations, or Parameters with one, to a Bundle of RiskAssessments."""
+    conformance.check_media_type(request)
     service, as_of, body = current_app.service, _as_of(), _read_body(FHIR_TYPES)
     turn = _take_turn(body, as_of=as_of)
-    found = fhir.observations_of(_resources(body), turn.model.pipeline)
+    bundle, moment = conformance.parameters_of(_resources(body))
+    if moment is not None:
+        turn.as_of = _as_of(moment)
+    found = fhir.observations_of(bundle, turn.model.pipeline)
     turn.records = lambda: found.records
     scored = service.scored(turn)
     _audit("scored", scored)
     return fhir.response(fhir.risk_assessments(found, scored))
+
+
+def fhir_metadata() -> Response:
+    """The CapabilityStatement."""
+    conformance.check_media_type(request)
+    return fhir.response(conformance.capability_statement(f"{request.host_url}fhir"))
+
+
+def fhir_operation() -> Response:
+    """The OperationDefinition of $sepsis-risk."""
+    conformance.check_media_type(request)
+    return fhir.response(conformance.operation_definition(f"{request.host_url}fhir"))
 
 
 def cds_services() -> Response:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
+from html import escape
 from typing import Any
 
 from fhir.resources.R4B.bundle import Bundle
@@ -26,13 +28,14 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
 from common.fhir import NOT_USED as PART_NOT_USED
 from common.fhir import Identity, NotUsed, Reading, readings
-from feature_pipeline import ProductionPipeline, iso_times, to_micros, to_unit
+from feature_pipeline import MICROSECONDS_PER_HOUR, ProductionPipeline, iso_times, to_micros, to_unit
 from serving.api.service import Scored, count_set_aside
 from serving.evidence import unused_text
 
 MIME = "application/fhir+json"
 SEPSIS = {"system": "http://snomed.info/sct", "code": "91302008", "display": "Sepsis"}
 RISK_CODES = {"LOW": "low", "MEDIUM": "moderate", "HIGH": "high"}
+RISK_ASSESSMENT = {"system": "http://snomed.info/sct", "code": "225338004", "display": "Risk assessment"}
 AGE, SEX = "30525-0", "46098-0"  # LOINC
 SEXES = {"male": 1, "female": 0}  # as a table of observations has them
 MOST_ISSUES = 50
@@ -310,8 +313,8 @@ def age_at(born: Any, moment: datetime) -> int | None:
 def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
     """A Bundle: a RiskAssessment for each visit, then an OperationOutcome where something was not used.
 
-    Probabilities are fractions from 0 to 1, and the `whenRange` is the hours from the moment of the assessment. A
-    visit of unknown risk has a RiskAssessment without prediction, and the reason as a note.
+    Probabilities are fractions from 0 to 1. A visit of unknown risk has a RiskAssessment without prediction, and the
+    reason as a note.
     """
     rows_of: dict[tuple[str, str], list[Row]] = {}
     for row in found.rows:
@@ -320,10 +323,15 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
     entries = []
     for key, prediction in zip(scored.observations.keys(), scored.predictions(), strict=True):
         first = rows_of[key][0]
+        number = str(uuid.uuid4())
         resource = {
             "resourceType": "RiskAssessment",
+            "id": number,
+            "contained": [device(scored.pipeline.model_version)],
             "status": "final",
+            "code": {"coding": [RISK_ASSESSMENT], "text": "Risk of sepsis"},
             "subject": first.subject,
+            "performer": {"reference": "#model"},
             "method": {"text": f"sepsis risk model {scored.pipeline.model_version}"},
             "basis": [{"reference": reference} for reference in used.get(key, {})],
         }
@@ -340,8 +348,9 @@ def risk_assessments(found: Found, scored: Scored) -> dict[str, Any]:
             resource["encounter"] = first.encounter
         if not resource["basis"]:
             del resource["basis"]
+        resource["text"] = narrative(prediction, resource.get("note", []))
         RiskAssessment.model_validate(resource)
-        entries.append({"resource": resource})
+        entries.append({"fullUrl": f"urn:uuid:{number}", "resource": resource})
     issues = found.issues + _set_aside_issues(scored.set_aside())
     if (n := sum(found.set_aside_counts.values())) > len(found.issues):
         counts = "; ".join(f"{n} x {NOT_USED[reason]}" for reason, n in found.set_aside_counts.items())
@@ -362,11 +371,28 @@ def _prediction(prediction: dict[str, Any], hours: float | None) -> dict[str, An
         "outcome": {"coding": [SEPSIS], "text": "Sepsis"},
         "probabilityDecimal": prediction["sepsis_probability"],
         "qualitativeRisk": {"coding": [{"system": system, "code": RISK_CODES[level]}], "text": level},
+        # the specification's comment says percent, its invariant allows both
+        "rationale": "probabilityDecimal is a fraction from 0 to 1, not a percentage",
     }
     if hours is not None:
-        bound = {"unit": "h", "system": "http://unitsofmeasure.org", "code": "h"}
-        outcome["whenRange"] = {"low": {"value": 0, **bound}, "high": {"value": hours, **bound}}
+        start = to_micros(prediction["as_of"])
+        ends = iso_times([start, start + round(hours * MICROSECONDS_PER_HOUR)])
+        outcome["whenPeriod"] = dict(zip(("start", "end"), ends, strict=True))
     return outcome
+
+
+def device(version: str) -> dict[str, Any]:
+    """The model, as the one who performed the assessment."""
+    name = {"name": "Sepsis risk model", "type": "model-name"}
+    return {"resourceType": "Device", "id": "model", "deviceName": [name], "version": [{"value": version}]}
+
+
+def narrative(prediction: dict[str, Any], notes: list[dict[str, str]]) -> dict[str, str]:
+    """The assessment as text for people."""
+    p = prediction["sepsis_probability"]
+    first = "Risk of sepsis UNKNOWN." if p is None else f"Risk of sepsis {prediction['risk_level']}: {100 * p:.1f}%."
+    text = escape(" ".join([first, *(note["text"] for note in notes)]))
+    return {"status": "generated", "div": f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{text}</p></div>'}
 
 
 def used_references(found: Found, scored: Scored) -> dict[tuple[str, str], dict[str, None]]:
@@ -400,7 +426,16 @@ def operation_outcome(issues: list[dict[str, Any]]) -> dict[str, Any]:
     return resource
 
 
-_ISSUE_CODES = {401: "login", 403: "forbidden", 404: "not-found", 413: "too-long", 422: "processing", 429: "throttled"}
+_ISSUE_CODES = {
+    401: "login",
+    403: "forbidden",
+    404: "not-found",
+    406: "not-supported",
+    413: "too-long",
+    415: "not-supported",
+    422: "processing",
+    429: "throttled",
+}
 
 
 def outcome_response(status: int, message: str, more: dict[str, Any]) -> Response:

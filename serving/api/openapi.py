@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS, UNIT_COLUMN, UNKNOWN_REASONS
+from serving.api.conformance import OPERATION, TYPES
 from serving.api.settings import Settings
 
 
@@ -75,10 +76,41 @@ def _paths(settings: Settings) -> dict[str, Any]:
                 "requestBody": _body(fhir, "Bundle", "application/json"),
                 "responses": {
                     "200": _answer("A Bundle of RiskAssessments", "Bundle", fhir),
-                    **_errors(posts, "OperationOutcome", fhir),
+                    **_errors({**posts, 406: _NOT_R4}, "OperationOutcome", fhir),
                 },
                 "security": _SECURITY,
             }
+        },
+        **{
+            f"/fhir/{name}/${OPERATION}": {
+                "post": {
+                    "operationId": f"sepsisRisk{name}",
+                    "summary": "FHIR operation $sepsis-risk: Parameters or a Bundle to a Bundle of RiskAssessments",
+                    "requestBody": _body(fhir, "Bundle", "application/json"),
+                    "responses": {
+                        "200": _answer("A Bundle of RiskAssessments", "Bundle", fhir),
+                        **_errors({**posts, 406: _NOT_R4}, "OperationOutcome", fhir),
+                    },
+                    "security": _SECURITY,
+                }
+            }
+            for name in TYPES
+        },
+        **{
+            path: {
+                "get": {
+                    "operationId": name,
+                    "summary": f"FHIR {kind}",
+                    "responses": {
+                        "200": _answer(kind, "Resource", fhir),
+                        **_errors({406: _NOT_R4, 500: broken[500]}, "OperationOutcome", fhir),
+                    },
+                }
+            }
+            for path, name, kind in (
+                ("/fhir/metadata", "fhirMetadata", "CapabilityStatement"),
+                (f"/fhir/OperationDefinition/{OPERATION}", "fhirOperation", "OperationDefinition"),
+            )
         },
         "/cds-services": {
             "get": {
@@ -116,6 +148,7 @@ def _paths(settings: Settings) -> dict[str, Any]:
     }
 
 
+_NOT_R4 = "the client accepts no FHIR R4 in JSON"
 _SECURITY = [{"bearer": []}, {"header": []}, {}]
 
 
@@ -257,6 +290,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             },
         },
         "OperationOutcome": resource,
+        "Resource": resource,
         "CdsCall": {
             "type": "object",
             "required": ["hook", "hookInstance", "context"],
