@@ -146,6 +146,33 @@ def url(request, tmp_path):
 
 
 @pytest.fixture
+def pgbouncer(postgres, tmp_path_factory):
+    """The URL of an empty PostgreSQL database behind a pgbouncer that gives each transaction another session."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    server = sa.make_url(postgres)
+    if not program or not str(server.query.get("host", "")).startswith("/"):
+        pytest.skip("no pgbouncer, or PostgreSQL has no socket in a folder: install Debian's pgbouncer")
+    folder = Path(tempfile.mkdtemp(prefix="pb"))
+    folder.chmod(0o777)
+    (folder / "users").write_text(f'"{server.username}" ""\n')
+    (folder / "settings").write_text(
+        f"[databases]\n{server.database} = host={server.query['host']}\n"
+        f"[pgbouncer]\nunix_socket_dir = {folder}\nlisten_port = 6432\nauth_type = trust\n"
+        f"auth_file = {folder}/users\npool_mode = transaction\ndefault_pool_size = 2\n"
+        f"ignore_startup_parameters = extra_float_digits\nlogfile = {folder}/log\n"
+    )
+    owner = Path(server.query["host"]).stat().st_uid if os.geteuid() == 0 else None
+    process = subprocess.Popen([program, "-q", str(folder / "settings")], user=owner, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / ".s.PGSQL.6432").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield server.set(query={"host": str(folder), "port": "6432"}).render_as_string(hide_password=False)
+    process.terminate()
+    process.wait(60)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
 def mariadb(mariadb_url):
     """The URL of an empty MariaDB database."""
     yield from own_database(mariadb_url)

@@ -870,6 +870,62 @@ def test_two_predictors_claim_different_visits(postgres, rows, config_path, mode
     engine.dispose()
 
 
+@pytest.mark.parametrize("database", ["postgres", "mariadb"])
+def test_what_a_frozen_predictor_holds_is_told_and_taken_after_a_while(
+    database, request, rows, config_path, model_path, monkeypatch
+):
+    url = request.getfixturevalue(database)
+    monkeypatch.setattr("serving.db.connection.LEASE_SECONDS", 3)
+    engine = connect(url)
+    make_tables(engine)
+    load(engine, rows)
+    predictor = Predictor(url, config_path, model_path)
+    with pytest.raises(sa.exc.DBAPIError), engine.begin() as frozen:
+        visits = schema().tables["visits"]
+        held = sa.select(visits).order_by(visits.c.client).limit(3).with_for_update()
+        assert len(frozen.execute(held).all()) == 3
+        result = predictor.process_pending_visits()
+        assert (result.scored, result.held) == (37, 3) and "3 are held by others" in str(result)
+        deadline = time.monotonic() + 60
+        while predictor.count_pending() and time.monotonic() < deadline:
+            predictor.process_pending_visits()
+            time.sleep(0.2)
+        assert predictor.count_pending() == 0
+        frozen.execute(sa.text("SELECT 1"))  # it wakes up, and its session has gone
+    predictor.close()
+    engine.dispose()
+
+
+def test_predictors_behind_a_pooler_of_transactions(postgres, pgbouncer, rows, config_path, model_path, pipeline):
+    engine = connect(pgbouncer)
+    make_tables(engine)
+    load(engine, rows)
+    with engine.begin() as connection:  # dates with a zone, and sessions that are in another one
+        zone = "ALTER TABLE patient_observations ALTER observation_date TYPE timestamptz"
+        connection.execute(sa.text(f"{zone} USING observation_date AT TIME ZONE 'UTC'"))
+        connection.execute(sa.text(f"ALTER DATABASE {engine.url.database} SET TimeZone = 'Asia/Tokyo'"))
+    with connect(postgres).connect() as connection:
+        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        connection.execute(sa.text(f"{others} AND pid <> pg_backend_pid()"))
+    predictors = [Predictor(pgbouncer, config_path, model_path, batch_size=1) for _ in range(4)]
+    results = []
+
+    def work(predictor):
+        results.append(predictor.process_pending_visits())
+
+    threads = [threading.Thread(target=work, args=(predictor,)) for predictor in predictors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(result.scored for result in results) == 40
+    np.testing.assert_array_equal(frame(engine, VISITS)["sepsis_score"], predict(pipeline, rows)["sepsis_probability"])
+    for predictor in predictors:
+        assert predictor.process_pending_visits(rescore=True).batches == 0
+        predictor.close()
+    engine.dispose()
+
+
 def test_a_visit_rescored_by_another_meanwhile_is_left(postgres, rows, config_path, model_path):
     """The second predictor has found the visits before the first one's commit, and gets their locks after it."""
     first, second = (Predictor(postgres, config_path, model_path) for _ in range(2))

@@ -21,6 +21,12 @@ DEFAULT_URL = "sqlite:///data/sepsis.db"
 URL_VARIABLE = "SEPSIS_DB_URL"
 
 
+LEASE_SECONDS = 300  # after which the database ends the transaction of a predictor that has frozen
+
+
+KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+
+
 MYSQL = ("mysql", "mariadb")  # MariaDB has either name, by its URL
 
 
@@ -50,6 +56,10 @@ def connect(url: str | sa.URL) -> sa.Engine:
             options["connect_args"] = {"timeout": 60}
         else:
             options["isolation_level"] = "READ COMMITTED"
+            if url.get_driver_name() in ("psycopg", "psycopg2"):
+                options["connect_args"] = dict(KEEPALIVES)
+            if url.get_driver_name() == "psycopg":  # a pooler's next session does not know what was prepared
+                options["connect_args"]["prepare_threshold"] = None
             url = url if "connect_timeout" in url.query else url.update_query_dict({"connect_timeout": "10"})
         engine = sa.create_engine(url, **options)
     except (sa.exc.ArgumentError, ValueError):
@@ -75,20 +85,21 @@ def connect(url: str | sa.URL) -> sa.Engine:
             connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
     if engine.dialect.name == "postgresql":
+        settings = {"TimeZone": "UTC", "DateStyle": "ISO", "idle_in_transaction_session_timeout": f"{LEASE_SECONDS}s"}
+        query = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
 
-        @sa.event.listens_for(engine, "connect")
-        def iso_in_utc(connection, _):
-            with connection.cursor() as cursor:
-                cursor.execute("SET TIME ZONE 'UTC'")
-                cursor.execute("SET DateStyle = 'ISO'")
-            connection.commit()
+        @sa.event.listens_for(engine, "begin")
+        def set_for_transaction(connection):
+            # not for the session: a pooler such as pgbouncer gives each transaction another one
+            connection.exec_driver_sql(f"SELECT {query}")
 
     if engine.dialect.name in MYSQL:
 
         @sa.event.listens_for(engine, "connect")
-        def in_utc(connection, _):
+        def set_for_session(connection, _):
             with connection.cursor() as cursor:
                 cursor.execute("SET time_zone = '+00:00'")
+                cursor.execute(f"SET wait_timeout = {LEASE_SECONDS}")
 
     return engine
 

@@ -41,7 +41,8 @@ BATCH_SIZE, MOST_VISITS = 500, 10_000  # in a transaction; SQLite takes 32,766 p
 @dataclass
 class RunResult:
     """What a run did. `unknown` counts visits without enough evidence by reason: they are written as UNKNOWN, and are
-    pending again when new observations come. `without_observations` visits stay pending."""
+    pending again when new observations come. `without_observations` visits stay pending, and so do those that are
+    `held` by other predictors, or came at the end."""
 
     model_version: str
     scored: int = 0
@@ -53,6 +54,7 @@ class RunResult:
     set_aside: Counter[str] = field(default_factory=Counter)
     unused_codes: Counter[str] = field(default_factory=Counter)
     without_observations: int = 0
+    held: int = 0
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -69,6 +71,8 @@ class RunResult:
             text += f"; {self.unknown.total():,} more are UNKNOWN: {told}"
         if self.without_observations:
             text += f"; {self.without_observations:,} pending visits have no observations"
+        if self.held:
+            text += f"; {self.held:,} are held by others"
         if self.unused_codes:
             text += f"; {unused_text(self.unused_codes)}"
         return text
@@ -206,6 +210,8 @@ class DatabasePredictor:
                 while self._pass(tables, result, rescore, advance):
                     pass  # for visits that others claimed and gave up meanwhile
                 result.without_observations = self._count_without_observations(tables)
+                if not dry_run:
+                    result.held = self.count_pending() - result.without_observations
         except BatchUndone as error:
             self.deployed.current.log.record_error("batch_undone")
             raise BatchUndone(
