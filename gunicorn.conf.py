@@ -56,6 +56,7 @@ def prepare(server):
     from serving.api.records import plain_log, share_pseudonym_key
     from serving.api.security import keep_keys
     from serving.api.settings import Settings
+    from serving.api.trust import Clients
 
     plain_log()
     try:
@@ -63,6 +64,8 @@ def prepare(server):
         check_rate_limit(settings)
         read_site_codes(settings.codes)
         keep_keys(settings.api_keys)
+        if settings.cds_clients:
+            Clients(settings.cds_clients)
         share_pseudonym_key()
         Pseudonyms.from_environment()
     except BadConfig as error:

@@ -1,18 +1,27 @@
 """The service inside this process: answers, errors, security, logs, FHIR, CDS Hooks, the OpenAPI document."""
 
+import base64
+import contextlib
+import hmac
 import json
 import re
 import shutil
+import socket
 import sqlite3
 import sys
 import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jwt
 import pytest
 import schemathesis
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fhir.resources.R4B.capabilitystatement import CapabilityStatement
 from fhir.resources.R4B.operationdefinition import OperationDefinition
 from fhir.resources.R4B.riskassessment import RiskAssessment
@@ -30,7 +39,7 @@ from common.command_line import log
 from feature_pipeline import CONCEPTS, BadConfig, ProductionPipeline, Unit
 from monitoring.log import PredictionLog
 from serving.api import app as app_module
-from serving.api import fhir
+from serving.api import fhir, trust
 from serving.api.app import create_app
 from serving.api.limits import ThreadSafeMemory
 from serving.api.security import Key, keep_keys, new_key, read_keys
@@ -975,6 +984,188 @@ def test_cds_failures_are_no_advice_that_all_is_well(viewed, tmp_path):
         assert said in detail
     metrics = viewed.get("/metrics").get_data(as_text=True)
     assert 'sepsis_rows_set_aside_total{reason="bad_unit"}' in metrics
+
+
+# ----------------------------------------------------------------------------- CDS Hooks: trust, other origins
+
+AUDIENCE = "https://risk.example.org/cds-services/sepsis-risk"
+
+
+@pytest.fixture(scope="module")
+def signers():
+    return {"ES384": ec.generate_private_key(ec.SECP384R1()), "RS384": rsa.generate_private_key(65537, 2048)}
+
+
+def jwk_of(key, kid):
+    kind = jwt.algorithms.ECAlgorithm if isinstance(key, ec.EllipticCurvePrivateKey) else jwt.algorithms.RSAAlgorithm
+    return {**json.loads(kind.to_jwk(key.public_key())), "kid": kid, "use": "sig"}
+
+
+@pytest.fixture
+def trusting(make_client, signers, tmp_path):
+    """A service that trusts one EHR with two keys; and the tokens that this EHR signs."""
+    keys = [jwk_of(key, name) for name, key in signers.items()]
+    clients = {"audience": [AUDIENCE], "clients": [{"iss": "https://ehr.example.org", "keys": keys, "tenant": "north"}]}
+    (tmp_path / "clients.json").write_text(json.dumps(clients))
+    client = make_client(cds_clients=str(tmp_path / "clients.json"), insecure=False)
+    client.application.service.clock = NOW.timestamp
+
+    def token(alg="ES384", key=None, kid=None, headers=(), **claims):
+        now = int(time.time())
+        given = {
+            "iss": "https://ehr.example.org",
+            "aud": AUDIENCE,
+            "iat": now,
+            "exp": now + 300,
+            "jti": str(uuid.uuid4()),
+        }
+        given = {name: value for name, value in (given | claims).items() if value is not None}
+        key = signers[alg] if key is None else key
+        return jwt.encode(given, key, alg, headers={"kid": kid or alg, **dict(headers)})
+
+    def post(given, path=CDS):
+        headers = {"Authorization": f"Bearer {given}"}
+        return client.post(path, json=cds_call(fhir_observation()), headers=headers, environ_base=AFAR)
+
+    return token, post
+
+
+@pytest.mark.parametrize("alg", ["ES384", "RS384"])
+def test_a_signed_cds_call_is_answered_once(trusting, alg, tmp_path):
+    token, post = trusting
+    signed = token(alg)
+    answer = post(signed)
+    assert answer.status_code == 200 and len(answer.get_json()["cards"]) == 1
+    again = post(signed)
+    assert again.status_code == 401 and "used before" in again.get_json()["message"]
+    assert lines_of(tmp_path / "audit.jsonl")[0]["client"] == "cds:north"
+    assert post(token(alg), "/predict").status_code == 401  # it opens nothing else
+    assert signed not in (tmp_path / "access.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
+
+
+def test_cds_tokens_that_are_not_to_be_trusted_are_refused(trusting, signers):
+    token, post = trusting
+    now, public = int(time.time()), signers["RS384"].public_key()
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+    def unsigned(alg, key):
+        """Made by hand: the library would not."""
+        head, body = (
+            base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=")
+            for part in (
+                {"alg": alg, "typ": "JWT", "kid": "RS384"},
+                {"iss": "https://ehr.example.org", "aud": AUDIENCE, "iat": now, "exp": now + 300, "jti": "x"},
+            )
+        )
+        signature = hmac.digest(key, head + b"." + body, "sha256") if key else b""
+        return b".".join([head, body, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+    head, body, signature = token().split(".")
+    refused = {
+        "forged": (token(key=ec.generate_private_key(ec.SECP384R1())), "signature"),
+        "changed": (f"{head}.{body[:-4]}AAAA.{signature}", "JSON Web Token"),
+        "expired": (token(iat=now - 500, exp=now - 200), "expired"),
+        "of tomorrow": (token(iat=now + 3600, exp=now + 3900), "not valid yet"),
+        "for ever": (token(exp=now + 10**6), "more than 600 s"),
+        "another audience": (token(aud="https://elsewhere.example.org"), "audience"),
+        "another issuer": (token(iss="https://evil.example.org"), "list of allowed"),
+        "without an id": (token(jti=None), "lacks"),
+        "of an unknown key": (token(kid="other"), "key set"),
+        "its own key set": (token(headers={"jku": "https://evil.example.org/jwks"}, kid="other"), "key set"),
+        "none": (unsigned("none", b""), "algorithm"),
+        "the public key as a secret": (unsigned("HS256", pem), "algorithm"),
+        "the other algorithm": (token("RS384", kid="ES384"), "algorithm"),
+        "dots": ("a.b.c", "JSON Web Token"),
+    }
+    for name, (wrong, said) in refused.items():
+        answer = post(wrong)
+        assert answer.status_code == 401, name
+        assert said in answer.get_json()["message"], name
+        assert answer.headers["WWW-Authenticate"] == "Bearer" and wrong not in answer.get_data(as_text=True)
+
+
+def test_key_sets_are_fetched_kept_and_rotated(signers, tmp_path, monkeypatch):
+    now, served, asked = [1000.0], {"keys": [jwk_of(signers["ES384"], "first")]}, []
+
+    def fetch(url):
+        asked.append(url)
+        if served is None:
+            raise OSError("the server is away")
+        return served
+
+    monkeypatch.setattr(trust, "fetch", fetch)
+    monkeypatch.setattr(trust.time, "monotonic", lambda: now[0])
+    issuer = {"iss": "https://ehr.example.org", "jku": "https://ehr.example.org/jwks"}
+    (tmp_path / "clients.json").write_text(json.dumps({"audience": [AUDIENCE], "clients": [issuer]}))
+    client = trust.Clients(str(tmp_path / "clients.json"), lambda _: False).clients[issuer["iss"]]
+    assert client.key("first", now[0]) and client.key("first", now[0]) and len(asked) == 1
+    assert client.key("second", now[0]) is None and len(asked) == 1  # asked for just now
+    served = {"keys": [jwk_of(signers["RS384"], "second")]}
+    now[0] += trust.ASK_SECONDS + 1
+    assert client.key("second", now[0]) and client.key("first", now[0]) is None and len(asked) == 2
+    served = None
+    now[0] += trust.KEYS_SECONDS + 1
+    assert client.key("second", now[0]) and len(asked) == 3  # the kept set serves while the issuer's server is away
+    now[0] += trust.OLDEST_KEYS
+    assert client.key("second", now[0]) is None
+
+
+def test_a_key_set_that_comes_slowly_is_given_up(monkeypatch):
+    """A byte now and then, without end."""
+    monkeypatch.setattr(trust, "FETCH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{")
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.01)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        with pytest.raises(OSError, match="too slowly"):
+            trust.fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+ONE = '{"audience": ["x"], "clients": [{"iss": "a", %s}]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"audience": [], "clients": []}',
+        ONE % '"x": 1',
+        ONE % '"jku": "http://a.org/jwks"',
+        ONE % '"keys": [{"kty": "oct", "kid": "1", "k": "AAAA"}]',
+    ],
+)
+def test_a_list_of_cds_clients_that_cannot_be_is_refused(make_client, tmp_path, text):
+    (tmp_path / "clients.json").write_text(text)
+    with pytest.raises(BadConfig, match="SEPSIS_CDS_CLIENTS"):
+        make_client(cds_clients=str(tmp_path / "clients.json"))
+
+
+def test_browsers_of_allowed_origins_may_ask_cds_hooks(make_client):
+    client = make_client(cors_origins="https://ehr.example.org, https://other.example.org", insecure=False)
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    for origin, allowed in (("https://ehr.example.org", True), ("https://evil.example.org", False)):
+        answer = client.options(CDS, headers={"Origin": origin, **asks})
+        assert answer.status_code == 200
+        assert answer.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
+        assert ("Authorization" in answer.headers.get("Access-Control-Allow-Headers", "")) is allowed
+        discovery = client.get("/cds-services", headers={"Origin": origin})
+        assert discovery.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
+        assert "Origin" in discovery.headers["Vary"]
+        assert client.post(CDS, json={}, headers={"Origin": origin}).status_code == 401  # it still has to say who it is
+    assert (
+        "Access-Control-Allow-Origin" not in client.get("/model", headers={"Origin": "https://ehr.example.org"}).headers
+    )
 
 
 # ------------------------------------------------------------------------------------- evidence and moments

@@ -115,8 +115,9 @@ def _begin() -> None:
     g.start = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
-    if request.endpoint in PROTECTED:
-        g.client = current_app.gate.client(request, PROTECTED[request.endpoint])
+    if request.endpoint in PROTECTED and request.method != "OPTIONS":  # a browser asks with it whether it may ask
+        signed = current_app.gate.signed(request) if request.endpoint == "cds_card" else None
+        g.client = signed or current_app.gate.client(request, PROTECTED[request.endpoint])
 
 
 def _finish(response: Response) -> Response:
@@ -126,6 +127,7 @@ def _finish(response: Response) -> Response:
     metrics.LATENCY.labels(route).observe(seconds)
     response.headers["X-Request-ID"] = g.get("request_id", "")
     response.headers.update(g.pop("headers", {}))
+    _allow_origin(response)
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers.setdefault("Cache-Control", "no-store")
@@ -140,6 +142,20 @@ def _finish(response: Response) -> Response:
             milliseconds=round(seconds * 1e3, 2),
         )
     return response
+
+
+def _allow_origin(response: Response) -> None:
+    """CORS for CDS Hooks, from the origins that are allowed."""
+    if request.path.partition("/cds-services")[0] or not current_app.settings.cors_origins:
+        return
+    response.headers.add("Vary", "Origin")
+    if (origin := request.headers.get("Origin")) in current_app.settings.cors_origins.replace(" ", "").split(","):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+        response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-ID"
+        response.headers["Access-Control-Max-Age"] = "600"
+        response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
 
 
 def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:

@@ -17,6 +17,7 @@ from flask import Request
 from feature_pipeline import BadConfig
 from serving.api import metrics
 from serving.api.settings import Settings
+from serving.api.trust import BadToken, Clients
 
 HOW_TO_SET_A_KEY = (
     "this service has no API key; on the server run `python api_server.py --new-key NAME`, put the line it prints into "
@@ -117,9 +118,23 @@ class Gate:
     says whether there were too many."""
 
     def __init__(self, settings: Settings, wrong: Callable[[str], bool] = lambda address: False):
+        self.clients = Clients(settings.cds_clients) if settings.cds_clients else None
         kept = _kept.get(settings.api_keys)
         self.keys = read_keys(settings.api_keys) if kept is None else kept
         self.open_to_all, self._wrong = settings.insecure, wrong
+
+    def signed(self, request: Request) -> str | None:
+        """The client of a signed CDS Hooks call; None where there is no signature, or none is trusted. Raises
+        `Refused`."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if self.clients is None or scheme.lower() != "bearer" or token.count(".") != 2:
+            return None
+        try:
+            return f"cds:{self.clients.verify(token.strip())}"
+        except BadToken as error:
+            if self._wrong(request.remote_addr or ""):
+                raise Refused(429, "too many wrong tokens came from this address; ask again in a minute") from None
+            raise Refused(401, f"this token is not accepted: {error}") from None
 
     def client(self, request: Request, scope: str | None) -> str:
         """The name of the client's key, ``local``, or ``anyone`` in an insecure service. `scope` is what the key must

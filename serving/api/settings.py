@@ -20,6 +20,8 @@ class Settings:
     model: str = DEFAULT_MODEL
     codes: str = ""  # a site map of codes, CSV code,concept[,unit]
     api_keys: str = ""  # a file of `python api_server.py --new-key` lines, or such lines separated by commas
+    cds_clients: str = ""  # a JSON file of the CDS Hooks clients whose signed calls are trusted
+    cors_origins: str = ""  # browsers' origins that may ask CDS Hooks, separated by commas
     insecure: bool = False  # open to everybody, without keys
     rate_limit: str = "1200/minute"  # of each key, or of each address where there is none
     rate_storage: str = ""  # each worker counts for itself; redis://HOST:6379 counts for all
