@@ -22,7 +22,7 @@ from training.package import export_package, import_package
 from training.retraining import RetrainOptions, retrain
 from training.thresholds import add_threshold_options, describe_thresholds, rule_of, set_thresholds
 from training.train import train_full, train_holdout
-from training.versions import list_versions, switch
+from training.versions import list_versions, set_shadow, switch
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -63,6 +63,10 @@ def work(arguments: argparse.Namespace) -> int:
         lines, done = retrain(directory, options)
         print(*lines, sep="\n")
         return DONE if done else SOME_FAILED
+    elif arguments.shadow is not None:
+        version = None if arguments.shadow == "off" else arguments.shadow
+        set_shadow(directory, version)
+        print(f"in the shadow: model {version}" if version else "no model runs in the shadow")
     elif arguments.export is not None:
         package = export_package(directory, arguments.export)
         print(f"written: {arguments.export}, model {package.version}, SHA-256 {package.sha256}")
@@ -109,6 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--adapt",
         action="store_true",
         help="adapt the deployed model to patients of this hospital, compare on others of them, deploy if not worse",
+    )
+    what.add_argument(
+        "--shadow",
+        metavar="VERSION",
+        help="have every service score with this archived version too, logged but not shown; 'off' ends it",
     )
     what.add_argument(
         "--export", type=Path, metavar="PACKAGE.zip", help="write the deployed version as one file for other hospitals"

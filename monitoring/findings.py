@@ -38,12 +38,12 @@ def distributions(frame: pd.DataFrame, profile: Profile) -> dict[str, dict[str, 
 
 
 def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, version: str | None = None) -> pd.DataFrame:
-    """The log's predictions with ``since < time <= until``, of one model version or of all."""
+    """The log's predictions with ``since < time <= until``: all of one model version, or those that were shown."""
     query = sa.select(predictions).where(predictions.c.time <= until).order_by(predictions.c.id)
     if since is not None:
         query = query.where(predictions.c.time > since)
-    if version is not None:
-        query = query.where(predictions.c.model_version == version)
+    shown = predictions.c.shadow.is_(False)
+    query = query.where(shown if version is None else predictions.c.model_version == version)
     with engine.connect() as connection:
         rows = pd.read_sql(query, connection)
     return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))  # also where there are none
@@ -71,6 +71,7 @@ def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) 
     at most `MOST_PERIODS`, that the log covers wholly. All model versions."""
     failed = sa.select(sa.func.coalesce(sa.func.sum(errors.c.n), 0))
     counts = sa.select(sa.func.count(), sa.func.count(predictions.c.visit.distinct()))
+    counts = counts.where(predictions.c.shadow.is_(False))
     with engine.connect() as connection:
         n = connection.scalar(failed.where((errors.c.time > since) & (errors.c.time <= until)))
         first = connection.scalar(sa.select(sa.func.min(predictions.c.time)))

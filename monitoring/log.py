@@ -50,6 +50,7 @@ predictions = sa.Table(
     sa.Column("reason", sa.String(32)),  # why the risk is UNKNOWN, as `ProductionPipeline.assess` has it
     sa.Column("newest", sa.DateTime()),  # time of the newest observation that was used
     sa.Column("codes_sha256", sa.String(64)),  # of the site map of codes; NULL without one
+    sa.Column("shadow", sa.Boolean(), nullable=False),  # by a challenger, shown to nobody
 )
 errors = sa.Table(
     "prediction_errors",
@@ -139,7 +140,9 @@ class PredictionLog:
         pipeline: ProductionPipeline,
         source: str,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        shadow: bool = False,
     ):
+        self._shadow = shadow
         self._clock = clock
         self._engine, self._pipeline, self._source = engine, pipeline, source
         self._profile = Profile(pipeline.config)
@@ -151,10 +154,10 @@ class PredictionLog:
             self._remark_on_pseudonyms()
 
     @classmethod
-    def open(cls, url: str | None, pipeline: ProductionPipeline, source: str) -> PredictionLog:
-        """The log at `url` for what `source` scores. None: the URL of the environment, else `DEFAULT_URL`. ``off``: no
-        log."""
-        opened = cls(None, pipeline, source)
+    def open(cls, url: str | None, pipeline: ProductionPipeline, source: str, shadow: bool = False) -> PredictionLog:
+        """The log at `url` for what `source` scores; `shadow`: with a challenger. None: the URL of the environment,
+        else `DEFAULT_URL`. ``off``: no log."""
+        opened = cls(None, pipeline, source, shadow=shadow)
         opened._url = url_of(url)
         opened._open()
         return opened
@@ -207,6 +210,7 @@ class PredictionLog:
             "model_version": self._pipeline.model_version,
             "seconds": seconds,
             "codes_sha256": self._pipeline.reproducer.codes.sha256,
+            "shadow": self._shadow,
         }
         moments, newest = (times.astype("datetime64[us]").astype(object) for times in (as_of, found.newest))  # or None
         rows = [

@@ -20,6 +20,7 @@ from feature_pipeline import (
     to_micros,
 )
 from monitoring.log import PredictionLog
+from serving.shadow import Shadows
 
 LOOK_SECONDS = 5.0  # between looks for a new version
 NOW, LAST = "now", "last"
@@ -43,6 +44,8 @@ class ServedModel:
         self.pipeline, self.log_required = pipeline, log_required
         self.log = PredictionLog.open(monitor, pipeline, source)
         weakref.finalize(self, self.log.close).atexit = False
+        self._shadows = Shadows(pipeline, source, monitor)
+        weakref.finalize(self, self._shadows.stop).atexit = False
 
     def read(self, source: Any, now: float | None = None) -> Observations:
         """Observations as the model reads them; rows later than `now` (seconds since 1970) are set aside. Raises
@@ -61,10 +64,18 @@ class ServedModel:
         began = time.perf_counter()
         found = self.pipeline.assess(observations, visit, as_of)
         if record:
-            logged = self.log.record(observations, visit, as_of, found, time.perf_counter() - began)
+            logged = self.record(observations, visit, as_of, found, time.perf_counter() - began)
             if self.log_required and not logged:
                 raise Unlogged("predictions cannot be logged, and must not be returned unlogged")
         return found
+
+    def record(
+        self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, found: Assessment, seconds: float
+    ) -> bool:
+        """Logs what `score` found, and has the challenger in the shadow score the same; says whether it was logged."""
+        logged = self.log.record(observations, visit, as_of, found, seconds)
+        self._shadows.score(observations, visit, as_of)
+        return logged
 
 
 class Deployed:

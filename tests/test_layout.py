@@ -26,7 +26,8 @@ ROOMS = {
     "training": ("sources", "monitoring.profile", *CORE),
     "evaluation": ("training.snapshots", "monitoring.log", *CORE),  # the log, for a silent trial
     "serving": (),
-    "serving.deployed": ("monitoring.log", *CORE),
+    "serving.deployed": ("serving.shadow", "monitoring.log", *CORE),
+    "serving.shadow": ("monitoring.log", *CORE),
     "serving.evidence": ("monitoring.log", *CORE),
     "serving.api": SERVING,
     "serving.batch": SERVING,

@@ -151,20 +151,17 @@ ALONE = Candidate("local", ((LOCAL, 1.0),))
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        ({"parent": 1.0, "refit": 1.01, "local": 1.0}, "as it is"),  # better by less than noise
-        ({"parent": 0.2, "refit": 2.0, "local": 2.0}, "refitted"),  # the simpler of two that are as good
+        ({"parent": 2.0, "refit": 0.5, "local": 0.5}, "as it is"),
+        ({"parent": 0.2, "refit": 2.0, "local": 2.05}, "refitted"),  # new trees are better by less than noise
         ({"parent": 0.2, "refit": 0.5, "local": 2.0}, "local"),
     ],
 )
-def test_the_simplest_candidate_within_noise_of_the_best_is_chosen(scores, expected):
-    parent = ScoreModel([])
-    of = out_of_fold(**scores)
-
+def test_new_trees_are_chosen_only_if_they_are_better_beyond_noise(scores, expected):
+    parent, of = ScoreModel([]), out_of_fold(**scores)
     parent.slope, parent.intercept = fit_platt(of.of_part[PARENT], of.label)
     chosen, trials = choose(parent, [AS_IT_IS, RECALIBRATED, REFIT, ALONE], of)
     assert chosen.name == expected
-    assert min(t.behind for t in trials) == 0 and trials[0].roc_auc == trials[1].roc_auc
-    assert next(t for t in trials if t.as_good).candidate == chosen
+    assert trials[0].roc_auc == trials[1].roc_auc and {t.candidate for t in trials} > {chosen}
 
 
 def test_a_badly_calibrated_parent_is_recalibrated():
@@ -176,7 +173,7 @@ def test_a_badly_calibrated_parent_is_recalibrated():
 def test_what_is_chosen_is_calibrated_on_local_patients_and_the_same_every_time(source):
     known = candidates(source.parent)
     fitted, again = fit_best(source, known), fit_best(source, known)
-    assert fitted.candidate == again.candidate and fitted.trials == again.trials
+    assert fitted.candidate == again.candidate
     features = source.features(ROWS)
     assert np.array_equal(fitted.model.probability(features), again.model.probability(features))
     assert fitted.probability.mean() == pytest.approx(source.data.label.mean(), rel=0.05)

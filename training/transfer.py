@@ -51,6 +51,11 @@ class Candidate:
     parts: tuple[tuple[Part, float], ...]  # with their weights, which add up to 1
     calibrated: bool = True  # on local patients
 
+    @property
+    def new_trees(self) -> bool:
+        """Is a part learned anew, and not only its leaf values?"""
+        return any(part.kind in ("local", "both") for part, _ in self.parts)
+
 
 AS_IT_IS = Candidate("as it is", ((PARENT, 1.0),), calibrated=False)
 RECALIBRATED = Candidate("recalibrated", ((PARENT, 1.0),))
@@ -173,7 +178,7 @@ class OutOfFold:
         return probability
 
 
-NOISE = 0.5  # standard errors; a whole one kept the parent where refitting was better (benchmarks/RESULTS.md)
+NOISE = 1.64  # standard errors: beyond them, one candidate is better than another with 95% confidence
 
 
 @dataclass(frozen=True)
@@ -183,36 +188,35 @@ class Trial:
     candidate: Candidate
     roc_auc: float
     average_precision: float
-    log_loss: float
-    behind: float  # its log loss, less that of the best candidate
-    noise: float  # standard error of `behind`, over clients
+    losses: np.ndarray  # log loss of each snapshot
 
     @property
-    def as_good(self) -> bool:
-        return self.behind <= NOISE * self.noise
+    def log_loss(self) -> float:
+        return float(self.losses.mean())
 
 
 def choose(parent: ScoreModel, known: Sequence[Candidate], of: OutOfFold) -> tuple[Candidate, list[Trial]]:
-    """The simplest candidate (they are `known` in this order) that is as good as the best within noise, and all trials.
+    """The best candidate with the parent's trees, or the best of all if that is better beyond noise; and all trials.
 
     Candidates are judged by the log loss of their probabilities, calibrated on other local patients. It separates
     candidates with fewer patients than ROC AUC and average precision do.
     """
-    scores = [of.log_odds(candidate) for candidate in known]
-    losses = [
-        log_losses(of.label, of.calibrated(score) if candidate.calibrated else parent.calibrate(score))
-        for candidate, score in zip(known, scores, strict=True)
-    ]
-    best = min(losses, key=np.mean)
-    _, client = np.unique(of.group, return_inverse=True)
     trials = []
-    for candidate, score, loss in zip(known, scores, losses, strict=True):
-        of_client = np.bincount(client, loss - best)
-        noise = float(of_client.std() * np.sqrt(len(of_client)) / len(loss))
+    for candidate in known:
+        score = of.log_odds(candidate)
+        probability = of.calibrated(score) if candidate.calibrated else parent.calibrate(score)
         ranked = ranking_scores(of.label, score)
-        figures = ranked["roc_auc"], ranked["average_precision"], float(loss.mean())
-        trials.append(Trial(candidate, *figures, float((loss - best).mean()), noise))
-    return next(trial.candidate for trial in trials if trial.as_good), trials
+        figures = ranked["roc_auc"], ranked["average_precision"]
+        trials.append(Trial(candidate, *figures, log_losses(of.label, probability)))
+    best = min(trials, key=lambda t: t.log_loss)
+    simple = [trial for trial in trials if not trial.candidate.new_trees]
+    if simple:
+        best_simple = min(simple, key=lambda t: t.log_loss)
+        gain = best_simple.losses - best.losses
+        of_client = np.bincount(np.unique(of.group, return_inverse=True)[1], gain)
+        if gain.sum() <= NOISE * of_client.std() * np.sqrt(len(of_client)):
+            best = best_simple
+    return best.candidate, trials
 
 
 @dataclass(frozen=True)

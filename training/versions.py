@@ -13,6 +13,7 @@ from typing import Any
 
 from common.artifacts import locked, write_atomic
 from common.command_line import log
+from common.shadow import challenger, write_shadow
 from feature_pipeline import BadConfig, Config, ProductionPipeline, load_config
 
 CONFIG = "best_model_config.json"
@@ -100,6 +101,20 @@ def switch(directory: Path, version: str) -> None:
         for name in DEPLOYED:
             if (folder / name).is_file():
                 write_atomic(directory / name, (folder / name).read_bytes())
+
+
+def set_shadow(directory: Path, version: str | None) -> None:
+    """Has every service of the deployed model score with the archived `version` too; None ends that.
+
+    Raises `BadConfig`, `BadModel` if it is not fit for it.
+    """
+    if version is not None:
+        archive_of(directory, version)
+        deployed = ProductionPipeline(directory / CONFIG, directory / MODEL)
+        if version == deployed.model_version:
+            raise BadConfig(f"model {version} is the deployed one; name another version")
+        challenger(deployed, version)
+    write_shadow(directory, version)
 
 
 def fingerprint_of_files(*paths: str) -> str:

@@ -337,7 +337,7 @@ class DatabasePredictor:
             - Counter({None: len(keys)}),
             Counter(observations.set_aside),
             Counter(model.pipeline.unused_codes(observations)),
-            lambda: model.log.record(observations, visit, moments, assessed, seconds),
+            lambda: model.record(observations, visit, moments, assessed, seconds),
         )
 
     def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> tuple[np.ndarray, pd.DataFrame]:
