@@ -778,3 +778,22 @@ def test_no_observed_value_and_no_client_in_the_log_or_the_files(search, cohort)
     observations = cohort[0]
     assert not any(client in text for client in observations["client"].unique())
     assert not any(f'"{visit}"' in text for visit in observations["visit_id"].unique())
+
+
+def test_leaf_sizes_follow_the_number_of_positives():
+    params = CONFIGURATION["lightgbm_shallow"].params
+    assert fitting.scaled(params, fitting.ENOUGH_POSITIVES) == params == fitting.scaled(params, 10_000)
+    small = fitting.scaled(params, fitting.ENOUGH_POSITIVES // 4)
+    assert small["min_data_in_leaf"] == params["min_data_in_leaf"] // 4 and small["num_leaves"] == params["num_leaves"]
+    assert fitting.scaled(params, 1)["min_data_in_leaf"] == 5
+
+
+@pytest.mark.parametrize("configuration", MODEL_CONFIGURATIONS, ids=lambda c: c.name)
+def test_few_visits_give_no_constant(configuration):
+    """As many as the demo of MIMIC-IV has: one snapshot a visit, few of them positive."""
+    generator = np.random.default_rng(0)
+    label = (np.arange(280) < 24).astype(np.int8)
+    features = generator.normal(size=(6, 280)) + 1.5 * label
+    table = FeatureTable(features, features, np.ones(280, dtype=bool))
+    model = fitted(configuration, table, label)
+    assert len(np.unique(model.log_odds(filled(features.T, configuration.fill_value)).round(9))) > 20

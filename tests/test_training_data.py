@@ -152,6 +152,14 @@ def test_notices_name_what_is_synthetic():
     assert "synthetic" in looking_back[0] and "RETROSPECTIVE" in looking_back[1]
 
 
+@pytest.mark.parametrize(("midnights", "named"), [(4, True), (3, False)])
+def test_onsets_that_are_dates_without_a_time_are_named(midnights, named):
+    onsets = [24 if k < midnights else 27 for k in range(6)]
+    rows = [row for k in range(6) for row in observed(f"v{k}", [0, 12, 30])]
+    data = made([*rows, *OTHER], [BOTH[0], *(labelled(f"v{k}", 1, onset) for k, onset in enumerate(onsets))])
+    assert any("67% of the onsets are at midnight" in line for line in data.notices()) == named
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     hours=st.lists(st.floats(0, 100).map(lambda h: round(h, 2)), min_size=1, max_size=6),

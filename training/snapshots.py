@@ -82,7 +82,7 @@ class TrainingData:
             )
         onset = dict(zip(self.visit.tolist(), self.onset.tolist(), strict=True))
         midnight = [time % DAY == 0 for time in onset.values() if time != NO_TIME]
-        if midnight and np.mean(midnight) > 0.5:
+        if len(midnight) >= FEWEST_POSITIVE_CLIENTS and np.mean(midnight) > 0.5:
             lines.append(
                 f"{np.mean(midnight):.0%} of the onsets are at midnight, as of dates without a time of day: "
                 "the hours before onset are then labelled wrongly. Give the times of the onsets."
