@@ -28,7 +28,7 @@ preload_app = False  # the model is loaded in each worker: LightGBM's threads do
 accesslog = None  # the service writes its own, without identifiers
 control_socket_disable = True
 STALLED_SECONDS = 10  # no thread waits longer for a client to send or to read
-limit_request_line = 2_000
+limit_request_line = 8_000  # the service itself refuses more than 2,000, in its own words
 limit_request_fields = 50
 
 # Counters of all workers are shared through files. SIGHUP reads this file again: the folder stays, and stays our own.

@@ -375,6 +375,29 @@ def test_unknown_pages_and_methods_are_json_too(client):
     assert answer.status_code == 405 and "POST" in answer.headers["Allow"]
 
 
+def test_a_path_that_is_too_long_and_a_missing_host_are_refused_in_our_words(client):
+    answer = client.post(f"{PREDICT}&x={'a' * 2100}", json=EXAMPLE)
+    assert answer.status_code == 414 and "longer than" in answer.get_json()["message"]
+    assert answer.headers["X-Request-ID"] and answer.headers["X-Content-Type-Options"] == "nosniff"
+    nameless = client.get("/health", environ_overrides={"HTTP_HOST": "", "SERVER_PROTOCOL": "HTTP/1.1"})
+    assert nameless.status_code == 400 and "Host" in nameless.get_json()["message"]
+
+
+def test_a_resource_that_is_nested_without_end_is_refused(client):
+    extension = {"url": "http://example.org/x", "valueBoolean": True}
+    for _ in range(300):
+        extension = {"url": "http://example.org/x", "extension": [extension]}
+    answer = client.post(FHIR, json=bundle_of(fhir_observation(extension=[extension])))
+    assert answer.status_code == 400 and "deep" in answer.get_data(as_text=True)
+
+
+def test_a_torn_line_of_a_log_is_ended_before_the_next(client, tmp_path):
+    (tmp_path / "audit.jsonl").write_text('{"torn": ')
+    client.post(PREDICT, json=EXAMPLE)
+    torn, line = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert torn == '{"torn": ' and json.loads(line)["outcome"] == "scored"
+
+
 # -------------------------------------------------------------------------------------------------- security
 
 

@@ -493,6 +493,24 @@ def test_chunks_and_requests_behind_one_another(server):
             text += part
 
 
+@pytest.mark.parametrize(
+    "rest", [b"zz\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n", b"-1\r\n\r\n"], ids=["size", "end", "sign"]
+)
+def test_malformed_chunks_are_a_bad_request(server, rest):
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        s.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + rest)
+        assert s.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_request_without_host_is_a_bad_request(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(PATIENCE)
+        s.sendall(b"GET /ready HTTP/1.1\r\n\r\n")
+        assert s.recv(12) == b"HTTP/1.1 400"
+
+
 def test_the_prediction_log_has_what_was_answered(server):
     with contextlib.closing(sqlite3.connect(server.folder / "log.db")) as database:
         count = lambda: database.execute("select count(*) from predictions").fetchone()[0]  # noqa: E731

@@ -15,7 +15,7 @@ from flask import Flask, Response, current_app, g, jsonify, request, send_from_d
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from limits import parse
-from werkzeug.exceptions import BadRequest, HTTPException, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, HTTPException, RequestURITooLarge, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
@@ -100,6 +100,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
+LONGEST_PATH = 2_000
 RETRY_SOON = {"Retry-After": "2"}
 # what a key must be for
 PROTECTED = {"predict": "score", "fhir_predict": "score", "cds_card": "score", "model": None, "prometheus": "metrics"}
@@ -115,6 +116,10 @@ def _begin() -> None:
     g.start = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and not request.headers.get("Host"):
+        raise BadRequest("the request has no Host (RFC 9112, section 3.2)")
+    if len(request.full_path) > LONGEST_PATH:
+        raise RequestURITooLarge(f"the path and query are longer than {LONGEST_PATH:,} characters")
     if request.endpoint in PROTECTED and request.method != "OPTIONS":  # a browser asks with it whether it may ask
         signed = current_app.gate.signed(request) if request.endpoint == "cds_card" else None
         g.client = signed or current_app.gate.client(request, PROTECTED[request.endpoint])

@@ -7,6 +7,7 @@ import time
 from typing import Any, NoReturn
 
 from flask import Request
+from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkExtension, InvalidChunkSize
 from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
 
 from serving.api.settings import Settings
@@ -60,6 +61,8 @@ def _body(request: Request, settings: Settings) -> bytes:
                 raise too_large
             if time.monotonic() > late:
                 raise RequestTimeout(f"the body did not arrive within {settings.body_seconds} s")
+    except (InvalidChunkSize, InvalidChunkExtension, ChunkMissingTerminator):
+        raise BadRequest("the chunks of the body are malformed") from None
     except OSError:  # the socket's own timeout, or the client is gone
         raise RequestTimeout("the body did not arrive") from None
     return b"".join(chunks)

@@ -39,6 +39,7 @@ RISK_ASSESSMENT = {"system": "http://snomed.info/sct", "code": "225338004", "dis
 AGE, SEX = "30525-0", "46098-0"  # LOINC
 SEXES = {"male": 1, "female": 0}  # as a table of observations has them
 MOST_ISSUES = 50
+DEEPEST = 60  # levels of a resource; R4's own have some 20
 # why something of a bundle is not used; the keys are the metrics' reasons
 NOT_USED = {
     **PART_NOT_USED,
@@ -184,6 +185,8 @@ def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, plac
         if not isinstance(resource, dict):
             found.set_aside(where, "malformed")
             continue
+        if is_deeper(resource, DEEPEST):
+            raise BadRequest(f"{where} is nested more than {DEEPEST} deep")
         if failed(resource):
             found.set_aside(where, "source_failed")
             continue
@@ -207,6 +210,21 @@ def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, plac
             found.set_aside(entry.where, "bad_resource", f": {_first_problem(error)}")
         else:
             _add(entry, pipeline, found, kinds)
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Is a JSON value nested more than `most` deep? What checks it recursively would not come to an end."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _know(entry: Entry, found: Found) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -41,13 +42,16 @@ class Lines:
             log.error("error: the %s log cannot be written: %s", self.name, error.strerror)
 
     def _append(self, line: bytes) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         try:
             file = os.open(self.path, flags, 0o600)
         except FileNotFoundError:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             file = os.open(self.path, flags, 0o600)
         try:
+            size = os.lseek(file, 0, os.SEEK_END) if stat.S_ISREG(os.fstat(file).st_mode) else 0
+            if size and os.pread(file, 1, size - 1) != b"\n":  # a line that was torn by a full disk
+                line = b"\n" + line
             os.write(file, line)
         finally:
             os.close(file)
