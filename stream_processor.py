@@ -23,6 +23,7 @@ from feature_pipeline import BadConfig
 from monitoring.log import url_of
 from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed, read_lines
+from serving.stream.hl7_mapping import Hl7Mapping, read_hl7_mapping
 from serving.stream.journal import Journal
 from serving.stream.processor import NOW, StreamProcessor
 
@@ -57,7 +58,7 @@ def stream(arguments: argparse.Namespace) -> int:
         feed = Feed(processor, book, sinks, Journal(state, arguments.durable) if state else None)
         try:
             if arguments.mllp:
-                receive(feed, arguments.mllp, stop)
+                receive(feed, arguments.mllp, read_hl7_mapping(arguments.hl7), stop)
             else:
                 read_lines(feed, sys.stdin.fileno(), stop.is_set)
         finally:
@@ -69,8 +70,11 @@ def stream(arguments: argparse.Namespace) -> int:
 
 def refuse_unused(arguments: argparse.Namespace) -> None:
     """Raises `BadConfig` for options that would be silently without effect."""
+    if arguments.hl7 and not arguments.mllp:
+        raise BadConfig("--hl7 says how messages of --mllp are read: give both")
     if arguments.kafka:
-        unused = [f"--{name}" for name in ("alerts", "webhook", "state", "durable", "mllp") if getattr(arguments, name)]
+        names = ("alerts", "webhook", "state", "durable", "mllp", "hl7")
+        unused = [f"--{name}" for name in names if getattr(arguments, name)]
         if unused:
             raise BadConfig(
                 f"--kafka goes without {', '.join(unused)}: its observations, alerts and state are topics "
@@ -78,7 +82,7 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
             )
 
 
-def receive(feed: Feed, address: tuple[str, int], stop: threading.Event) -> None:
+def receive(feed: Feed, address: tuple[str, int], mapping: Hl7Mapping, stop: threading.Event) -> None:
     """Serves MLLP until SIGTERM or SIGINT."""
     import asyncio
 
@@ -90,7 +94,8 @@ def receive(feed: Feed, address: tuple[str, int], stop: threading.Event) -> None
             loop.add_signal_handler(name, ended.set)
         if stop.is_set():
             ended.set()
-        await serve(feed, *address, ended, lambda port: log.info("receiving HL7 over MLLP at port %d", port))
+        started = lambda port: log.info("receiving HL7 over MLLP at port %d", port)  # noqa: E731
+        await serve(feed, *address, ended, started, mapping)
 
     asyncio.run(work())
 
@@ -114,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--group", default="sepsis-risk", metavar="NAME", help="consumers of one group share the work")
     parser.add_argument("--kafka-config", metavar="FILE", help="more settings of librdkafka, as JSON: TLS, passwords")
-    parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU^R01 over MLLP")
+    parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU messages over MLLP")
+    parser.add_argument("--hl7", metavar="FILE", help="JSON: where visit and client stand, zone and events of --mllp")
     parser.add_argument("--state", metavar="FILE", help=f"keeps what was accepted; with --mllp {DEFAULT_STATE}")
     parser.add_argument("--durable", action="store_true", help="what --state acknowledged also survives a power cut")
     parser.add_argument("--alerts", metavar="FILE", help="append alerts as JSON lines; they are always logged")

@@ -29,6 +29,7 @@ from feature_pipeline import BadConfig, FeaturePlan, iso_times, resolve_snapshot
 from serving.stream import mllp
 from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed, read_lines
+from serving.stream.hl7_mapping import read_hl7_mapping
 from serving.stream.journal import Journal
 from stream_processor import StreamProcessor, main
 from tests.strategies import cohorts
@@ -761,7 +762,7 @@ def test_hl7_messages_give_the_batch_scores(mllp_feed, pipeline):
 @pytest.mark.parametrize(
     ("change", "code", "reason"),
     [
-        (("ORU^R01^ORU_R01", "ADT^A01"), "AR", "not ORU"),
+        (("ORU^R01^ORU_R01", "ADT^A01"), "AR", "not one of ORU, ORU"),
         (("demo-", "^^^^"), "AE", "PID-3"),
         (("ICU^1^2||||||||||||||||", "ICU^1^2||||||||||||||||^"), "AE", "PV1-19"),
         # nothing in them would be different if they were sent again
@@ -817,6 +818,115 @@ def test_details_of_the_standard(pipeline, change, value, date):
     records, left_out = mllp.observations_of(hl7.parse("\r".join(segments) + "\r"), pipeline)
     told = [(r["observation_value"], r["observation_date"], r["client"]) for r in records]
     assert told == ([] if value is None else [(value, date, "A&B")]) and len(left_out) == (value is None)
+
+
+def hl7_text(**change):
+    """A message with one heart rate, and changes to it."""
+    said = {"kind": "ORU^R01", "pid": "PID|1||A", "pv1": f"PV1|1|I{'|' * 17}v", "now": "20240301"}
+    said |= {"obx": "NM|HR||90|/min", "time": "202403010830"} | change
+    obx = f"OBX|1|{said['obx']}{'|' * (9 - said['obx'].count('|'))}F|||{said['time']}"
+    segments = [f"MSH|^~\\&|L|H|R|H|{said['now']}||{said['kind']}|7|P|2.5", said["pid"], said["pv1"], obx]
+    return "\r".join(segment for segment in segments if segment) + "\r"
+
+
+FORMS = {  # changes, mapping -> (client, visit, code, value in the model's unit, time), or why it was not taken
+    "version 2.1 names no event": ({"kind": "ORU"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "point of care": ({"kind": "ORU^R30^ORU_R30"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "point of care, without an order": ({"kind": "ORU^R31"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "point of care, without a visit": ({"kind": "ORU^R32"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "alarms": ({"kind": "ORU^R40"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "an event that is not taken": ({}, {"events": ["R30"]}, "AR"),
+    "another type": ({"kind": "ADT^A01"}, {}, "AR"),
+    "no visit": ({"pv1": ""}, {}, "AE"),
+    "account number": ({"pv1": "", "pid": f"PID|1||A{'|' * 15}acc"}, {"visit": ["PV1-19", "PID-18"]}, ("A", "acc")),
+    "the first place that is filled": ({"pid": f"PID|1||A{'|' * 15}acc"}, {"visit": ["PV1-19", "PID-18"]}, ("A", "v")),
+    "alternate visit": ({"pv1": f"PV1|1|I{'|' * 48}alt"}, {"visit": ["PV1-50"]}, ("A", "alt")),
+    "identifiers by type": (
+        {"pid": "PID|1||9^^^H^PI~A^^^H^MR~V5^^^H^VN", "pv1": ""},
+        {"client": ["PID-3:MR"], "visit": ["PID-3:VN"]},
+        ("A", "V5"),
+    ),
+    "a type that is not there": ({"pid": "PID|1||9^^^H^PI"}, {"client": ["PID-3:MR"]}, "AE"),
+    "the zone of the site, in winter": ({}, {"zone": "Europe/Berlin"}, ("A", "v", "HR", 90.0, "07:30")),
+    "and in summer": ({"time": "202407010830"}, {"zone": "Europe/Berlin"}, ("A", "v", "HR", 90.0, "06:30")),
+    "an offset": ({}, {"zone": "-0500"}, ("A", "v", "HR", 90.0, "13:30")),
+    "a zone of its own": ({"time": "202403010830+0300"}, {"zone": "-0500"}, ("A", "v", "HR", 90.0, "05:30")),
+    "the zone of the message": ({"now": "20240301+0200"}, {"zone": "-0500"}, ("A", "v", "HR", 90.0, "06:30")),
+    "no such date": ({"time": "202413010830"}, {"zone": "-0500"}, "left out"),
+    "SN with a plain number": ({"obx": "SN|HR||90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "SN with a comparator": ({"obx": "SN|HR||>^90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "SN as a ratio": ({"obx": "SN|HR||^1^:^8"}, {}, "left out"),
+    "cells": ({"obx": "NM|WBC||8.5|K/mm3"}, {}, ("A", "v", "WBC", 8.5)),
+    "thousands": ({"obx": "NM|WBC||8.5|Thousand/mm3"}, {}, ("A", "v", "WBC", 8.5)),
+    "giga": ({"obx": "NM|WBC||8.5|G/l"}, {}, ("A", "v", "WBC", 8.5)),
+    "per microlitre": ({"obx": "NM|WBC||8500|/uL"}, {}, ("A", "v", "WBC", 8.5)),
+    "by name": ({"obx": "NM|WBC||8.5|x1000/uL"}, {}, ("A", "v", "WBC", 8.5)),
+    "in German": ({"obx": "NM|Platelets||250|Tsd/µl"}, {}, ("A", "v", "Platelets", 250.0)),
+    "Fahrenheit": ({"obx": "NM|8310-5||100.4|[degF]"}, {}, ("A", "v", "Temp", 38.0)),
+    "two pressures in one": ({"obx": "ST|85354-9||120/80|mm[Hg]"}, {}, ("A", "v", "DBP", 80.0)),  # and SBP
+    "a ratio": ({"obx": "ST|HR||120/80"}, {}, "left out"),
+    "a unit of something else": ({"obx": "NM|HR||90|mmol/L"}, {}, "left out"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_messages(pipeline, tmp_path, form):
+    change, mapping, expected = FORMS[form]
+    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    mapping = read_hl7_mapping(tmp_path / "mapping.json")
+    try:
+        records, left_out = mllp.observations_of(hl7.parse(hl7_text(**change)), pipeline, mapping)
+    except mllp.Rejected as refused:
+        assert refused.code == expected
+        return
+    if expected == "left out":
+        assert not records and len(left_out) == 1
+        return
+    read = pipeline.reproducer.read(records)
+    time = iso_times(read.time)[0][11:16]
+    found = (read.client[0], read.visit_id[0], read.codes[read.group_code[0]], read.value[0], time)
+    assert found[: len(expected)] == expected and not left_out
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "expected an object"),
+        ('{"visits": ["PV1-19"]}', "expected an object"),
+        ('{"visit": "PV1-19"}', "must be lists"),
+        ('{"visit": ["OBX-3"]}', "is no place such as PV1-19"),
+        ('{"zone": "Europe/Nowhere"}', "Nowhere"),
+    ],
+)
+def test_a_mapping_that_cannot_be_read_is_one_line(tmp_path, content, told):
+    (tmp_path / "mapping.json").write_text(content)
+    with pytest.raises(BadConfig, match=told) as error:
+        read_hl7_mapping(tmp_path / "mapping.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_is_answered_message_by_message(mllp_feed):
+    server, feed = mllp_feed
+    batch = (
+        "FHS|^~\\&|L\rBHS|^~\\&|L\r"
+        + hl7_text()
+        + hl7_text(kind="ADT^A01")
+        + hl7_text(pid="PID|1||B")
+        + "BTS|3\rFTS|1\r"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as s:
+        s.sendall(b"\x0b" + batch.encode() + b"\x1c\r")
+        answer = b""
+        while not answer.endswith(b"\x1c\r"):
+            answer += s.recv(65536)
+    segments = answer.decode().strip("\x0b\x1c\r").split("\r")
+    assert segments[0].startswith("BHS|") and segments[-1] == "BTS|3"
+    assert [s.split("|")[1] for s in segments if s.startswith("MSA")] == ["AA", "AR", "AA"] and feed.accepted == 2
+
+
+def test_a_message_without_a_usable_result_is_acknowledged_with_its_reasons(mllp_feed):
+    answer = mllp_feed[0].send(hl7_text(obx="TX|HR||see the report"))
+    assert str(answer.segment("MSA")(1)) == "AA" and "OBX 1: its type (OBX-2) is no number" in str(answer)
 
 
 def answers(port, *sent):

@@ -1,4 +1,4 @@
-"""HL7 v2 over MLLP: ORU^R01 messages of an interface engine to observations, acknowledged once they are kept."""
+"""HL7 v2 over MLLP: ORU messages of an interface engine to observations, acknowledged once they are kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import hl7
 from hl7.mllp import start_hl7_server
 
 from common.command_line import log
-from feature_pipeline import ProductionPipeline
+from feature_pipeline import BLOOD_PRESSURE_CODES, ProductionPipeline
 from serving.stream.feed import Feed
+from serving.stream.hl7_mapping import USUAL, Hl7Mapping, Place
 
 SCORE_SECONDS = 0.05  # what arrives meanwhile is one micro-batch
 LAST_ANSWERS_SECONDS = 5.0  # for senders that are slow to take them, at a stop
@@ -44,36 +45,42 @@ class Rejected(Exception):
         self.code = code
 
 
-def observations_of(message: hl7.Message, pipeline: ProductionPipeline) -> tuple[list[dict[str, Any]], list[str]]:
+def observations_of(
+    message: hl7.Message, pipeline: ProductionPipeline, mapping: Hl7Mapping = USUAL
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(observations, why other OBX were not used). Raises `Rejected`.
 
-    Client is PID-3.1, visit PV1-19.1, both of the patient's own group: a message may hold several patients. Time is
-    OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else UTC; code OBX-3.1 (or the alternative
-    OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or deleted
-    (OBX-11) are left out. A corrected one (C) counts as one more observation: what it corrects stays, as it does in a
-    table.
+    Client and visit are where `mapping` says, in the patient's own group: a message may hold several patients. Time is
+    OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else the mapping's, else UTC; code OBX-3.1 (or
+    the alternative OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or
+    deleted (OBX-11) are left out. A corrected one (C) counts as one more observation: what it corrects stays, as it
+    does in a table.
     """
-    kind = (_text(message, "MSH", 9, 1), _text(message, "MSH", 9, 2))
-    if kind != ("ORU", "R01"):
-        raise Rejected("AR", "message type is not ORU^R01")
+    event = _text(message, "MSH", 9, 2).upper()
+    if _text(message, "MSH", 9, 1).upper() != "ORU" or event not in mapping.events:
+        taken = ", ".join(f"ORU^{name}" if name else "ORU" for name in sorted(mapping.events))
+        raise Rejected("AR", f"message type is not one of {taken}")
     zone = _ZONE.search(_text(message, "MSH", 7, 1))
     records, left_out, unnamed = [], [], ""
-    client = visit = asked = ""
+    found: dict[Place, str] = {}
+    asked = ""
     n = 0
     for segment in message:
         name = str(segment(0)).strip()
         if name == "PID":
-            client, visit, asked = _part(segment, 3), "", ""
-        elif name == "PV1":
-            visit = _part(segment, 19)
+            found, asked = {}, ""
+        if name in ("PID", "PV1"):
+            found |= {p: _identifier(segment, p) for p in (*mapping.client, *mapping.visit) if p.segment == name}
         elif name == "OBR":
             asked = _part(segment, 7)
         if name != "OBX":
             continue
         n += 1
-        record = _observation(segment, asked, zone[0] if zone else "", pipeline)
+        record = _observation(segment, asked, zone[0] if zone else "", pipeline, mapping)
+        client, visit = (next(filter(None, map(found.get, places)), "") for places in (mapping.client, mapping.visit))
         if isinstance(record, dict) and not (client and visit):
-            record = unnamed = "PV1-19 names no visit" if client else "PID-3 names no patient"
+            places = mapping.visit if client else mapping.client
+            record = unnamed = f"{', '.join(map(str, places))} names no {'visit' if client else 'patient'}"
         if isinstance(record, str):
             left_out.append(f"OBX {n}: {record}")
         else:
@@ -83,6 +90,18 @@ def observations_of(message: hl7.Message, pipeline: ProductionPipeline) -> tuple
     return records, left_out
 
 
+def _identifier(segment: Any, place: Place) -> str:
+    """The text at a place; of a kind of identifier the first repetition that has it."""
+    if place.kind is None:
+        return _part(segment, place.field, place.component)
+    try:
+        repetitions = len(segment(place.field))
+    except (IndexError, KeyError):
+        return ""
+    of_kind = (i for i in range(repetitions) if _part(segment, place.field, 5, i) == place.kind)
+    return next((_part(segment, place.field, place.component, i) for i in of_kind), "")
+
+
 def _text(message: hl7.Message, segment: str, field: int, component: int) -> str:
     try:
         return _part(message.segment(segment), field, component)
@@ -90,10 +109,10 @@ def _text(message: hl7.Message, segment: str, field: int, component: int) -> str
         return ""
 
 
-def _part(segment: Any, field: int, component: int = 1) -> str:
-    """One component (its first subcomponent) of a field's first repetition; empty where there is none, or null."""
+def _part(segment: Any, field: int, component: int = 1, repetition: int = 0) -> str:
+    """One component (its first subcomponent) of a repetition of a field; empty where there is none, or null."""
     try:
-        part = segment(field)[0]
+        part = segment(field)[repetition]
         if not isinstance(part, str):
             part = part(component)
         elif component > 1:
@@ -116,7 +135,9 @@ def _unescaped(segment: Any, text: str) -> str:
     return re.sub(f"{sign}([FRSTE]){sign}", lambda match: meant[match[1]], text)
 
 
-def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeline) -> dict[str, Any] | str:
+def _observation(
+    segment: Any, asked: str, zone: str, pipeline: ProductionPipeline, mapping: Hl7Mapping
+) -> dict[str, Any] | str:
     if _part(segment, 11).upper() in NOT_A_RESULT:
         return "its status (OBX-11) says that it is no result"
     if _part(segment, 2) not in NUMERIC:
@@ -129,10 +150,17 @@ def _observation(segment: Any, asked: str, zone: str, pipeline: ProductionPipeli
     time = iso_time(_part(segment, 14) or asked, zone)
     if time is None:
         return "no time of day (OBX-14, OBR-7)"
+    if time[19:].lstrip(".0123456789") == "":  # it names no zone
+        try:
+            time = mapping.in_zone(time)
+        except ValueError:
+            return "its time (OBX-14, OBR-7) is no date"
     structured = _part(segment, 2) == "SN"  # comparator^number^separator^number
     if _repeats(segment, 5) or (structured and (_part(segment, 5, 3) or _part(segment, 5, 4))):
         return "its value (OBX-5) is a range, a ratio or several values, not one number"
-    value = _number(_part(segment, 5, 2 if structured else 1))
+    text = _part(segment, 5, 2 if structured and _part(segment, 5, 2) else 1)
+    pair = code in BLOOD_PRESSURE_CODES and _PAIR.fullmatch(text)  # the reader makes two observations of it
+    value = text if pair else _number(text)
     if value is None:
         return "its value (OBX-5) is not a number"
     low, high = reference_range(_part(segment, 7))
@@ -160,6 +188,7 @@ def _repeats(segment: Any, field: int) -> bool:
         return False
 
 
+_PAIR = re.compile(r"[\d.]+ */ *[\d.]+", re.ASCII)
 _NUMBER = re.compile(r"[<>=≤≥~ ]*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*", re.ASCII)
 
 
@@ -265,8 +294,24 @@ async def next_frame(reader: asyncio.StreamReader) -> tuple[bytes, str]:
     return content, "" if start else "a frame that does not begin with VT"
 
 
-async def serve(feed: Feed, host: str, port: int, stop: asyncio.Event, started: Callable[[int], None]) -> None:
-    """Receives messages until `stop`, then finishes those in hand. `started` is told the port."""
+def messages_of(frame: bytes) -> list[bytes] | None:
+    """The messages of a batch (between FHS, BHS and BTS, FTS); None for a frame that is no batch."""
+    if not frame.lstrip().startswith((b"FHS", b"BHS")):
+        return None
+    _, *messages = re.split(rb"(?:^|(?<=[\r\n]))(?=MSH)", frame)
+    return [re.split(rb"[\r\n](?=BTS|FTS|BHS|FHS)", message)[0] + b"\r" for message in messages]
+
+
+async def serve(
+    feed: Feed,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    started: Callable[[int], None],
+    mapping: Hl7Mapping = USUAL,
+) -> None:
+    """Receives messages until `stop`, then finishes those in hand. `started` is told the port. A batch is answered with
+    a batch of acknowledgements."""
     counts = {"AA": 0, "empty": 0, "AE": 0, "AR": 0}
     writers: set[asyncio.StreamWriter] = set()
 
@@ -276,7 +321,7 @@ async def serve(feed: Feed, host: str, port: int, stop: asyncio.Event, started: 
             raise Rejected("AR", trouble or "not an HL7 message")
         try:
             message = hl7.parse(re.sub(r"\r?\n", "\r", head.decoded(frame)))
-            records, left_out = observations_of(message, feed.processor.pipeline)
+            records, left_out = observations_of(message, feed.processor.pipeline, mapping)
         except NOT_READABLE as error:
             raise Rejected("AR", f"not a readable HL7 message ({type(error).__name__})") from None
         try:
@@ -287,6 +332,13 @@ async def serve(feed: Feed, host: str, port: int, stop: asyncio.Event, started: 
         return left_out
 
     def answer(frame: bytes, trouble: str) -> bytes:
+        messages = None if trouble else messages_of(frame)
+        if messages is None:
+            return acknowledged(frame, trouble)
+        answers = [acknowledged(message, "") for message in messages]
+        return b"".join([b"BHS|^~\\&\r", *answers, b"BTS|%d\r" % len(answers)])
+
+    def acknowledged(frame: bytes, trouble: str) -> bytes:
         head = Head(frame)
         try:
             left_out = taken(head, frame, trouble)
