@@ -243,8 +243,9 @@ def takes_arguments(path: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" and node.args.args for node in tree.body)
 
 
-SCRIPTS = [name for name, path in sorted(MODULES.items()) if path.parent == ROOT and takes_arguments(path)]
-SCRIPTS += [f"benchmarks.{p.stem}" for p in sorted((ROOT / "benchmarks").glob("*.py")) if takes_arguments(p)]
+DOORS = [name for name, path in sorted(MODULES.items()) if path.parent == ROOT and takes_arguments(path)]
+BENCHMARKS = [f"benchmarks.{p.stem}" for p in sorted((ROOT / "benchmarks").glob("*.py")) if takes_arguments(p)]
+SCRIPTS = DOORS + BENCHMARKS
 
 
 def help_of(script, capsys, monkeypatch, *command) -> str:
@@ -292,11 +293,35 @@ def test_help_shows_every_option_with_what_it_is_for_and_an_example(script, caps
         ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", DOORS)
 def test_scripts_run_from_any_folder(script, tmp_path):
-    command = [sys.executable, str(ROOT / f"{script.replace('.', '/')}.py"), "--help"]
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--" in done.stdout and done.stderr == ""
+
+
+ONE_AFTER_ANOTHER = """
+import runpy, sys
+path = list(sys.path)
+for script in sys.argv[1:]:
+    sys.path[:], sys.argv = [script.rpartition("/")[0], *path[1:]], [script, "--help"]
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]  # each script finds the project's folder itself
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0, script
+"""
+
+
+def test_benchmarks_run_from_any_folder(tmp_path):
+    """In one process, which loads the libraries once."""
+    paths = [str(ROOT / f"{name.replace('.', '/')}.py") for name in BENCHMARKS]
+    code = f"OWN = {sorted(top_names(set(MODULES)))!r}\n{ONE_AFTER_ANOTHER}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(paths) and done.stderr == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
