@@ -2550,11 +2550,6 @@ class ProductionPipeline:
         """Where the config lies, and the archive of versions."""
         return self._files[0].parent
 
-    def archived(self, version: str) -> ProductionPipeline:
-        """The pipeline of an archived version, with the same map of codes. Raises as loading does."""
-        folder = self.directory / "archive" / version
-        return ProductionPipeline(*(folder / path.name for path in self._files), self.site_codes)
-
     def outdated(self) -> bool:
         """Was the config file replaced since it was loaded? Reads only the file's date: a service may ask often."""
         return _stamp(self._files[0]) != self._stamp

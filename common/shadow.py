@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from common.artifacts import write_json
-from feature_pipeline import BadConfig, ProductionPipeline, listed
+from feature_pipeline import DEFAULT_CONFIG, DEFAULT_MODEL, BadConfig, ProductionPipeline, listed
 
 SHADOW = "shadow.json"
 
@@ -33,10 +33,14 @@ def write_shadow(directory: Path, version: str | None) -> None:
         write_json(directory / SHADOW, {"version": version})
 
 
-def challenger(pipeline: ProductionPipeline, version: str) -> ProductionPipeline:
-    """The archived `version` beside the deployed `pipeline`. Raises `BadConfig`, `BadModel` if it cannot be loaded, or
-    needs the observations read in another way than the deployed one reads them."""
-    found = pipeline.archived(version)
+def challenger(pipeline: ProductionPipeline, directory: Path, version: str) -> ProductionPipeline:
+    """The `version` in the archive of `directory`, beside the deployed `pipeline`.
+
+    Raises `BadConfig`, `BadModel` if it cannot be loaded, or if the deployed one reads some of its codes as others.
+    """
+    folder = directory / "archive" / version
+    files = (folder / Path(name).name for name in (DEFAULT_CONFIG, DEFAULT_MODEL))
+    found = ProductionPipeline(*files, pipeline.site_codes)
     other = [code for code in found.reproducer.plan.codes if pipeline.own_code(code) != code]
     if other:
         raise BadConfig(

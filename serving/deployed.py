@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,21 @@ class ServedModel:
 
     `source` is the pattern that scores (api, batch, database, stream), `monitor` the URL of the prediction log (None:
     the environment's). The log is closed when the last user of this version has gone. With `log_required` no result is
-    returned that could not be logged.
+    returned that could not be logged. `directory` is where versions are archived, if it is not beside the config.
     """
 
-    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None, log_required: bool = False):
+    def __init__(
+        self,
+        pipeline: ProductionPipeline,
+        source: str,
+        monitor: str | None,
+        log_required: bool = False,
+        directory: Path | None = None,
+    ):
         self.pipeline, self.log_required = pipeline, log_required
         self.log = PredictionLog.open(monitor, pipeline, source)
         weakref.finalize(self, self.log.close).atexit = False
-        self._shadows = Shadows(pipeline, source, monitor)
+        self._shadows = Shadows(pipeline, source, monitor, directory)
         weakref.finalize(self, self._shadows.stop).atexit = False
 
     def read(self, source: Any, now: float | None = None) -> Observations:

@@ -6,11 +6,11 @@ model neither waits for it nor fails with it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import queue
 import threading
 import time
+from multiprocessing.util import Finalize  # unlike atexit, also at the end of a worker of a pool
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ import numpy as np
 from common.command_line import log
 from common.shadow import SHADOW, challenger, read_shadow
 from feature_pipeline import FeaturePipelineError, Observations, ProductionPipeline
-from monitoring.log import PredictionLog
+from monitoring.log import OFF, PredictionLog, url_of
 
 SHARE = 0.25  # of one core, at most
 WAITING = 64  # calls that may wait; more are left out
 LOOK_SECONDS = 5.0  # between looks for another challenger
-LAST_SECONDS = 5.0  # for what still waits when the process ends
+LAST_SECONDS = 15.0  # for what still waits when the process ends
 
 
 class Shadow:
@@ -47,7 +47,7 @@ class Shadow:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, daemon=True, name="shadow")
                     self._thread.start()
-                    atexit.register(self.close)
+                    self._at_end = Finalize(None, self.close, exitpriority=1)
 
     def _tell(self, text: str, *values: object) -> None:
         """Logs each problem once."""
@@ -69,9 +69,9 @@ class Shadow:
     def stop(self) -> None:
         """Ends the thread after what waits, without waiting for it."""
         self._ending.set()
-        atexit.unregister(self.close)
         if self._thread is None:
             return self._log.close()
+        self._at_end.cancel()
         while True:
             try:
                 return self._waiting.put_nowait(None)
@@ -91,9 +91,10 @@ class Shadow:
 class Shadows:
     """The shadow of one deployed model, as the file beside its config has it from time to time."""
 
-    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None):
+    def __init__(self, pipeline: ProductionPipeline, source: str, monitor: str | None, directory: Path | None = None):
         self._deployed, self._serving = pipeline, (source, monitor)
-        self._file = pipeline.directory / SHADOW
+        self._directory = directory or pipeline.directory
+        self._file = self._directory / SHADOW
         self._looked, self._renewing = time.monotonic(), threading.Lock()
         self._current: Shadow | None = None
         self._stamp = _stamp(self._file)
@@ -114,10 +115,13 @@ class Shadows:
         with self._renewing:
             self.stop()
             try:
-                version = read_shadow(self._deployed.directory)
+                version = read_shadow(self._directory)
                 if version is None or version == self._deployed.model_version:
                     return
-                self._current = Shadow(challenger(self._deployed, version), *self._serving)
+                if url_of(self._serving[1]) == OFF:
+                    log.warning("no model runs in the shadow: there is no prediction log")
+                    return
+                self._current = Shadow(challenger(self._deployed, self._directory, version), *self._serving)
                 log.info("model %s runs in the shadow", version)
             except Exception as error:  # whatever it is, the deployed model goes on
                 text = error if isinstance(error, FeaturePipelineError) else type(error).__name__

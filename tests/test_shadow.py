@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
+import batch_processor
 import train_best_model
 from common.command_line import start_logging
 from common.pseudonyms import KEY_VARIABLE
@@ -105,7 +106,7 @@ def test_both_are_logged_and_only_the_deployed_one_is_shown(service, url, direct
     assert {row.model_version for row in deployed} == {service.pipeline.model_version}
     assert {row.model_version for row in other} == {OTHER}
     assert [row.visit for row in deployed] == [row.visit for row in other]
-    own = challenger(service.pipeline, OTHER).assess(service.observations, service.visit, service.moments)
+    own = challenger(service.pipeline, directory, OTHER).assess(service.observations, service.visit, service.moments)
     assert [row.score for row in other] == [None if p != p else p for p in own.probability.tolist()]
     assert [row.score for row in deployed] == [None if p != p else p for p in found.probability.tolist()]
     assert {row.score for row in deployed} != {row.score for row in other}
@@ -212,4 +213,26 @@ def test_a_challenger_with_codes_that_are_read_otherwise_is_refused(directory, m
     pipeline = ProductionPipeline(directory / CONFIG, directory / MODEL)
     monkeypatch.setattr(pipeline, "own_code", lambda code: "pulse" if code == "HR" else code)
     with pytest.raises(BadConfig, match="'HR'"):
-        challenger(pipeline, OTHER)
+        challenger(pipeline, directory, OTHER)
+
+
+def test_without_a_prediction_log_no_challenger_runs(directory, cohort):
+    set_shadow(directory)
+    assert Service(directory, "off", cohort).shadow is None
+
+
+@pytest.mark.slow
+def test_worker_processes_of_a_batch_score_with_the_challenger_too(directory, url, cohort, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "0" * 64)
+    set_shadow(directory)
+    (tmp_path / "in").mkdir()
+    for k, part in enumerate(np.array_split(cohort[0]["visit_id"].unique()[:20], 4)):
+        some = cohort[0][cohort[0]["visit_id"].isin(part)]
+        some.to_csv(tmp_path / "in" / f"{k}.csv", index=False)
+    options = ["--input-dir", str(tmp_path / "in"), "--output-dir", str(tmp_path / "out"), "--settle-seconds", "0"]
+    options += ["--jobs", "2", "--quiet"]
+    options += ["--config", str(directory / CONFIG), "--model", str(directory / MODEL), "--monitor", url]
+    assert batch_processor.main(options) == 0
+    rows = logged(url)
+    shown, unseen = ({row.visit for row in rows if row.shadow == flag} for flag in (False, True))
+    assert len(shown) == 20 and unseen and unseen <= shown  # a busy machine may end before the last are scored

@@ -113,7 +113,7 @@ def set_shadow(directory: Path, version: str | None) -> None:
         deployed = ProductionPipeline(directory / CONFIG, directory / MODEL)
         if version == deployed.model_version:
             raise BadConfig(f"model {version} is the deployed one; name another version")
-        challenger(deployed, version)
+        challenger(deployed, directory, version)
     write_shadow(directory, version)
 
 

@@ -180,7 +180,11 @@ class BatchProcessor:
         """The present version, ready to score in this process."""
         pipeline = self.pipeline
         deployment = Deployment(
-            pipeline.config.text().encode(), pipeline.model_file, dict(pipeline.site_codes or {}), self.monitor
+            pipeline.config.text().encode(),
+            pipeline.model_file,
+            dict(pipeline.site_codes or {}),
+            self.monitor,
+            pipeline.directory,
         )
         if deployment.key not in models:
             models.clear()

@@ -210,6 +210,7 @@ class Deployment:
     model: bytes
     site_codes: SiteCodes = field(default_factory=dict)
     monitor: str = OFF  # URL of the prediction log
+    directory: Path | None = None  # of the models, for a challenger; another machine may not have it
 
     @cached_property
     def key(self) -> str:
@@ -230,7 +231,7 @@ def install(deployment: Deployment, model: ServedModel | None = None) -> None:
             config.write_bytes(deployment.config)
             file.write_bytes(deployment.model)
             pipeline = ProductionPipeline(config, file, deployment.site_codes)
-        model = ServedModel(pipeline, "batch", deployment.monitor)
+        model = ServedModel(pipeline, "batch", deployment.monitor, directory=deployment.directory)
     models[deployment.key] = model
 
 
