@@ -12,7 +12,7 @@ from feature_pipeline import Config, Observations
 
 WATCHED = 20  # features that go with the score the most; the latest value of every code is watched too
 DURING, AT_END = "during the stay", "at the last observation"  # the two kinds of moments
-_SAMPLE = 50_000  # snapshots
+MOST_SNAPSHOTS = 50_000  # of a reference
 
 
 class Profile:
@@ -111,18 +111,9 @@ def make_profile(config: Config, observations: Observations, during: Scored, at_
     observation. Watched are the features that go with the score the most (by correlation), and every code's latest
     value. Bins are tenths of the snapshots during the stay.
     """
-    visits = np.unique(during.visit)
-    n_kept = max(1, min(len(visits), len(visits) * _SAMPLE // len(during.visit)))
-    kept = visits[np.linspace(0, len(visits) - 1, n_kept).astype(int)]
-
-    def sampled(scored: Scored) -> Scored:
-        some = np.isin(scored.visit, kept)
-        features = scored.features[:, some]
-        if (fill := config.fill_value) is not None:
-            features[np.isnan(features)] = fill
-        return Scored(features, scored.probability[some], scored.visit[some], scored.as_of[some])
-
-    during, at_end = sampled(during), sampled(at_end)
+    if (fill := config.fill_value) is not None:
+        for scored in (during, at_end):
+            scored.features[np.isnan(scored.features)] = fill
     clipped = np.clip(during.probability, 1e-9, 1 - 1e-9)
     score = np.log(clipped / (1 - clipped))
     strength = []

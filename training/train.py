@@ -16,8 +16,16 @@ import numpy as np
 from common.artifacts import library_versions, write_atomic, write_json
 from common.command_line import log
 from common.metrics import describe_figures, figures, operating_points, threshold_for_sensitivity
-from feature_pipeline import Config, FeaturePlan, ScoreModel, describe_set_aside, load_config, names_sha256
-from monitoring.profile import Scored, make_profile
+from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    Config,
+    FeaturePlan,
+    ScoreModel,
+    describe_set_aside,
+    load_config,
+    names_sha256,
+)
+from monitoring.profile import MOST_SNAPSHOTS, Scored, make_profile
 from training.candidates import ModelConfiguration
 from training.config import configuration_of, load_data
 from training.evidence import enough
@@ -27,6 +35,8 @@ from training.report import info_text, report_page
 from training.snapshots import TEST, TrainingData, split_parts
 from training.thresholds import Rule, alert_curves, with_thresholds
 from training.versions import CARD, CONFIG, INFO, MODEL, NAMES, REPORT, deploy, new_version
+
+GOLDEN_RATIO = 0.6180339887
 
 
 @dataclass(frozen=True)
@@ -114,21 +124,33 @@ def train_full(directory: Path, observations: str | None = None, labels: str | N
 
 
 def scored_moments(material: Material, model: ScoreModel, probability: np.ndarray) -> tuple[Scored, Scored]:
-    """The snapshots, whose out-of-fold scores are `probability`, and each visit at its last observation.
+    """Visits of the data at the moments of service: during the stay, at any time between two points of the grid, and at
+    their last observation. `probability` are the out-of-fold scores of the snapshots.
 
-    The model has learned from these visits. Its scores at the last observations are therefore taken down to where
-    out-of-fold scores are, by the quantiles of both kinds of scores of the snapshots.
+    The model has learned from these visits. Its scores are therefore taken down to where out-of-fold scores are, by the
+    quantiles of both kinds of scores of the snapshots.
     """
-    data, plain = material.data, material.table.plain
-    visit = np.unique(data.visit)
-    as_of = data.observations.last_time[visit]
-    features = FeaturePlan(material.config.feature_names).evaluate(data.observations, visit, as_of)
+    data, names = material.data, material.config.feature_names
+    visits, last = np.unique(data.visit), data.observations.last_time
+    n_kept = max(1, min(len(visits), len(visits) * MOST_SNAPSHOTS // len(data.visit)))
+    visits = visits[np.linspace(0, len(visits) - 1, n_kept).astype(int)]
 
     def learned(rows: np.ndarray) -> np.ndarray:
         return model.probability(filled(rows, material.config.fill_value))
 
-    at_end = np.interp(learned(features), np.sort(learned(plain.T)), np.sort(probability))
-    return Scored(plain, probability, data.visit, data.as_of), Scored(features.T, at_end, visit, as_of)
+    quantiles = np.sort(learned(material.table.plain.T)), np.sort(probability)
+
+    def scored(visit: np.ndarray, as_of: np.ndarray) -> Scored:
+        features = FeaturePlan(names).evaluate(data.observations, visit, as_of)
+        return Scored(features.T, np.interp(learned(features), *quantiles), visit, as_of)
+
+    at_end = scored(visits, last[visits])
+    if data.settings.retrospective:
+        return at_end, at_end
+    phase = (np.arange(len(data.as_of)) * GOLDEN_RATIO) % 1.0  # evenly spread, the same every time
+    as_of = data.as_of + (phase * data.settings.every_hours * MICROSECONDS_PER_HOUR).astype(np.int64)
+    rows = np.isin(data.visit, visits) & (as_of <= last[data.visit])
+    return scored(data.visit[rows], as_of[rows]), at_end
 
 
 def version_files(
