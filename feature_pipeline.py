@@ -272,6 +272,7 @@ _MEANING: dict[str, tuple[Concept, str]] = {  # of a code: concept, unit of its 
     for code in codes.split(",")
 }
 _PAIRED = {_code_key(code) for code in BLOOD_PRESSURE_CODES}
+_LOINC = re.compile(r"\d{1,7}-\d", re.ASCII)
 
 
 def concept_of(code: str, synonyms: Mapping[str, str] | None = None) -> Concept | None:
@@ -341,6 +342,8 @@ class Codes:
             if name not in CONCEPT:
                 raise BadConfig(f"site code {code!r} names the unknown concept {name!r}; known: {listed(CONCEPT, 60)}")
             concept, own_unit = self.meaning(code)
+            if re.fullmatch(_LOINC, code) and concept not in (None, CONCEPT[name]):
+                raise BadConfig(f"site code {code!r}: LOINC says that it is {concept.name}, not {name}; leave it out")
             if unit and CONCEPT[name].unit_named(unit) is None:
                 raise BadConfig(f"site code {code!r}: {name} cannot be converted from {unit!r}")
             if code in self.seen and (
@@ -2008,7 +2011,8 @@ class SnapshotSettings:
 @dataclass(frozen=True)
 class MinimumEvidence:
     """What a snapshot needs for a probability: `at_least` of the `inputs` (names of concepts, or codes without one)
-    measured in the last `within_hours`, and some observation that the model uses, no older than `newest_hours`.
+    measured in the last `within_hours`, the newest of them no older than `newest_hours`, nor the newest observation
+    that the model uses.
 
     Raises `ValueError` if that is impossible.
     """
@@ -2659,15 +2663,16 @@ class ProductionPipeline:
             np.isinf(age), NO_TIME, as_of - np.rint(_finite(age) * MICROSECONDS_PER_HOUR).astype(np.int64)
         )
         minimum = self.config.minimum_evidence
-        reason = np.full(len(visit), None, dtype=object)
+        # static and unused codes alone are no evidence, whatever the minimum
+        reason = np.where(np.isinf(age), INSUFFICIENT_EVIDENCE, None)
         known = np.zeros((len(visit), 0), dtype=bool)
         if minimum is not None:
-            known = np.array(
-                [
-                    np.fmin.reduce(ages[:, columns], axis=1, initial=np.inf) < minimum.within_hours
-                    for columns in self._inputs
-                ]
+            of_inputs = np.array(
+                [np.fmin.reduce(ages[:, columns], axis=1, initial=np.inf) for columns in self._inputs]
             ).T.reshape(len(visit), -1)
+            # a fresh laboratory value says nothing of vital signs of last night
+            recent = of_inputs.min(axis=1, initial=np.inf) <= minimum.newest_hours
+            known = (of_inputs < minimum.within_hours) & recent[:, None]
             reason[known.sum(axis=1) < minimum.at_least] = INSUFFICIENT_EVIDENCE
             reason[~np.isinf(age) & (age > minimum.newest_hours)] = STALE
         reason[~usable] = NOTHING_USABLE

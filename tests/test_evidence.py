@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from common.artifacts import write_atomic
-from feature_pipeline import MICROSECONDS_PER_HOUR, FeaturePlan, MinimumEvidence, ProductionPipeline, load_config
+from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    FeaturePlan,
+    MinimumEvidence,
+    ProductionPipeline,
+    load_config,
+)
 from training.evidence import VITAL_SIGNS, Inputs, alone, enough
 from training.search import SearchOptions, search
 from training.snapshots import load_training_data
@@ -74,3 +80,45 @@ def test_inputs_are_what_the_model_looks_at_and_not_static(data, config):
     assert set(inputs.names) == {"heart_rate", "systolic_bp"}
     nothing = MinimumEvidence([], 0, 24.0, 1e6)
     assert enough(nothing, data, ["HR__last"]).mean() > 0.5
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+@pytest.mark.filterwarnings("ignore::feature_pipeline.UnknownRiskWarning")
+def test_old_vital_signs_are_not_made_recent_by_a_laboratory_value(data, config, deployment):
+    pipeline = ProductionPipeline(deployment / CONFIG, deployment / MODEL)
+    newest_hours = config.minimum_evidence.newest_hours
+
+    def reason_with(hours):
+        own = pipeline.reproducer.codes
+        rows = [(own.own_code(name), 40.0 if name == "temperature" else 90.0, hours) for name in VITAL_SIGNS]
+        now = np.datetime64("2024-05-02T00:00:00")
+        records = [
+            {
+                "visit_id": "1",
+                "client": "a",
+                "observation_date": str(now - np.timedelta64(round(h * 60), "m")),
+                "observation_type_code": code,
+                "observation_value": value,
+            }
+            for code, value, h in [*rows, (own.own_code("glucose"), 110.0, 0.5)]
+        ]
+        (found,) = pipeline.predict(records, as_of=now, details=True).to_dict("records")
+        return found["reason"], found["missing"]
+
+    assert newest_hours < 23
+    assert reason_with(newest_hours - 0.5)[0] is None
+    reason, missing = reason_with(newest_hours + 0.5)
+    assert reason == "insufficient_evidence" and "heart_rate" in missing
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+@pytest.mark.filterwarnings("ignore::feature_pipeline.UnknownRiskWarning")
+@pytest.mark.parametrize("minimum", [None, MinimumEvidence([], 0, 24.0, 48.0)], ids=["no minimum", "nothing asked for"])
+@pytest.mark.parametrize("code", ["8302-2", "Age"])
+def test_unused_and_static_codes_alone_give_no_number(models_dir, tmp_path, code, minimum):
+    folder = shutil.copytree(models_dir, tmp_path / "models")
+    write_atomic(folder / CONFIG, replace(load_config(folder / CONFIG), minimum_evidence=minimum).text())
+    row = {"visit_id": "1", "client": "a", "observation_date": "2024-05-01T12:00:00", "observation_value": 70.0}
+    records = [{**row, "observation_type_code": code}]
+    found = ProductionPipeline(folder / CONFIG, folder / MODEL).predict(records, details=True)
+    assert found["risk_level"].tolist() == ["UNKNOWN"] and found["reason"].tolist() == ["insufficient_evidence"]

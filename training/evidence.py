@@ -75,8 +75,9 @@ def enough(minimum: MinimumEvidence, data: TrainingData, feature_names: Sequence
     inputs = Inputs.of(data.observations, feature_names)
     ages = inputs.ages(data.observations, data.visit, data.as_of)
     known = ages[:, [inputs.names.index(name) for name in minimum.inputs if name in inputs.names]]
-    newest = ages.min(axis=1, initial=np.inf)
-    return ((known < minimum.within_hours).sum(axis=1) >= minimum.at_least) & (newest <= minimum.newest_hours)
+    recent = known.min(axis=1, initial=np.inf) <= minimum.newest_hours
+    has_inputs = ((known < minimum.within_hours) & recent[:, None]).sum(axis=1) >= minimum.at_least
+    return has_inputs & (ages.min(axis=1, initial=np.inf) <= minimum.newest_hours)
 
 
 def alone(data: TrainingData, rows: np.ndarray, hours: float = 0.0) -> Observations:
@@ -161,7 +162,7 @@ def measure_evidence(
     while at_least > (len(chosen) + 1) // 2 and carries(by_name[vital_signs(at_least - 1, True)]):
         at_least -= 1
     # never stricter than nearly all of the snapshots that the model has learned from
-    age = inputs.ages(whole, visit, as_of).min(axis=1, initial=np.inf)
+    age = inputs.ages(whole, visit, as_of)[:, [inputs.names.index(name) for name in chosen]].min(axis=1, initial=np.inf)
     newest = float(np.ceil(np.quantile(age[np.isfinite(age)], ORDINARY))) if np.isfinite(age).any() else STALE_HOURS[0]
     for hours in STALE_HOURS:
         row = by_name.get(f"nothing new for {hours:g} h")
@@ -178,7 +179,7 @@ def describe_evidence(config: Config) -> list[str]:
         return []
     lines = [
         f"Minimum of evidence: {minimum.at_least} of {', '.join(minimum.inputs) or 'nothing'} within "
-        f"{minimum.within_hours:g} h, the newest observation at most {minimum.newest_hours:g} h old.",
+        f"{minimum.within_hours:g} h, the newest of them at most {minimum.newest_hours:g} h old.",
         "With less evidence, on the validation part (ROC AUC, expected over observed):",
     ]
     rows = config.metrics.get("evidence", [])
