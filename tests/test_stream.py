@@ -344,6 +344,33 @@ def test_a_risk_that_cannot_be_told_has_its_reason(careful_files, evidence_cases
     assert scored.predict_visit("known")["hours_since_newest"] == 3.0  # now is another moment
 
 
+def test_a_visit_that_becomes_stale_is_unknown_once_without_new_observations(careful_files, evidence_cases, tmp_path):
+    rows, moment = evidence_cases
+    records = json.loads(rows[rows["visit_id"] == "known"].to_json(orient="records", date_format="iso"))
+    time = {"now": moment.timestamp()}
+
+    def feed():
+        processor = StreamProcessor(*careful_files, 1, clock=lambda: time["now"], steady=lambda: time["now"])
+        return Feed(processor, AlertBook(), AlertSinks(), Journal(tmp_path / "state"), io.StringIO())
+
+    def given(feed, hours):
+        time["now"] = moment.timestamp() + hours * 3600
+        feed.results.truncate(feed.results.seek(0))
+        feed.score()
+        return [(r["risk_level"], r["reason"]) for r in map(json.loads, feed.results.getvalue().splitlines())]
+
+    first = feed()
+    first.accept(records)
+    assert [reason for _, reason in given(first, 0)] == [None]
+    assert given(first, 10.9) == []  # measured an hour before the moment, good for twelve
+    first.finish()
+    second = feed()
+    assert given(second, 11.1) == [("UNKNOWN", "stale")] and given(second, 30) == []
+    second.accept([{**records[0], "observation_date": "2024-05-02T17:59:00"}])
+    assert [level for level, _ in given(second, 30)] == ["UNKNOWN"]
+    second.finish()
+
+
 def test_a_site_map_of_codes_makes_foreign_codes_count(careful_files, site_codes, site_cases):
     lines = site_cases.to_json(orient="records", lines=True, date_format="iso")
     options = ["--codes", str(site_codes), "--as-of", "2024-05-01T12:00:00"]

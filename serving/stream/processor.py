@@ -129,6 +129,8 @@ class StreamProcessor:
         for number, content, rows in visits:
             visit = Visit(**content, rows=[rows], seen=now, number=number, pieces=1, n_rows_kept=len(rows))
             visit.kept = visit.content()
+            if len(rows):
+                self._note_freshness(visit, int(rows["time"].max()))
             self.visits[as_text(visit.client), as_text(visit.visit_id)] = visit
             self._check_folded(visit)
 
@@ -142,10 +144,16 @@ class StreamProcessor:
         if visit.folded is not None and (self.look_back is None or self.look_back > visit.folded):
             self._give_up(visit)
 
+    def _note_freshness(self, visit: Visit, newest: int) -> None:
+        """Says when a visit with a score will be stale if nothing new comes; `newest` in microseconds since 1970."""
+        minimum = self.pipeline.config.minimum_evidence
+        stays = self.as_of != NOW or minimum is None or visit.level in (None, "UNKNOWN") or visit.full
+        visit.fresh_until = np.inf if stays else newest / 1e6 + minimum.newest_hours * 3600
+
     def _give_up(self, visit: Visit) -> None:
         if visit.full:
             return
-        visit.full, visit.changed, visit.rewrite = True, False, True
+        visit.full, visit.changed, visit.rewrite, visit.fresh_until = True, False, True, np.inf
         self._count({"visit_full": visit.n_rows})
         self.deployed.current.log.record_error("visit_full")
         visit.rows, visit.fresh = [visit.rows[0][:1].copy()], []
@@ -328,12 +336,17 @@ class StreamProcessor:
         return self._score([key])[0]
 
     def predict_due(self, where: Callable[[Visit], bool] = lambda visit: True) -> list[dict[str, Any]]:
-        """The scores of all visits that changed since their last one, in one vectorised call; and the last scores of
-        visits that were dropped meanwhile. `where` may leave visits for later."""
+        """The scores of all visits that changed or became stale since their last one, in one vectorised call; and the
+        last scores of visits that were dropped meanwhile. `where` may leave visits for later."""
         self.settle()
         if self.deployed.look():
             self._check_all_folded()
-        due = [key for key, visit in self.visits.items() if visit.changed and self._due(visit) and where(visit)]
+        now = self.time.now()
+        due = [
+            key
+            for key, visit in self.visits.items()
+            if (visit.fresh_until < now or (visit.changed and self._due(visit))) and where(visit)
+        ]
         results = self._late_results + self._score(due)
         self._late_results = []
         return results
@@ -365,7 +378,7 @@ class StreamProcessor:
             "hours_since_newest": _or_none(np.round(hours, 3)),
         }
         results = []
-        for key, *row in zip(keys, *columns.values(), strict=True):
+        for key, newest, *row in zip(keys, assessed.newest.tolist(), *columns.values(), strict=True):
             visit = self.visits[key]
             visit.changed = False
             about = {"visit_id": visit.visit_id, "client": visit.client}
@@ -374,6 +387,7 @@ class StreamProcessor:
             if visit.level != result["risk_level"]:
                 visit.level = result["risk_level"]
                 self._note(visit)
+            self._note_freshness(visit, newest)
         return results
 
     def _observations(self, keys: Sequence[Key]) -> Observations:

@@ -26,6 +26,7 @@ class Visit:
     folded: float | None = None  # observations older than so many hours may be no longer here
     seen: float = 0.0  # by the processor's steady clock
     level: str | None = None  # of the last score
+    fresh_until: float = np.inf  # seconds since 1970; from then on its data are stale, whatever the last score said
     origin: Any = None
     # of a journal
     number: int = 0
