@@ -171,8 +171,8 @@ def _float(number: int | float) -> float:
 
 
 def _unit(quantity: Mapping[str, Any]) -> str | None:
-    code = quantity.get("code")
-    return code if code and quantity.get("system") == UCUM else quantity.get("unit")
+    code, unit = quantity.get("code"), quantity.get("unit")
+    return code if code and quantity.get("system") == UCUM else unit or code
 
 
 def _normal_range(part: Mapping[str, Any], unit: str | None) -> tuple[Any, Any]:

@@ -1651,3 +1651,37 @@ def test_the_openapi_document_holds_for_whatever_is_sent(make_client):
 
         check()
     assert tried > 60
+
+
+def test_a_unit_code_without_its_system_is_a_unit(strict):
+    mass, amount = lab("3094-0", 44.816, "mg/dL"), lab("3094-0", 16, "mmol/L")
+    del amount["valueQuantity"]["system"], amount["valueQuantity"]["unit"]
+    amount["valueQuantity"]["code"] = "mmol/L"
+    answers = [
+        strict.post("/fhir/predict", json=bundle_of(*map(vital, VITALS), urea)).get_json()["entry"][0]["resource"]
+        for urea in (mass, amount)
+    ]
+    one, other = (answer["prediction"][0]["probabilityDecimal"] for answer in answers)
+    assert one == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_version_without_a_date_replaces_by_its_number(strict, turned):
+    first = vital("8867-4", meta={"versionId": "1", "lastUpdated": "2024-07-02T09:01:00Z"})
+    withdrawn = {**first, "status": "entered-in-error", "meta": {"versionId": "2"}}
+    versions = [withdrawn, first] if turned else [first, withdrawn]
+    bundle = bundle_of(*versions, vital("8480-6"), vital("9279-1"))
+    for entry in bundle["entry"]:
+        del entry["fullUrl"]
+    assessment = strict.post("/fhir/predict", json=bundle).get_json()["entry"][0]["resource"]
+    assert "prediction" not in assessment and "heart rate" in assessment["note"][0]["text"]
+
+
+def test_an_observation_of_tomorrow_does_not_choose_the_visit(strict):
+    now = [vital(code, encounter={"reference": "Encounter/1"}) for code in VITALS]
+    tomorrow = vital("8867-4", "2024-07-03T09:00:00Z", id="t", encounter={"reference": "Encounter/2"})
+    call = cds_call(*now, tomorrow)
+    call["context"].pop("encounterId", None)
+    (card,) = strict.post(CDS, json=call).get_json()["cards"]
+    (alone,) = strict.post(CDS, json={**call, "prefetch": {"vitals": bundle_of(*now)}}).get_json()["cards"]
+    assert card["summary"] == alone["summary"] and "UNKNOWN" not in card["summary"]

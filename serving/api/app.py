@@ -360,7 +360,7 @@ def cds_card() -> Response:
     service, body = current_app.service, _read_body()
     turn = _take_turn(body)
     call = _resources(body)
-    found = cds_hooks.observations_of(call, turn.model.pipeline)
+    found = cds_hooks.observations_of(call, turn.model.pipeline, service.clock())
     user = call["context"].get("userId")
     if not found.rows:
         _audit("no observations", user=user)

@@ -10,7 +10,7 @@ from typing import Any
 
 from werkzeug.exceptions import BadRequest, PreconditionFailed, UnprocessableEntity
 
-from feature_pipeline import SET_ASIDE_REASONS, ProductionPipeline
+from feature_pipeline import FUTURE_TOLERANCE, SET_ASIDE_REASONS, ProductionPipeline
 from serving.api import fhir
 from serving.api.service import Scored
 from serving.api.words import age_text
@@ -36,7 +36,7 @@ INDICATORS = {"LOW": "info", "MEDIUM": "warning", "HIGH": "critical", "UNKNOWN":
 REASONS = 3
 
 
-def observations_of(call: Any, pipeline: ProductionPipeline) -> fhir.Found:
+def observations_of(call: Any, pipeline: ProductionPipeline, now: float) -> fhir.Found:
     """The observations of the call's patient and encounter; of the patient's latest visit where it names no encounter.
 
     No rows where the patient has none that can be used: with issues where some were sent. Raises 400 for what is no
@@ -77,14 +77,15 @@ def observations_of(call: Any, pipeline: ProductionPipeline) -> fhir.Found:
     fhir.collect(entries, pipeline, found, places)
     if not found.rows and found.set_aside_counts["source_failed"]:
         raise PreconditionFailed(f"the prefetch holds no observations ({found.first_issues()})")
-    asked = of_visit(found, patient.strip(), encounter and encounter.strip())
+    asked = of_visit(found, patient.strip(), encounter and encounter.strip(), now + FUTURE_TOLERANCE / 1e6)
     fhir.add_people(asked, pipeline)
     return asked
 
 
-def of_visit(found: fhir.Found, patient: str, encounter: str | None) -> fhir.Found:
-    """What was found of a patient's visit: the named encounter, or the one with the latest observation. A patient whose
-    observations name no encounter is one visit. Raises 422 where several servers have a patient of that id."""
+def of_visit(found: fhir.Found, patient: str, encounter: str | None, no_later: float) -> fhir.Found:
+    """What was found of a patient's visit: the named encounter, or the one with the latest observation up to `no_later`
+    (seconds since 1970). A patient whose observations name no encounter is one visit. Raises 422 where several servers
+    have a patient of that id."""
     asked = replace(found, rows=[])
     own = [row for row in found.rows if has_id(row.visit[0], patient)]
     if len(own) < len(found.rows):
@@ -96,7 +97,9 @@ def of_visit(found: fhir.Found, patient: str, encounter: str | None) -> fhir.Fou
         if nowhere := sum(row.visit[1] is None for row in own):
             asked.set_aside("prefetch", "no_encounter", n=nowhere)
     elif own:
-        latest = max(own, key=lambda row: row.moment).visit
+        times = [(row.moment.timestamp(), row.visit) for row in own]
+        past = [known for known in times if known[0] <= no_later]
+        latest = max(past or times, key=lambda known: known[0])[1]
         asked.rows = [row for row in own if row.visit == latest]
     return asked
 

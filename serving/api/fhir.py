@@ -162,9 +162,16 @@ class Entry:
             return Identity(f"{self.base}{kind}", self.url.rpartition("/")[2])
         return Identity(str(kind), number) if isinstance(number, str) and number else None
 
+    def replaces(self, other: Entry) -> bool:
+        """Is it a later version of the same resource, or the same version further back in the Bundle?"""
+        (updated, number), (other_updated, other_number) = self.version, other.version
+        if updated and other_updated and updated != other_updated:
+            return updated > other_updated
+        return number >= other_number
+
     @property
     def version(self) -> tuple[str, int]:
-        """Later versions compare as greater."""
+        """When it was made, empty where that is not told, and its number, 0 where it has none."""
         meta = self.resource.get("meta")
         meta = meta if isinstance(meta, dict) else {}
         try:
@@ -194,7 +201,7 @@ def collect(entries: list[Any], pipeline: ProductionPipeline, found: Found, plac
         entry = Entry(resource, url.partition("/_history/")[0] if isinstance(url, str) else "", where)
         key = (resource.get("resourceType"), entry.identity) if entry.identity else where
         if (other := newest.get(key)) is not None:
-            older, entry = (other, entry) if entry.version >= other.version else (entry, other)
+            older, entry = (other, entry) if entry.replaces(other) else (entry, other)
             if older.resource != entry.resource and resource.get("resourceType") == "Observation":
                 found.set_aside(older.where, "superseded")
         newest[key] = entry
