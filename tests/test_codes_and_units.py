@@ -188,7 +188,7 @@ def test_a_sites_map_takes_effect_without_a_search(pipeline, site, frame):
     ("codes", "message"),
     [
         ({"PULS": ("pulse", "")}, "unknown concept 'pulse'"),
-        ({"PULS": ("heart_rate", "kg")}, "'kg' is no unit"),
+        ({"PULS": ("heart_rate", "kg")}, "cannot be converted from 'kg'"),
         ({"HR": ("respiratory_rate", "")}, "trained with it as heart_rate in 1/min"),
         ({"8480-6": ("diastolic_bp", ""), "8462-4": ("systolic_bp", "")}, "LOINC says that it is systolic_bp"),
         ({"Creatinine": ("creatinine", "umol/L")}, "trained with it as creatinine in mg/dL"),
