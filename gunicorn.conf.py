@@ -103,6 +103,7 @@ def post_worker_init(worker):
     from common.command_line import spare_the_loaded
     from serving.api.service import NoModel
 
+    sys.setswitchinterval(0.001)  # a small request waits less for a large one that is read beside it
     with contextlib.suppress(NoModel):
         worker.wsgi.service.pipeline()
     spare_the_loaded()

@@ -18,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -110,7 +112,7 @@ def wrk(port: int, body: bytes, seconds: int, folder: Path) -> dict[str, float]:
     (folder / "body").write_bytes(body)
     (folder / "post.lua").write_text(SCRIPT)
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "20s"]
-    command += ["-s", str(folder / "post.lua"), f"http://127.0.0.1:{port}/predict"]
+    command += ["-s", str(folder / "post.lua"), f"http://127.0.0.1:{port}/predict?as_of=last"]
     env = {**os.environ, "BODY": str(folder / "body")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     text = done.stdout
@@ -130,7 +132,8 @@ def at_rate(port: int, body: bytes, rate: float, seconds: float) -> tuple[np.nda
     """(latencies in ms, failed) of requests sent at fixed moments; one that had to wait its turn counts its waiting."""
     latencies: list[float] = []
     failed = 0
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /predict?as_of=last HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     message = head.encode() + b"\r\n\r\n" + body
 
     async def client(k: int, start: float) -> None:
@@ -178,8 +181,69 @@ def watch_memory(body: bytes, port: int, folder: Path, arguments: argparse.Names
             print(f"  after {done:9,.0f} requests: {memory(server):.0f} MB", flush=True)
 
 
+def large_bundle() -> bytes:
+    """A FHIR Bundle of 11,500 heart rates, 6.5 MB: legal, and close to what the service takes."""
+    entries = []
+    for n in range(11_500):
+        coding = {"system": "http://loinc.org", "code": "8867-4", "display": "Heart rate"}
+        quantity = {"value": 60 + n % 60, "unit": "beats/minute", "system": "http://unitsofmeasure.org", "code": "/min"}
+        resource = {
+            "resourceType": "Observation",
+            "id": f"o{n}",
+            "status": "final",
+            "code": {"coding": [coding], "text": "Heart rate"},
+            "subject": {"reference": f"Patient/p{n // 10}"},
+            "encounter": {"reference": f"Encounter/e{n // 10}"},
+            "effectiveDateTime": f"2024-07-{1 + n % 28:02d}T{n % 24:02d}:00:00Z",
+            "valueQuantity": quantity,
+            "referenceRange": [{"low": {"value": 60}, "high": {"value": 100}}],
+        }
+        entries.append({"fullUrl": f"urn:uuid:{n}", "resource": resource})
+    return json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries}).encode()
+
+
+@contextlib.contextmanager
+def attacked(port: int, path: str, body: bytes) -> Iterator[Counter[int]]:
+    """Four clients that send a large request again and again; gives the statuses of their answers."""
+    statuses: Counter[int] = Counter()
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+            with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+                connection.request("POST", path, body, {"Content-Type": "application/json"})
+                status = connection.getresponse().status
+                statuses[status] += 1
+                stop.wait(1 if status == 503 else 0)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def watch_attacks(small: bytes, port: int, folder: Path, arguments: argparse.Namespace) -> None:
+    """Latency of small requests, 20 a second, in quiet and while others send large ones."""
+    objects = b"[" + b",".join([b"{}"] * 2_700_000) + b"]"
+    kinds = [("quiet", "", b""), ("large bundles", "/fhir/predict", large_bundle()), ("objects", "/predict", objects)]
+    with served("api_server:app", port, folder, arguments) as server:
+        at_rate(port, small, 20, 3)
+        for what, path, body in kinds:
+            with attacked(port, path, body) if body else contextlib.nullcontext(Counter()) as statuses:
+                times, failed = at_rate(port, small, 20, arguments.rate_seconds)
+            p50, p99 = np.percentile(times, [50, 99])
+            print(f"  {what:<16s} p50 {p50:8.1f} ms   p99 {p99:8.1f} ms   failed {failed} of {len(times)}", end="   ")
+            print(f"answers to the attack: {dict(statuses)}   memory {memory(server):.0f} MB", flush=True)
+
+
 def benchmark(arguments: argparse.Namespace) -> int:
-    if not shutil.which("wrk"):
+    if not shutil.which("wrk") and not arguments.attack:
         log.error("error: wrk is not installed (Debian's package wrk)")
         return COULD_NOT_START
     given, seconds, port = bodies(), arguments.seconds, arguments.port
@@ -187,6 +251,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
         folder = Path(name)
         if arguments.many:
             watch_memory(given["1 visit"], port, folder, arguments)
+            return DONE
+        if arguments.attack:
+            watch_attacks(given["1 visit"], port, folder, arguments)
             return DONE
         ratio = {}
         with served("benchmarks.draft_api:app", port, folder, arguments) as server:
@@ -226,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=number(int, 1, 600), default=60, help="of each full load")
     parser.add_argument("--rate-seconds", type=number(int, 1, 600), default=20, help="of each load at a given rate")
     parser.add_argument("--many", type=number(int, 0), default=0, help="only watch memory over so many requests")
+    parser.add_argument("--attack", action="store_true", help="only the latency while others send large requests")
     parser.add_argument("--port", type=number(int, 1024, 65000), default=18500, help="the first of some on loopback")
     return run(benchmark, parser, argv)
 

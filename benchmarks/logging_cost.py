@@ -81,7 +81,7 @@ def requests_a_second(port: int, seconds: float, threads: int = 2) -> float:
     def ask(end: float) -> int:
         connection, n = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE), 0
         while time.perf_counter() < end:
-            connection.request("POST", "/predict", BODY, HEADERS)
+            connection.request("POST", "/predict?as_of=last", BODY, HEADERS)
             answer = connection.getresponse()
             answer.read()
             if answer.status != 200:
