@@ -15,6 +15,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 
 import jwt
@@ -167,7 +168,10 @@ def test_a_trajectory_is_what_was_known_at_each_moment(client, pipeline):
 def test_bad_requests_say_what_is_wrong(client, body, kind, status, said):
     answer = client.post("/predict", data=body, content_type=kind)
     assert answer.status_code == status
-    assert answer.get_json()["status"] == "error" and said in answer.get_json()["message"]
+    problem = answer.get_json()
+    assert answer.mimetype == "application/problem+json" and problem["type"] == "about:blank"
+    assert problem["title"] == HTTPStatus(status).phrase and problem["status"] == status
+    assert said in problem["detail"] and problem["request_id"] == answer.headers["X-Request-ID"]
 
 
 def test_unusable_observations_name_their_rows(client):
@@ -185,7 +189,7 @@ def test_unusable_observations_name_their_rows(client):
 )
 def test_too_large_requests_are_refused(make_client, changes):
     answer = make_client(**changes).post(PREDICT, json=EXAMPLE)
-    assert answer.status_code == 413 and answer.get_json()["status"] == "error"
+    assert answer.status_code == 413 and answer.get_json()["status"] == 413
 
 
 @pytest.mark.parametrize("query", ["explain=3", "trajectory=3"])
@@ -297,7 +301,7 @@ def test_a_large_request_keeps_no_small_one_waiting(client, monkeypatch):
             assert post(json.dumps(EXAMPLE)).status_code == 200  # beside it
             refused = post(large)
             assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
-            assert "large" in refused.get_json()["message"]
+            assert "large" in refused.get_json()["detail"]
         finally:
             go_on.set()
         assert first.result().status_code == 200
@@ -370,17 +374,17 @@ def test_a_fault_of_ours_shows_an_id_and_no_detail(client, monkeypatch, caplog):
 
 
 def test_unknown_pages_and_methods_are_json_too(client):
-    assert client.get("/nothing").get_json()["status"] == "error"
+    assert client.get("/nothing").get_json()["status"] == 404
     answer = client.get("/predict")
     assert answer.status_code == 405 and "POST" in answer.headers["Allow"]
 
 
 def test_a_path_that_is_too_long_and_a_missing_host_are_refused_in_our_words(client):
     answer = client.post(f"{PREDICT}&x={'a' * 2100}", json=EXAMPLE)
-    assert answer.status_code == 414 and "longer than" in answer.get_json()["message"]
+    assert answer.status_code == 414 and "longer than" in answer.get_json()["detail"]
     assert answer.headers["X-Request-ID"] and answer.headers["X-Content-Type-Options"] == "nosniff"
     nameless = client.get("/health", environ_overrides={"HTTP_HOST": "", "SERVER_PROTOCOL": "HTTP/1.1"})
-    assert nameless.status_code == 400 and "Host" in nameless.get_json()["message"]
+    assert nameless.status_code == 400 and "Host" in nameless.get_json()["detail"]
 
 
 def test_a_resource_that_is_nested_without_end_is_refused(client):
@@ -409,7 +413,7 @@ def test_without_keys_only_a_unix_socket_is_answered(make_client):
     assert client.post(PREDICT, json=EXAMPLE, environ_base=SOCKET).status_code == 200
     for where in (LOCAL, AFAR):  # a proxy on this machine may stand for everybody
         answer = client.post(PREDICT, json=EXAMPLE, environ_base=where)
-        assert answer.status_code == 401 and "--new-key" in answer.get_json()["message"]
+        assert answer.status_code == 401 and "--new-key" in answer.get_json()["detail"]
         assert client.get("/health", environ_base=where).status_code == 200
 
 
@@ -532,7 +536,7 @@ def test_too_many_requests_are_told_when_to_come_back(make_client):
     client = make_client(rate_limit="2/hour")
     answers = [client.post(PREDICT, json=EXAMPLE) for _ in range(3)]
     assert [a.status_code for a in answers] == [200, 200, 429]
-    assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == "error"
+    assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == 429
 
 
 def test_counts_of_requests_are_exact_among_threads():
@@ -1060,7 +1064,7 @@ def test_a_signed_cds_call_is_answered_once(trusting, alg, tmp_path):
     answer = post(signed)
     assert answer.status_code == 200 and len(answer.get_json()["cards"]) == 1
     again = post(signed)
-    assert again.status_code == 401 and "used before" in again.get_json()["message"]
+    assert again.status_code == 401 and "used before" in again.get_json()["detail"]
     assert lines_of(tmp_path / "audit.jsonl")[0]["client"] == "cds:north"
     assert post(token(alg), "/predict").status_code == 401  # it opens nothing else
     assert signed not in (tmp_path / "access.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
@@ -1103,7 +1107,7 @@ def test_cds_tokens_that_are_not_to_be_trusted_are_refused(trusting, signers):
     for name, (wrong, said) in refused.items():
         answer = post(wrong)
         assert answer.status_code == 401, name
-        assert said in answer.get_json()["message"], name
+        assert said in answer.get_json()["detail"], name
         assert answer.headers["WWW-Authenticate"] == "Bearer" and wrong not in answer.get_data(as_text=True)
 
 

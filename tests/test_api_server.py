@@ -450,7 +450,7 @@ def test_large_bodies_pass_nginx_and_touch_no_disk(proxied):
     assert "temporary file" not in (proxied.folder / "nginx.log").read_text()
     with pytest.raises(urllib.error.HTTPError) as refused:
         predicted(proxied, body.ljust(Settings.max_bytes + 1))
-    assert refused.value.code == 413 and "send fewer visits" in json.loads(refused.value.read())["message"]
+    assert refused.value.code == 413 and "send fewer visits" in json.loads(refused.value.read())["detail"]
 
 
 def test_a_body_that_waits_to_be_asked_for(server):

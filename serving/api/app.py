@@ -15,7 +15,7 @@ from flask import Flask, Response, current_app, g, jsonify, request, send_from_d
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from limits import parse
-from werkzeug.exceptions import BadRequest, HTTPException, RequestURITooLarge, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, RequestURITooLarge, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
@@ -23,11 +23,12 @@ from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadConfig
 from monitoring.log import OFF, url_of
 from serving.api import cds_hooks, conformance, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
+from serving.api.errors import explained, problem
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
 from serving.api.openapi import document
-from serving.api.records import Lines, code_places
-from serving.api.security import WRONG_KEYS, Gate, Refused
-from serving.api.service import Busy, NoModel, Service, TooMuch, Waiting, described_set_aside
+from serving.api.records import Lines
+from serving.api.security import WRONG_KEYS, Gate
+from serving.api.service import Service, Waiting
 from serving.api.settings import Settings
 from serving.deployed import LAST, NOW, Unlogged
 
@@ -101,7 +102,6 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 
 LONGEST_PATH = 2_000
-RETRY_SOON = {"Retry-After": "2"}
 # what a key must be for
 PROTECTED = {"predict": "score", "fhir_predict": "score", "cds_card": "score", "model": None, "prometheus": "metrics"}
 
@@ -204,42 +204,15 @@ def _audit(outcome: str, scored: Any = None, user: Any = None) -> None:
 
 def _error(error: Exception) -> Response:
     """Every error as a document of its route's own kind, with the right status and no detail of ours."""
-    status, message, more, headers = _explained(error)
+    status, message, more, headers = explained(error)
     if request.endpoint in PROTECTED and "client" in g and request.method == "POST":
         _audit(f"error {status}")
     if request.path.startswith("/fhir"):
         response = fhir.outcome_response(status, message, more)
     else:
-        response = jsonify({"status": "error", "message": message, **more})
-        response.status_code = status
+        response = problem(status, message, more)
     g.headers = headers
     return response
-
-
-def _explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str]]:
-    if isinstance(error, Refused):
-        wanted = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "60"}}.get(error.status, {})
-        return error.status, str(error), {}, wanted
-    if isinstance(error, NoModel):
-        # why it cannot be loaded names files of this machine: that is for the log
-        return 503, "there is no usable model; the service's log says why", {}, {"Retry-After": "30"}
-    if isinstance(error, Unlogged):
-        return 503, str(error), {}, RETRY_SOON
-    if isinstance(error, Busy):
-        return 503, "the service works on another large request; ask again, or send fewer visits", {}, RETRY_SOON
-    if isinstance(error, TooMuch):
-        return 413, str(error), {}, {}
-    if isinstance(error, BadObservations):
-        aside = described_set_aside(error.set_aside, error.set_aside_rows)
-        return 422, str(error), {"set_aside": aside, "expected": list(COLUMNS)}, {}
-    if isinstance(error, HTTPException):
-        if error.code == 429:
-            # Flask-Limiter adds Retry-After
-            return 429, f"more than {error.description}; ask again later", {}, {}
-        headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
-        return error.code or 500, error.description or error.name, {}, headers
-    log.error("error: request %s failed: %s", g.get("request_id"), code_places(error))
-    return 500, "an error of this service", {"request_id": g.get("request_id")}, {}
 
 
 def _number(name: str, most: int) -> int:

@@ -22,7 +22,7 @@ from fhir.resources.R4B.bundle import Bundle
 from fhir.resources.R4B.observation import Observation
 from fhir.resources.R4B.operationoutcome import OperationOutcome
 from fhir.resources.R4B.riskassessment import RiskAssessment
-from flask import Response
+from flask import Response, g
 from pydantic import ValidationError
 from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
@@ -465,8 +465,8 @@ _ISSUE_CODES = {
 
 def outcome_response(status: int, message: str, more: dict[str, Any]) -> Response:
     """An OperationOutcome for an error; `more` is what a JSON answer says beside the message."""
-    if "request_id" in more:
-        message += f"; request {more['request_id']}"
+    if status >= 500:
+        message += f"; request {g.get('request_id')}"
     code = _ISSUE_CODES.get(status, "exception" if status >= 500 else "invalid")
     issues = [{"severity": "error", "code": code, "diagnostics": message}]
     return response(operation_outcome(issues + _set_aside_issues(more.get("set_aside") or {"reasons": []})), status)

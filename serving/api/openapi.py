@@ -177,7 +177,7 @@ def _answer(what: str, schema: str, mime: str = "application/json") -> dict[str,
     return {"description": what, "content": {mime: {"schema": _ref(schema)}}}
 
 
-def _errors(of: dict[int, str], schema: str = "Error", mime: str = "application/json") -> dict[str, Any]:
+def _errors(of: dict[int, str], schema: str = "Problem", mime: str = "application/problem+json") -> dict[str, Any]:
     return {str(status): _answer(what, schema, mime) for status, what in sorted(of.items())}
 
 
@@ -269,12 +269,15 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             set_aside=set_aside,
             warnings={"type": "array", "items": text},
         ),
-        "Error": {
+        "Problem": {
             "type": "object",
-            "required": ["status", "message"],
+            "description": "RFC 9457",
+            "required": ["type", "title", "status", "detail", "request_id"],
             "properties": {
-                "status": {"const": "error"},
-                "message": text,
+                "type": {"const": "about:blank"},
+                "title": text,
+                "status": {"type": "integer"},
+                "detail": text,
                 "request_id": text,
                 "set_aside": set_aside,
                 "expected": {"type": "array", "items": text},

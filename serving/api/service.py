@@ -46,7 +46,7 @@ class NoModel(Exception):
 
 
 class Busy(Exception):
-    """As many large requests are worked on as the service takes at once."""
+    """As many requests of a costly kind are worked on as the service takes at once; the text says which."""
 
 
 class TooMuch(Exception):
@@ -119,7 +119,7 @@ class Service:
         if not own.large:
             self._wait(own)
         elif not self._lane.acquire(blocking=False):
-            raise Busy
+            raise Busy("the service works on another large request; ask again, or send fewer visits")
         return own
 
     def leave(self, own: Waiting) -> None:

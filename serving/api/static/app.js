@@ -44,7 +44,7 @@ async function score(text) {
   if (!answer) return say("The service does not answer.", "bad");
   if (!answer.ok) {
     asideRemarks(body.set_aside);
-    return say(body.message, "bad");
+    return say(body.detail, "bad");
   }
   given = observations;
   scored = body.predictions.sort((a, b) => ORDER[a.risk_level] - ORDER[b.risk_level] || (b.sepsis_probability ?? -1) - (a.sepsis_probability ?? -1));
