@@ -479,11 +479,12 @@ def test_interrupt_from_the_keyboard(cohort_files, tmp_path, jobs):
     code = f"""
 import os, signal, sys
 import generate_features
-write = generate_features.write_json
+from training import trials
+write = trials.write_json
 def write_and_interrupt(path, content):
     write(path, content)
     os.kill(os.getpid(), signal.SIGINT)
-generate_features.write_json = write_and_interrupt
+trials.write_json = write_and_interrupt
 sys.exit(generate_features.main({options(cohort_files, tmp_path, sets=SETS, jobs=jobs)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
@@ -754,7 +755,7 @@ def test_sigterm_ends_a_script_as_ctrl_c_does(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("code,meaning\nX,heart_rate\n", "expected the columns code,concept"),
+        ("code,meaning\nX,heart_rate\n", "expected code,concept"),
         ("code,concept\nHR,fortune\n", "'fortune'"),
         ("code,concept\nnever observed,fortune\n", "'fortune'"),
     ],

@@ -144,14 +144,11 @@ def live(models_dir, tmp_path, monkeypatch):
                     **{"time": start + timedelta(hours=hour), "source": "api", "model_version": version},
                     **{"visit": pseudonyms.visit("c", str(i)), "as_of": start + timedelta(hours=hour)},
                     **{"score": score, "risk_level": "HIGH" if score > 0.9 else "LOW", "bins": "", "codes": ""},
-                    **{"unknown": 0, "seconds": 0.01},
+                    **{"unknown": 0, "seconds": 0.01, "shadow": False},
                 }
             )
         onset = (start + timedelta(hours=30)).isoformat() if i % 3 == 0 else ""
         labels.append({"visit_id": i, "client": "c", "sepsis": int(i % 3 == 0), "sepsis_onset": onset})
-    columns = {column.name for column in predictions.columns}
-    missing = {c.name: "" for c in predictions.columns if not c.nullable and c.name not in rows[0] and c.name != "id"}
-    rows = [{k: v for k, v in ({**missing, **row}).items() if k in columns} for row in rows]
     with engine.begin() as connection:
         connection.execute(sa.insert(predictions), rows)
     engine.dispose()
