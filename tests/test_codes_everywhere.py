@@ -98,13 +98,10 @@ def test_over_http(table, scores, config_path, model_path):
 
 
 def test_in_a_stream(table, scores, config_path, model_path):
-    lines = [
-        json.dumps(row)
-        for row in json.loads(table[0].to_json(orient="records", date_format="iso", double_precision=15))
-    ]
+    lines = table[0].to_json(orient="records", lines=True, date_format="iso", double_precision=15)
     options = ["--config", str(config_path), "--model", str(model_path), "--quiet", "--as-of", "last"]
     command = [sys.executable, "stream_processor.py", *options]
-    done = subprocess.run(command, input="\n".join(lines) + "\n", cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = map(json.loads, done.stdout.splitlines())
     assert {r["visit_id"]: r["sepsis_probability"] for r in results} == scores

@@ -169,7 +169,8 @@ def measure_evidence(
         if row is None or not carries(row):
             break
         newest = max(newest, hours)
-    return MinimumEvidence(chosen, at_least, WITHIN_HOURS, max(newest, STALE_HOURS[0])), measured
+    newest = max(newest, STALE_HOURS[0])
+    return MinimumEvidence(chosen, at_least, WITHIN_HOURS, min(newest, WITHIN_HOURS) if chosen else newest), measured
 
 
 def describe_evidence(config: Config) -> list[str]:
