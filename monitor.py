@@ -29,7 +29,7 @@ from common.pseudonyms import Pseudonyms, lasting_pseudonyms
 from common.trial import judge, live_scores, read_stop_rule
 from feature_pipeline import DEFAULT_CONFIG, BadConfig, BadObservations, Config, load_config
 from monitoring.findings import Findings, read_rows
-from monitoring.log import DEFAULT_URL, OFF, URL_VARIABLE, errors, open_engine, predictions, url_of
+from monitoring.log import DEFAULT_URL, OFF, URL_VARIABLE, cards, errors, open_engine, predictions, url_of
 from monitoring.look import look
 from monitoring.quality import read_outcomes
 from monitoring.report import report_html
@@ -170,9 +170,11 @@ def detached(rows: pd.DataFrame, pseudonyms: Pseudonyms) -> pd.DataFrame:
 
 def prune(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     horizon = (arguments.until or datetime.now(UTC).replace(tzinfo=None)) - timedelta(days=arguments.older_than)
+    tables = (predictions, errors, cards)
     with engine.begin() as connection:
-        gone = [connection.execute(t.delete().where(t.c.time <= horizon)).rowcount for t in (predictions, errors)]
-    print(json.dumps({"predictions_deleted": gone[0], "errors_deleted": gone[1]}))
+        gone = {t.name: connection.execute(t.delete().where(t.c.time <= horizon)).rowcount for t in tables}
+    told = {"predictions_deleted": gone["predictions"], "errors_deleted": gone["prediction_errors"]}
+    print(json.dumps({**told, "cards_deleted": gone["cards"]}))
     return DONE
 
 

@@ -49,6 +49,7 @@ class Reading:
     unit: str | None
     low: tuple[float, str | None] | None  # the normal range's bounds, with their units
     high: tuple[float, str | None] | None
+    label: str = ""  # the sender's words for what was measured
 
 
 class NotUsed(NamedTuple):
@@ -116,7 +117,7 @@ def _readings(resource: Mapping[str, Any], base: str, kinds: Mapping[str, Any]) 
         else:
             unit = _unit(quantity) if quantity is not None else None
             low, high = _normal_range(part, unit)
-            yield Reading(where, patient, encounter, time, codes, _float(number), unit, low, high)
+            yield Reading(where, patient, encounter, time, codes, _float(number), unit, low, high, _label(part))
 
 
 def effective_time(resource: Mapping[str, Any]) -> datetime | None:
@@ -136,6 +137,12 @@ def _codes(part: Mapping[str, Any]) -> tuple[str, ...]:
     codings.sort(key=lambda coding: coding.get("system") != LOINC)
     text = (concept.get("text") or "").strip()
     return tuple(map(_code, codings)) or ((text,) if text else ())
+
+
+def _label(part: Mapping[str, Any]) -> str:
+    concept = part.get("code") or {}
+    texts = (concept.get("text"), *(coding.get("display") for coding in concept.get("coding") or []))
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 
 def _code(coding: Mapping[str, Any]) -> str:

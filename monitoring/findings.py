@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
-from monitoring.log import errors, predictions
+from monitoring.log import cards, errors, predictions
 from monitoring.profile import AT_END, DURING, Profile
 
 FEWEST_FAILED = 5  # failed or UNKNOWN predictions; below, they are not judged
@@ -64,6 +64,7 @@ class Findings:
     quality: pd.DataFrame = field(default_factory=pd.DataFrame)
     calibration: pd.DataFrame = field(default_factory=pd.DataFrame)
     daily: pd.DataFrame = field(default_factory=pd.DataFrame)
+    answers: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) -> tuple[int, list[tuple[int, int]]]:
@@ -82,6 +83,30 @@ def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) 
             period = (predictions.c.time > end - timedelta(days=days)) & (predictions.c.time <= end)
             earlier.append(tuple(connection.execute(counts.where(period)).one()))
     return int(n), earlier
+
+
+def look_at_answers(findings: Findings, engine: sa.Engine, since: datetime, until: datetime) -> None:
+    """How clinicians answered the cards that were given in ``since < time <= until``: of each risk level the number of
+    cards, of answers, and of reasons of those that were overridden. All model versions."""
+    query = sa.select(cards.c.risk_level, cards.c.outcome, cards.c.reason)
+    with engine.connect() as connection:
+        rows = pd.read_sql(query.where(cards.c.time > since, cards.c.time <= until), connection)
+    table = []
+    for level in [name for name in ("HIGH", "MEDIUM", "LOW", "UNKNOWN") if name in set(rows["risk_level"])]:
+        own = rows[rows["risk_level"] == level]
+        overridden = own[own["outcome"] == "overridden"]
+        reasons = overridden["reason"].fillna("none given").value_counts()
+        table.append(
+            {
+                "risk_level": level,
+                "cards": len(own),
+                "accepted": int((own["outcome"] == "accepted").sum()),
+                "overridden": len(overridden),
+                "not_answered": int(own["outcome"].isna().sum()),
+                "reasons": ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()),
+            }
+        )
+    findings.answers = pd.DataFrame(table)
 
 
 def look_at_service(

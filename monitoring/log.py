@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,21 @@ errors = sa.Table(
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("n", sa.Integer(), nullable=False),
 )
+cards = sa.Table(  # of CDS Hooks
+    "cards",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("time", sa.DateTime(), nullable=False, index=True),  # when it was given, UTC
+    sa.Column("model_version", sa.String(32), nullable=False),
+    sa.Column("card", sa.String(36), nullable=False, unique=True),  # its uuid
+    sa.Column("visit", sa.String(16), nullable=False),  # Pseudonyms.visit
+    sa.Column("risk_level", sa.String(8), nullable=False),
+    sa.Column("outcome", sa.String(16)),  # accepted or overridden; NULL if nobody answered
+    sa.Column("reason", sa.String(32)),  # of an overridden card: a code of the service's list, or other
+    sa.Column("answered", sa.DateTime()),  # UTC
+)
 _NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: SQLAlchemy caches their SQL
+_NEW_CARD = cards.insert()
 _migrating = threading.Lock()  # Alembic's context belongs to the whole process
 
 
@@ -249,10 +263,42 @@ class PredictionLog:
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
         return self._write(_NEW_ERROR, [{"time": self._clock().replace(tzinfo=None), **row}])
 
+    def record_cards(self, given: Iterable[tuple[str, str, str, str]]) -> bool:
+        """Logs cards that are given to clinicians: each with its uuid, client, visit and risk level."""
+        if not self._open():
+            return False
+        shared = {"time": self._clock().replace(tzinfo=None), "model_version": self._pipeline.model_version}
+        rows = [
+            {**shared, "card": card, "visit": self._pseudonyms.visit(client, visit), "risk_level": level}
+            for card, client, visit, level in given
+        ]
+        return not rows or self._write(_NEW_CARD, rows)
+
+    def record_answers(self, answers: Iterable[tuple[str, str, str | None, datetime]]) -> list[bool] | None:
+        """Logs how clinicians answered cards: the card's uuid, ``accepted`` or ``overridden``, the reason, and when
+        (UTC, naive). A later answer replaces an earlier one. Returns whether each card is known; None if nothing could
+        be written."""
+        known: list[bool] = []
+
+        def write(connection: sa.Connection) -> None:
+            known.clear()
+            for card, outcome, reason, moment in answers:
+                own = cards.c.card == card
+                first = sa.or_(cards.c.answered.is_(None), cards.c.answered <= moment)
+                answer = {"outcome": outcome, "reason": reason, "answered": moment}
+                connection.execute(cards.update().where(own, first).values(**answer))
+                known.append(connection.scalar(sa.select(cards.c.id).where(own)) is not None)
+
+        return known if self._open() and self._commit(write) else None
+
     def _write(self, statement: sa.Insert, rows: list[dict[str, Any]]) -> bool:
+        return self._commit(lambda connection: connection.execute(statement, rows), len(rows))
+
+    def _commit(self, write: Callable[[sa.Connection], Any], n: int = 1) -> bool:
+        """Writes about `n` rows in one transaction; says whether that was possible."""
         try:
             with self._engine.begin() as connection:
-                connection.execute(statement, rows)
+                write(connection)
         except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             if not self._failing:  # logged once, not for every prediction
                 log.error("error: the prediction log cannot be written: %s", type(error).__name__)
@@ -262,7 +308,7 @@ class PredictionLog:
             log.warning("the prediction log can be written again")
         self._failing = False
         if self._engine.dialect.name == "sqlite":
-            self._pages += 3 + len(rows) // 10  # about as many go to the write-ahead log
+            self._pages += 3 + n // 10  # about as many go to the write-ahead log
             if self._pages >= WAL_PAGES and self._checkpointing.acquire(blocking=False):
                 self._pages = 0
                 threading.Thread(target=self._checkpoint, daemon=True).start()

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from feature_pipeline import Config
 from monitoring.drift import FEWEST_VISITS, look_for_drift
-from monitoring.findings import Findings, distributions, look_at_service, read_counts, read_rows
+from monitoring.findings import Findings, distributions, look_at_answers, look_at_service, read_counts, read_rows
 from monitoring.log import predictions
 from monitoring.profile import Profile
 from monitoring.quality import expected_quality, look_at_quality
@@ -30,6 +30,7 @@ def look(
     since = until - timedelta(days=days)
     everything = read_rows(engine, since, until)
     look_at_service(findings, everything, *read_counts(engine, since, until, days), days, most_seconds)
+    look_at_answers(findings, engine, since, until)
     rows = everything[everything["model_version"] == version]
     reference = config.reference_profile
     if not reference:

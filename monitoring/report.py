@@ -43,6 +43,8 @@ def report_html(findings: Findings, config: Config, until: datetime, days: int) 
         right.legend()
     right.set(title="Scores", ylabel="share of patient-hours")
     parts.append(image(figure, "Predictions and latency by day; distribution of the scores"))
+    if len(findings.answers):
+        parts += [heading("Cards and their answers"), frame_table(findings.answers)]
     if len(findings.quality):
         parts += [heading("Quality by week, with outcomes"), frame_table(with_intervals(findings.quality))]
         parts.append(image(quality_figure(findings), "ROC AUC by week; calibration"))

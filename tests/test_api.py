@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jwt
@@ -35,12 +36,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+import monitor
 from common.artifacts import write_atomic
 from common.command_line import log
 from feature_pipeline import CONCEPTS, BadConfig, ProductionPipeline, Unit
 from monitoring.log import PredictionLog
 from serving.api import app as app_module
-from serving.api import fhir, trust
+from serving.api import fetching, fhir, trust
 from serving.api.app import create_app
 from serving.api.limits import ThreadSafeMemory
 from serving.api.security import Key, keep_keys, new_key, read_keys
@@ -913,8 +915,12 @@ def cds_call(*resources, **context):
         "hook": "patient-view",
         "hookInstance": "d1577c69-dfbe-44ad-ba6d-3e05e953b2ea",
         "context": {"userId": "Practitioner/1", "patientId": "example", **context},
-        "prefetch": {"vitals": bundle_of(*resources), "laboratory": None},
+        "prefetch": prefetch_of(bundle_of(*resources)),
     }
+
+
+def prefetch_of(vitals):
+    return {"patient": None, "vitals": vitals, "laboratory": None}
 
 
 def at(time, encounter="Encounter/e1", value=104.5, **changes):
@@ -990,7 +996,7 @@ def test_cds_calls_must_say_whom_they_are_about(viewed, changes):
 
 def test_cds_failures_are_no_advice_that_all_is_well(viewed, tmp_path):
     def answered(vitals, status):
-        answer = viewed.post(CDS, json={**cds_call(), "prefetch": {"vitals": vitals}})
+        answer = viewed.post(CDS, json={**cds_call(), "prefetch": prefetch_of(vitals)})
         entry = lines_of(tmp_path / "audit.jsonl")[-1]
         assert answer.status_code == status
         return answer.get_json(), entry["outcome"]
@@ -1011,6 +1017,163 @@ def test_cds_failures_are_no_advice_that_all_is_well(viewed, tmp_path):
         assert said in detail
     metrics = viewed.get("/metrics").get_data(as_text=True)
     assert 'sepsis_rows_set_aside_total{reason="bad_unit"}' in metrics
+
+
+def test_cds_hooks_of_other_moments(viewed):
+    for service in viewed.get("/cds-services").get_json()["services"]:
+        path = f"/cds-services/{service['id']}"
+        call = {**cds_call(fhir_observation()), "hook": service["hook"]}
+        assert len(viewed.post(path, json=call).get_json()["cards"]) == 1
+        assert viewed.post(path, json={**call, "hook": "order-sign"}).status_code == 400
+
+
+def test_cds_cards_speak_a_clinicians_words(viewed):
+    height = fhir_observation(
+        code={"coding": [{"system": LOINC, "code": "8302-2"}], "text": "Body *height* <b>"},
+        valueQuantity={"value": 180, "unit": "cm", "system": UCUM, "code": "cm"},
+    )
+    (card,) = viewed.post(CDS, json=cds_call(fhir_observation(), height)).get_json()["cards"]
+    assert "does not look at: Body height &lt;b&gt;." in card["detail"]
+    assert "not here:" in card["detail"] and "diastolic blood pressure" in card["detail"]
+    for technical in ("__", "8302-2", "DBP", "AUC", "row"):
+        assert technical not in card["detail"]
+
+
+def answer_to(card, outcome="overridden", minute=0, **changes):
+    moment = f"2024-07-02T09:{minute:02}:00Z"
+    return {"feedback": [{"card": card["uuid"], "outcome": outcome, "outcomeTimestamp": moment, **changes}]}
+
+
+def test_cds_feedback_is_kept_beside_the_cards_and_reported(viewed, tmp_path, config_path):
+    (card,) = viewed.post(CDS, json=cds_call(fhir_observation())).get_json()["cards"]
+    (other,) = viewed.post(CDS, json=cds_call(fhir_observation())).get_json()["cards"]
+    useless = cds_call(lab("2345-7", 5.5, "furlong"), encounterId="e1")
+    (unanswered,) = viewed.post(CDS, json=useless).get_json()["cards"]
+    ours = {"reason": card["overrideReasons"][0], "userComment": "Mrs Smith is on antibiotics"}
+    theirs = {"reason": {"system": "http://a.org", "code": "Smith", "display": "Smith knows"}}
+
+    def send(answer, status=200):
+        answered = viewed.post(f"{CDS}/feedback", json=answer)
+        assert answered.status_code == status
+        return answered
+
+    send(answer_to(card, minute=20, overrideReason=ours))
+    send(answer_to(card, "accepted", minute=10))  # an earlier answer that comes later
+    send({"feedback": [*answer_to(other, overrideReason=theirs)["feedback"], *answer_to({"uuid": "x"})["feedback"]]})
+    for bad in ([], {"feedback": []}, answer_to(card, "ignored"), answer_to(card, outcomeTimestamp="today")):
+        assert "feedback" in send(bad, 400).get_json()["detail"]
+    log_db = sqlite3.connect(tmp_path / "log.db")
+    one, two, three = log_db.execute("select card, outcome, reason from cards order by id")
+    assert one == (card["uuid"], "overridden", "treated") and two[1:] == ("overridden", "other")
+    assert three == (unanswered["uuid"], None, None)
+    of_cards, of_scores = (set(log_db.execute(f"select visit from {table}")) for table in ("cards", "predictions"))
+    assert of_cards == of_scores and len(of_cards) == 1
+    assert 'sepsis_card_answers_total{outcome="unknown card"}' in viewed.get("/metrics").get_data(as_text=True)
+    everything = (tmp_path / "log.db").read_bytes() + (tmp_path / "audit.jsonl").read_bytes()
+    assert b"Smith" not in everything
+    page = tmp_path / "report.html"
+    options = ["report", "--monitor", f"sqlite:///{tmp_path}/log.db", "--config", str(config_path), "--html", str(page)]
+    assert monitor.main(options) == 0
+    text = page.read_text()
+    assert "Cards and their answers" in text and "1 treated, 1 other" in text
+
+
+def test_cds_feedback_that_cannot_be_stored_is_to_be_sent_again(viewed, monkeypatch):
+    (card,) = viewed.post(CDS, json=cds_call(fhir_observation())).get_json()["cards"]
+    log_of_cards = viewed.application.service.model().log
+    monkeypatch.setattr(log_of_cards._engine, "begin", lambda: (_ for _ in ()).throw(OSError("disk")))
+    answer = viewed.post(f"{CDS}/feedback", json=answer_to(card))
+    assert answer.status_code == 503 and "Retry-After" in answer.headers
+
+
+@pytest.fixture
+def ehr():
+    """A FHIR server as far as a CDS Hooks call asks it: searches in two pages, with a token."""
+    asked, answers = [], {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization"), self.headers.get("Accept")))
+            status, body = answers.get(self.path.partition("?")[0], (404, {}))
+            if callable(body):
+                body = body(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/fhir", answers, asked
+        server.shutdown()
+
+
+def test_cds_what_the_prefetch_lacks_is_fetched_with_the_calls_token(make_client, ehr, tmp_path):
+    base, answers, asked = ehr
+    client = make_client(fhir_servers=f"https://other.example.org/fhir, {base}/")
+    client.application.service.clock = NOW.timestamp
+    vitals = at("2024-07-02T08:00:00Z"), at("2024-07-02T07:00:00Z", id="earlier")
+
+    def page(path):
+        if "laboratory" in path:
+            return bundle_of()
+        n = int("page=2" in path)
+        links = [{"relation": "next", "url": f"{base}/Observation?page=2"}] if not n else []
+        return {**bundle_of(), "entry": bundle_of(*vitals)["entry"][n : n + 1], "link": links}
+
+    answers["/fhir/Observation"] = (200, page)
+    patient = {"resourceType": "Patient", "id": "example", "birthDate": "1950-01-01"}
+    answers["/fhir/Patient/example"] = (200, patient)
+    authorization = {"access_token": "secret-of-the-ehr", "token_type": "Bearer", "expires_in": 300, "scope": "x"}
+    call = {**cds_call(), "fhirServer": base, "fhirAuthorization": authorization}
+    del call["prefetch"]
+    (fetched,) = client.post(CDS, json=call).get_json()["cards"]
+    sent_call = cds_call(*vitals)
+    sent_call["prefetch"]["patient"] = patient
+    (sent,) = client.post(CDS, json=sent_call).get_json()["cards"]
+    assert fetched["summary"] == sent["summary"] and fetched["detail"] == sent["detail"]
+    paths = [path.partition("?")[0] for path, _, _ in asked]
+    assert sorted(paths) == ["/fhir/Observation"] * 3 + ["/fhir/Patient/example"]
+    assert {tuple(given) for _, *given in asked} == {("Bearer secret-of-the-ehr", "application/fhir+json")}
+
+    def refused(said, **changes):
+        answer = client.post(CDS, json={**call, **changes})
+        assert answer.status_code == 412 and said in answer.get_json()["detail"]
+
+    n = len(asked)
+    refused("not on this service's list", fhirServer="https://evil.example.org/fhir")
+    refused("no fhirAuthorization", fhirAuthorization=None)
+    refused("laboratory", fhirServer=None, prefetch={"vitals": bundle_of(*vitals)})
+    assert len(asked) == n
+    assert client.post(CDS, json={**call, "context": {"patientId": "../Patient"}}).status_code == 400
+    answers["/fhir/Observation"] = (401, {})
+    refused("answers 401")
+    elsewhere = {**bundle_of(), "link": [{"relation": "next", "url": "http://evil.example.org/next"}]}
+    answers["/fhir/Observation"] = (200, elsewhere)
+    refused("another server")
+    kept = (tmp_path / "access.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
+    assert "secret-of-the-ehr" not in kept
+
+
+def test_cds_a_slow_fhir_server_keeps_nobody_else_waiting(make_client, monkeypatch):
+    """Calls that wait for it are few, and end in time; others are scored meanwhile."""
+    monkeypatch.setattr(fetching, "SECONDS", 0.5)
+    monkeypatch.setattr(fetching, "_lane", threading.Semaphore(1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it accepts and says nothing
+        base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        client = make_client(fhir_servers=base)
+        call = {**cds_call(), "prefetch": {}, "fhirServer": base, "fhirAuthorization": {"access_token": "x"}}
+        ask = lambda: client.application.test_client().post(CDS, json=call)  # noqa: E731
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(ask)
+            until(lambda: not fetching._lane._value, "the call waits for the FHIR server")
+            assert client.post(PREDICT, json=EXAMPLE).status_code == 200
+            assert slow.result(60).status_code == 412
+        fetching._lane.acquire()
+        busy = ask()
+        assert busy.status_code == 503 and "Retry-After" in busy.headers
 
 
 # ----------------------------------------------------------------------------- CDS Hooks: trust, other origins

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from werkzeug.exceptions import BadRequest, RequestURITooLarge, UnprocessableEnt
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
-from feature_pipeline import COLUMNS, NOTHING_USABLE, UNKNOWN_REASONS, BadConfig, BadObservations, to_micros
+from feature_pipeline import COLUMNS, BadConfig, BadObservations, to_micros
 from monitoring.log import OFF, url_of
-from serving.api import cds_hooks, conformance, fhir, metrics
+from serving.api import cds_hooks, conformance, feedback, fetching, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.errors import explained, problem
 from serving.api.limits import ThreadSafeMemory, check_rate_limit
@@ -75,12 +76,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_error_handler(Exception, _error)
 
     limit = limiter.shared_limit(settings.rate_limit, scope="all")
-    limited = {view: limit(view) for view in (predict, fhir_predict, cds_card)}
+    limited = {view: limit(view) for view in (predict, fhir_predict, cds_card, cds_feedback)}
     for rule, view, method in (
         ("/predict", predict, "POST"),
         ("/fhir/predict", fhir_predict, "POST"),
         *((f"/fhir/{name}/${conformance.OPERATION}", fhir_predict, "POST") for name in conformance.TYPES),
-        ("/cds-services/sepsis-risk", cds_card, "POST"),
+        *((f"/cds-services/{name}", cds_card, "POST") for name in cds_hooks.HOOKS),
+        *((f"/cds-services/{name}/feedback", cds_feedback, "POST") for name in cds_hooks.HOOKS),
     ):
         app.add_url_rule(rule, view_func=limited[view], methods=[method])
     for rule, view in (
@@ -103,7 +105,11 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 LONGEST_PATH = 2_000
 # what a key must be for
-PROTECTED = {"predict": "score", "fhir_predict": "score", "cds_card": "score", "model": None, "prometheus": "metrics"}
+PROTECTED = {
+    **dict.fromkeys(("predict", "fhir_predict", "cds_card", "cds_feedback"), "score"),
+    "model": None,
+    "prometheus": "metrics",
+}
 
 
 def _who() -> str:
@@ -121,7 +127,7 @@ def _begin() -> None:
     if len(request.full_path) > LONGEST_PATH:
         raise RequestURITooLarge(f"the path and query are longer than {LONGEST_PATH:,} characters")
     if request.endpoint in PROTECTED and request.method != "OPTIONS":  # a browser asks with it whether it may ask
-        signed = current_app.gate.signed(request) if request.endpoint == "cds_card" else None
+        signed = current_app.gate.signed(request) if request.endpoint.startswith("cds_") else None
         g.client = signed or current_app.gate.client(request, PROTECTED[request.endpoint])
 
 
@@ -167,9 +173,9 @@ def _read_body(types: tuple[str, ...] = JSON_TYPES) -> bytes:
     return read_body(request, current_app.settings, types)
 
 
-def _take_turn(body: bytes, records: Callable[[], list[Any]] | None = None, as_of: str = NOW) -> Waiting:
-    """This request's turn, which lasts to its end; see `Service.take_turn`."""
-    waiting = current_app.service.take_turn(records, as_of, len(body))
+def _take_turn(size: int, records: Callable[[], list[Any]] | None = None, as_of: str = NOW) -> Waiting:
+    """The turn of this request of `size` bytes, which lasts to its end; see `Service.take_turn`."""
+    waiting = current_app.service.take_turn(records, as_of, size)
     if not waiting.settled:
         g.turn = waiting
     return waiting
@@ -241,7 +247,7 @@ def predict() -> Response:
     score at earlier moments, ``?series=1`` the observations as the model reads them."""
     top, points, series = _number("explain", 20), _number("trajectory", 100), _number("series", 1)
     service, as_of, body = current_app.service, _as_of(), _read_body()
-    scored = service.scored(_take_turn(body, lambda: _records(body), as_of))
+    scored = service.scored(_take_turn(len(body), lambda: _records(body), as_of))
     predictions, remarks = scored.predictions(), scored.warnings()
     if top:
         reasons, remark = scored.reasons(top)
@@ -300,7 +306,7 @@ def fhir_predict() -> Response:
     """A FHIR R4 Bundle of Observations, or Parameters with one, to a Bundle of RiskAssessments."""
     conformance.check_media_type(request)
     service, as_of, body = current_app.service, _as_of(), _read_body(FHIR_TYPES)
-    turn = _take_turn(body, as_of=as_of)
+    turn = _take_turn(len(body), as_of=as_of)
     bundle, moment = conformance.parameters_of(_resources(body))
     if moment is not None:
         turn.as_of = _as_of(moment)
@@ -331,19 +337,45 @@ def cds_services() -> Response:
 def cds_card() -> Response:
     """CDS Hooks: prefetched observations to cards."""
     service, body = current_app.service, _read_body()
-    turn = _take_turn(body)
+    turn = _take_turn(len(body))
     call = _resources(body)
-    found = cds_hooks.observations_of(call, turn.model.pipeline, service.clock())
-    user = call["context"].get("userId")
-    if not found.rows:
-        _audit("no observations", user=user)
-        version = turn.model.pipeline.model_version
-        unknown = [cds_hooks.unknown_card(UNKNOWN_REASONS[NOTHING_USABLE], cds_hooks.not_used(found), version)]
-        return jsonify({"cards": unknown if found.issues else []})
-    turn.records = lambda: found.records
-    scored = service.scored(turn)
-    _audit("scored", scored, user)
-    return jsonify({"cards": cds_hooks.cards(found, scored)})
+    cds_hooks.check(call, request.path.rpartition("/")[2])
+    if lacking := fetching.lacking(call, cds_hooks.PREFETCH):
+        _leave(None)  # nobody waits for another server
+        found_there, size = fetching.fetched(call, lacking, current_app.settings)
+        call["prefetch"] = (call.get("prefetch") or {}) | found_there
+        turn = _take_turn(len(body) + size)
+    pipeline = turn.model.pipeline
+    found = cds_hooks.observations_of(call, pipeline, service.clock())
+    user, scored = call["context"].get("userId"), None
+    if found.rows:
+        turn.records = lambda: found.records
+        scored = service.scored(turn)
+        shown = cds_hooks.cards(found, scored)
+    else:
+        shown = cds_hooks.no_cards(call, found, pipeline.model_version)
+    logged = turn.model.log.record_cards((s.card["uuid"], s.client, s.visit, s.level) for s in shown)
+    if current_app.settings.log_required and not logged:
+        raise Unlogged("cards cannot be logged, and must not be returned unlogged")
+    _audit("scored" if scored else "no observations", scored, user)
+    return jsonify({"cards": [s.card for s in shown]})
+
+
+def cds_feedback() -> Response:
+    """CDS Hooks: how clinicians answered cards."""
+    body = parse_json(_read_body(), current_app.settings.max_visits)
+    service = current_app.service
+    answers = feedback.answers_of(body, datetime.fromtimestamp(service.clock(), UTC))
+    log_of_cards = service.model().log
+    known = log_of_cards.record_answers(answers)
+    if known is None:
+        if not log_of_cards.works:
+            raise Unlogged("feedback cannot be stored now")
+        known = [False] * len(answers)  # there is no log
+    for answer, is_known in zip(answers, known, strict=True):
+        metrics.CARD_ANSWERS.labels(answer.outcome if is_known else "unknown card").inc()
+    _audit("feedback")
+    return jsonify({})
 
 
 def health() -> Response:

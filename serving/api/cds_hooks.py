@@ -3,49 +3,54 @@
 from __future__ import annotations
 
 import math
+import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
 from werkzeug.exceptions import BadRequest, PreconditionFailed, UnprocessableEntity
 
-from feature_pipeline import FUTURE_TOLERANCE, SET_ASIDE_REASONS, ProductionPipeline
+from feature_pipeline import FUTURE_TOLERANCE, NOTHING_USABLE, SET_ASIDE_REASONS, UNKNOWN_REASONS, ProductionPipeline
 from serving.api import fhir
+from serving.api.feedback import OVERRIDE_REASONS
 from serving.api.service import Scored
 from serving.api.words import age_text
-from serving.evidence import unused_text
 
 OBSERVATIONS = {
     name: f"Observation?patient={{{{context.patientId}}}}&category={category}&_sort=-date&_count=1000"
     for name, category in (("vitals", "vital-signs"), ("laboratory", "laboratory"))
 }
 PREFETCH = {"patient": "Patient/{{context.patientId}}", **OBSERVATIONS}
+HOOKS = {  # by the id of the service; each hook's context names the patient, and an encounter if there is one
+    "sepsis-risk": "patient-view",
+    "sepsis-risk-encounter-start": "encounter-start",
+    "sepsis-risk-order-select": "order-select",
+}
 SERVICES = {
     "services": [
         {
-            "hook": "patient-view",
-            "id": "sepsis-risk",
+            "hook": hook,
+            "id": name,
             "title": "Sepsis risk",
             "description": "Probability of sepsis in the next hours, from vital signs and laboratory values",
             "prefetch": PREFETCH,
         }
+        for name, hook in HOOKS.items()
     ]
 }
 INDICATORS = {"LOW": "info", "MEDIUM": "warning", "HIGH": "critical", "UNKNOWN": "info"}
-REASONS = 3
+REASONS, MOST_NAMES = 3, 8  # of a card
 
 
-def observations_of(call: Any, pipeline: ProductionPipeline, now: float) -> fhir.Found:
-    """The observations of the call's patient and encounter; of the patient's latest visit where it names no encounter.
-
-    No rows where the patient has none that can be used: with issues where some were sent. Raises 400 for what is no
-    call, 412 where the prefetch lacks observations or tells of an error.
-    """
+def check(call: Any, service: str) -> None:
+    """Raises 400 for what is no call of the hook of `service`."""
     if not isinstance(call, dict) or not all(isinstance(call.get(name), str) for name in ("hook", "hookInstance")):
         raise BadRequest("expected a CDS Hooks call with hook, hookInstance, context and prefetch")
-    if call["hook"] != "patient-view":
-        raise BadRequest("this service answers the hook patient-view")
+    if call["hook"] != HOOKS[service]:
+        raise BadRequest(f"this service answers the hook {HOOKS[service]}")
     context = call.get("context")
     patient = context.get("patientId") if isinstance(context, dict) else None
     if not isinstance(patient, str) or not patient.strip():
@@ -53,10 +58,17 @@ def observations_of(call: Any, pipeline: ProductionPipeline, now: float) -> fhir
     encounter = context.get("encounterId")
     if encounter is not None and (not isinstance(encounter, str) or not encounter.strip()):
         raise BadRequest("context.encounterId is not the id of an encounter")
-    prefetch = call.get("prefetch")
-    prefetch = prefetch if isinstance(prefetch, dict) else {}
-    if not OBSERVATIONS.keys() & prefetch.keys():
-        raise PreconditionFailed(f"the prefetch holds no observations; expected {', '.join(OBSERVATIONS)}")
+    context["patientId"], context["encounterId"] = patient.strip(), encounter and encounter.strip()
+
+
+def observations_of(call: dict[str, Any], pipeline: ProductionPipeline, now: float) -> fhir.Found:
+    """The observations of the patient and encounter of a checked call; of the patient's latest visit where it names no
+    encounter.
+
+    No rows where the patient has none that can be used: with issues where some were sent. Raises 412 where the prefetch
+    tells of an error.
+    """
+    context, prefetch = call["context"], call["prefetch"]
     found = fhir.Found()
     entries, places = [], []
     for name, given in prefetch.items():
@@ -77,7 +89,7 @@ def observations_of(call: Any, pipeline: ProductionPipeline, now: float) -> fhir
     fhir.collect(entries, pipeline, found, places)
     if not found.rows and found.set_aside_counts["source_failed"]:
         raise PreconditionFailed(f"the prefetch holds no observations ({found.first_issues()})")
-    asked = of_visit(found, patient.strip(), encounter and encounter.strip(), now + FUTURE_TOLERANCE / 1e6)
+    asked = of_visit(found, context["patientId"], context["encounterId"], now + FUTURE_TOLERANCE / 1e6)
     fhir.add_people(asked, pipeline)
     return asked
 
@@ -109,29 +121,51 @@ def has_id(identity: fhir.Identity, resource_id: str) -> bool:
     return identity.value == resource_id and not identity.place.endswith("|")
 
 
-def cards(found: fhir.Found, scored: Scored) -> list[dict[str, Any]]:
+class Shown(NamedTuple):
+    """A card, and whom it is about."""
+
+    card: dict[str, Any]
+    client: str
+    visit: str
+    level: str
+
+
+def cards(found: fhir.Found, scored: Scored) -> list[Shown]:
     """A card for each visit, the highest risk first; one of unknown risk says so."""
     horizon = scored.horizon_hours
     within = f" within {horizon:g} h" if horizon is not None else ""
     reasons, _ = scored.reasons(REASONS)
-    remarks = [*scored.warnings(), *not_used(found, scored)]
+    remarks = not_used(found, scored)
+    if absent := scored.absent_quantities:
+        remarks.insert(0, f"Nearly always measured, and not here: {listed(absent)}.")
     version = scored.pipeline.model_version
     out = []
-    for prediction, own in zip(scored.predictions(), reasons, strict=True):
+    for key, prediction, own in zip(scored.observations.keys(), scored.predictions(), reasons, strict=True):
         p, hours = prediction["sepsis_probability"], prediction["hours_since_newest"]
         moment = f"{datetime.fromisoformat(prediction['as_of']):%Y-%m-%d %H:%M} UTC"
         age = "" if hours is None else f"The newest observation that the model uses is {age_text(hours)} old."
+        level = prediction["risk_level"]
         if p is None:
-            out.append((-1, unknown_card(prediction["reason_text"], [age, *remarks], version)))
+            out.append((-1, Shown(unknown_card(prediction["reason_text"], [age, *remarks], version), *key, level)))
             continue
         detail = [f"Probability of sepsis{within} of {moment}: {percent(p)}. {age}"]
         if own:
             detail += ["", "Strongest reasons:", ""]
             detail += [f"- {'raises' if r['contribution'] > 0 else 'lowers'} the risk: {r['text']}" for r in own]
-        summary = f"Sepsis risk {prediction['risk_level']}: {percent(p)}{within} of {moment}"
-        out.append((p, card(summary, detail, remarks, INDICATORS[prediction["risk_level"]], version)))
+        summary = f"Sepsis risk {level}: {percent(p)}{within} of {moment}"
+        out.append((p, Shown(card(summary, detail, remarks, INDICATORS[level], version), *key, level)))
     out.sort(key=lambda item: -item[0])
-    return [card for _, card in out]
+    return [shown for _, shown in out]
+
+
+def no_cards(call: dict[str, Any], found: fhir.Found, version: str) -> list[Shown]:
+    """Where there is nothing to score: no card for a patient without data, the card of an unknown risk where there are
+    some that cannot be used."""
+    if not found.issues:
+        return []
+    patient, encounter = call["context"]["patientId"], call["context"]["encounterId"]
+    given = unknown_card(UNKNOWN_REASONS[NOTHING_USABLE], not_used(found), version)
+    return [Shown(given, patient, encounter or patient, "UNKNOWN")]
 
 
 def unknown_card(why: str, remarks: list[str], version: str) -> dict[str, Any]:
@@ -149,18 +183,26 @@ def card(summary: str, detail: list[str], remarks: list[str], indicator: str, ve
         "detail": "\n".join(lines),
         "indicator": indicator,
         "source": {"label": f"Sepsis risk model {version}"},
+        "overrideReasons": OVERRIDE_REASONS,
     }
 
 
 def not_used(found: fhir.Found, scored: Scored | None = None) -> list[str]:
-    """A sentence where data were set aside, and one on codes that the model does not use."""
+    """A sentence where data were set aside, and one on quantities that the model does not use."""
     counts = [(n, fhir.NOT_USED[reason].partition(":")[0]) for reason, n in found.set_aside_counts.items()]
     if scored is not None:
         counts += [(n, SET_ASIDE_REASONS[reason]) for reason, n in scored.observations.set_aside.items()]
     told = [f"Not used: {'; '.join(f'{n} x {why}' for n, why in counts)}."] if counts else []
     if scored is not None and scored.unused_codes:
-        told.append(f"Not used: {unused_text(scored.unused_codes)}.")
+        names = list(dict.fromkeys(found.labels.get(code, code) for code in scored.unused_codes))
+        told.append(f"The model does not look at: {listed(names)}.")
     return told
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, as text that holds no markup: they may be the EHR's."""
+    told = [escape(re.sub(r"[\s\\`*_\[\]#|~]+", " ", name).strip()[:60]) for name in names[:MOST_NAMES]]
+    return ", ".join(told) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def percent(p: float) -> str:

@@ -76,6 +76,7 @@ class Found:
     set_aside_counts: Counter[str] = field(default_factory=Counter)
     patients: dict[Identity, dict[str, Any]] = field(default_factory=dict)  # Patient resources
     same: dict[Identity, Identity] = field(default_factory=dict)  # other names of a resource of the Bundle
+    labels: dict[str, str] = field(default_factory=dict)  # the sender's words for a code
 
     def set_aside(self, where: str, reason: str, more: str = "", n: int = 1) -> None:
         """Notes that what stands at `where`, `n` observations, is not used, for a reason of `NOT_USED`."""
@@ -278,6 +279,8 @@ def _add(entry: Entry, pipeline: ProductionPipeline, found: Found, kinds: dict[s
             patient, encounter = (found.same.get(name, name) for name in (part.patient, part.encounter))
             row = Row((patient, encounter), moment, record, resource["subject"], resource.get("encounter"), reference)
             found.rows.append(row)
+            if part.label:
+                found.labels.setdefault(record["observation_type_code"], part.label)
 
 
 def _record(part: Reading, pipeline: ProductionPipeline) -> dict[str, Any] | None:

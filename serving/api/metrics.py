@@ -18,6 +18,7 @@ SCORE = Histogram("sepsis_score", "Probabilities given", buckets=SCORES, registr
 SET_ASIDE = Counter("sepsis_rows_set_aside", "Observations not used", ["reason"], registry=registry)
 UNUSED = Counter("sepsis_unused_observations", "Observations of codes that the model does not use", registry=registry)
 UNLOGGED = Counter("sepsis_predictions_not_logged", "Visits whose prediction was not logged", registry=registry)
+CARD_ANSWERS = Counter("sepsis_card_answers", "Answers of clinicians to cards", ["outcome"], registry=registry)
 LOG_ERRORS = Counter("sepsis_log_errors", "Lines that a log could not take", ["log"], registry=registry)
 LAST_USE = Gauge(
     "sepsis_key_last_use_seconds",

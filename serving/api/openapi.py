@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS, UNIT_COLUMN, UNKNOWN_REASONS
+from serving.api.cds_hooks import HOOKS
 from serving.api.conformance import OPERATION, TYPES
+from serving.api.feedback import MOST_ANSWERS, OUTCOMES
 from serving.api.settings import Settings
 
 
@@ -119,17 +121,32 @@ def _paths(settings: Settings) -> dict[str, Any]:
                 "responses": {"200": _answer("Services", "Services"), **_errors({500: broken[500]})},
             }
         },
-        "/cds-services/sepsis-risk": {
-            "post": {
-                "operationId": "cdsSepsisRisk",
-                "summary": "CDS Hooks: prefetched Observations to cards",
-                "requestBody": _body("application/json", "CdsCall"),
-                "responses": {
-                    "200": _answer("Cards", "Cards"),
-                    **_errors({**posts, 412: "the prefetch lacks observations, or holds an error"}),
-                },
-                "security": _SECURITY,
+        **{
+            f"/cds-services/{name}": {
+                "post": {
+                    "operationId": f"cds-{name}",
+                    "summary": f"CDS Hooks, {hook}: prefetched Observations to cards",
+                    "requestBody": _body("application/json", "CdsCall"),
+                    "responses": {
+                        "200": _answer("Cards", "Cards"),
+                        **_errors({**posts, 412: "data are neither in the prefetch nor to be fetched"}),
+                    },
+                    "security": _SECURITY,
+                }
             }
+            for name, hook in HOOKS.items()
+        },
+        **{
+            f"/cds-services/{name}/feedback": {
+                "post": {
+                    "operationId": f"cds-{name}-feedback",
+                    "summary": "CDS Hooks: how a clinician answered cards",
+                    "requestBody": _body("application/json", "Feedback"),
+                    "responses": {"200": _answer("Stored", "Empty"), **_errors(posts)},
+                    "security": _SECURITY,
+                }
+            }
+            for name in HOOKS
         },
         "/health": _get("health", "Does the process answer?", "Status", {500: broken[500]}),
         "/ready": _get("ready", "Is the model loaded and checked?", "Status", broken),
@@ -298,7 +315,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             "type": "object",
             "required": ["hook", "hookInstance", "context"],
             "properties": {
-                "hook": {"const": "patient-view"},
+                "hook": {"enum": [*HOOKS.values()]},
                 "hookInstance": text,
                 "context": {
                     "type": "object",
@@ -308,9 +325,29 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                         "encounterId": {**text, "minLength": 1, "description": "else the latest visit is scored"},
                     },
                 },
-                "prefetch": {"type": "object", "additionalProperties": _ref("Bundle")},
+                "prefetch": {"type": "object", "additionalProperties": {"anyOf": [_ref("Resource"), {"type": "null"}]}},
+                "fhirServer": {**text, "description": "is asked for what the prefetch lacks, if it is on the list"},
+                "fhirAuthorization": {"type": "object", "properties": {"access_token": text}},
             },
         },
+        "Feedback": _object(
+            feedback={
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MOST_ANSWERS,
+                "items": {
+                    "type": "object",
+                    "required": ["card", "outcome", "outcomeTimestamp"],
+                    "properties": {
+                        "card": {**text, "description": "the uuid of the card", "minLength": 1, "maxLength": 36},
+                        "outcome": {"enum": [*OUTCOMES]},
+                        "outcomeTimestamp": {**text, "format": "date-time"},
+                        "overrideReason": {"type": "object", "properties": {"reason": {"type": "object"}}},
+                    },
+                },
+            }
+        ),
+        "Empty": {"type": "object"},
         "Services": _object(services={"type": "array", "items": {"type": "object"}}),
         "Cards": _object(
             cards={
@@ -321,6 +358,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                     detail=text,
                     indicator={"enum": ["info", "warning", "critical"]},
                     source=_object(label=text),
+                    overrideReasons={"type": "array", "items": _object(system=text, code=text, display=text)},
                 ),
             }
         ),

@@ -317,6 +317,14 @@ class Scored:
         """Observations of codes that the model does not use, by code."""
         return self.pipeline.unused_codes(self.observations)
 
+    @property
+    def absent_quantities(self) -> list[str]:
+        """What nearly every visit had in training and none has here, in words."""
+        o = self.observations
+        present = {o.codes[i] for i in set(o.group_code.tolist())}
+        absent = self.pipeline.absent_codes(present, int((o.first_time != NO_TIME).sum()))
+        return list(dict.fromkeys(code_words(code, self.codes)[0] for code in absent))
+
     @cached_property
     def used_rows(self) -> np.ndarray:
         """(n_observations,) does the model look at the row, and is it of the moment or before?"""

@@ -21,6 +21,7 @@ class Settings:
     codes: str = ""  # a site map of codes, CSV code,concept[,unit]
     api_keys: str = ""  # a file of `python api_server.py --new-key` lines, or such lines separated by commas
     cds_clients: str = ""  # a JSON file of the CDS Hooks clients whose signed calls are trusted
+    fhir_servers: str = ""  # base URLs that a CDS Hooks call's missing data may be fetched from, with commas between
     cors_origins: str = ""  # browsers' origins that may ask CDS Hooks, separated by commas
     insecure: bool = False  # open to everybody, without keys
     rate_limit: str = "1200/minute"  # of each key, or of each address where there is none

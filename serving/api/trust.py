@@ -12,16 +12,15 @@ import os
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jwt
 
 from common.command_line import log
+from common.web import ask, is_safe
 from feature_pipeline import BadConfig
 
 ALGORITHMS = {"EC": "ES384", "RSA": "RS384"}  # by the type of the key: a token cannot choose another one
@@ -58,31 +57,19 @@ class Client:
             try:
                 self.asked = now
                 self.keys, self.fetched = parse_keys(fetch(self.jku)), now
-            except (OSError, ValueError, BadConfig) as error:
+            except (OSError, BadConfig) as error:
                 log.error("error: the key set of a CDS client cannot be read (%s)", type(error).__name__)
             finally:
                 self.lock.release()
         return None if self.jku and now - self.fetched > OLDEST_KEYS else self.keys.get(kid)
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(NoRedirect)
-
-
 def fetch(url: str) -> Any:
-    """The JSON document at `url`. Raises OSError and ValueError; takes `FETCH_SECONDS` at most."""
-    late = time.monotonic() + FETCH_SECONDS
-    body = b""
-    with _opener.open(url, timeout=FETCH_SECONDS) as answer:
-        while chunk := answer.read1(1 << 14):
-            body += chunk
-            if len(body) > MOST_BYTES or time.monotonic() > late:
-                raise OSError("the key set is too large, or comes too slowly")
-    return json.loads(body)
+    """The JSON document at `url`. Raises OSError; takes `FETCH_SECONDS` at most."""
+    answer = ask(url, seconds=FETCH_SECONDS, most_bytes=MOST_BYTES)
+    if answer.status != 200:
+        raise OSError("no key set is there")
+    return answer.body
 
 
 def parse_keys(key_set: Any) -> dict[str, jwt.PyJWK]:
@@ -116,16 +103,17 @@ class Clients:
         audience, clients = (given.get(name) if isinstance(given, dict) else None for name in ("audience", "clients"))
         if not isinstance(audience, list) or not audience or not isinstance(clients, list):
             raise BadConfig(f"{where}: expected the lists `audience` (URLs of this service) and `clients`")
-        self.audience: list[str] = [str(url) for url in audience]
+        # the feedback on a card is sent to an address below the service's
+        self.audience: list[str] = [f"{url}{below}" for url in audience for below in ("", "/feedback")]
         self.clients: dict[str, Client] = {}
         for number, client in enumerate(clients):
             iss, jku = (client.get(name) if isinstance(client, dict) else None for name in ("iss", "jku"))
-            parts = urlsplit(jku) if isinstance(jku, str) else None
-            safe = parts is None or parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1")
-            if not isinstance(iss, str) or not iss or not safe or (parts is None) == ("keys" not in client):
+            fetched = isinstance(jku, str)
+            safe = not fetched or is_safe(jku)
+            if not isinstance(iss, str) or not iss or not safe or fetched == ("keys" in client):
                 raise BadConfig(f"{where}, client {number}: expected `iss`, and `keys` or `jku` (an https URL)")
-            keys = {} if parts else parse_keys({"keys": client["keys"]})
-            if not parts and not keys:
+            keys = {} if fetched else parse_keys({"keys": client["keys"]})
+            if not fetched and not keys:
                 raise BadConfig(f"{where}, client {number}: no key for {' or '.join(ALGORITHMS.values())} with a `kid`")
             self.clients[iss] = Client(iss, str(client.get("tenant") or iss), jku or "", keys)
         self._seen = seen or Once().seen
