@@ -8,10 +8,13 @@ import json
 import os
 import platform
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from feature_pipeline import BadConfig
 
 LIBRARIES = ("numpy", "pandas", "scikit-learn", "lightgbm", "joblib")
 
@@ -66,6 +69,17 @@ def write_tables(tables: Mapping[Path, Any]) -> None:
                 frame.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
             else:
                 frame.to_csv(file, index=False)
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file that a person wrote. Raises `BadConfig`, which says `what` it is."""
+    where = f"{what} {str(path)!r}"
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadConfig(f"{where} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadConfig(f"{where} cannot be read: {error}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

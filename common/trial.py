@@ -13,7 +13,6 @@ A rule is judged once there are so many septic visits with an outcome; before th
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from common.alerts import COOLDOWN_HOURS, WINDOWS, Scored, Stays, figures_of, judged_moments, per_visit, totals
+from common.artifacts import read_toml
 from common.metrics import ranking_scores
 from common.pseudonyms import Pseudonyms
 from feature_pipeline import NO_TIME, BadConfig, BadObservations, Config, listed
@@ -91,12 +91,7 @@ class Rule:
 def read_stop_rule(path: str | Path) -> list[Rule]:
     """The rules of a file. Raises `BadConfig`, which names the file and the rule."""
     where = f"stop rule {str(path)!r}"
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadConfig(f"{where} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadConfig(f"{where} cannot be read: {error}") from error
+    content = read_toml(path, "stop rule")
     rules = content.get("stop")
     if set(content) != {"stop"} or not isinstance(rules, list) or not rules:
         raise BadConfig(f"{where}: expected one or more [[stop]] with figure, at_least or at_most, septic_visits")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import read_toml
 from feature_pipeline import BadConfig, BadObservations, check_synonyms, listed
 from sources.meanings import given_concepts
 from sources.prepare import add_source
@@ -47,10 +47,7 @@ GUESSES = {
 
 def read_map(path: Path) -> dict[str, Any]:
     """A map.toml: [columns], and optionally [time] and [concepts]; for a database also the name of the table."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{path}: it is no TOML file ({error})") from None
+    content = read_toml(path, "map")
     if unknown := content.keys() - {"columns", "time", "concepts", "table"}:
         raise BadConfig(f"{path}: unknown {listed(sorted(unknown))}; known: columns, time, concepts, table")
     columns = content.get("columns", {})

@@ -559,7 +559,7 @@ def test_lines_that_are_no_rows_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[columns\n", "it is no TOML file"),
+        ("[columns\n", "cannot be read: "),
         ('[columns]\nvisit_id = "csn"\n', "does not say which column is 'observation_date'"),
         (MAP.replace('"value"', '"absent"'), "missing column 'absent' among 6"),
         (MAP.replace("unit =", "units ="), "[columns] names 'units'"),

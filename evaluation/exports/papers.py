@@ -9,14 +9,13 @@ all of them. A TOML file may hold what people wrote, by paper and item, and is u
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from common.artifacts import write_atomic, write_json
+from common.artifacts import read_toml, write_atomic, write_json
 from common.pages import frame_table, heading, page, paragraph
 from evaluation.exports import model_card, source_attributes, tripod
 from evaluation.exports.facts import facts_of
@@ -58,12 +57,7 @@ def read_answers(path: str | None) -> dict[str, dict[str, str]]:
     if path is None:
         return {}
     where = f"answers {path!r}"
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadConfig(f"{where} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadConfig(f"{where} cannot be read: {error}") from error
+    content = read_toml(path, "answers")
     for paper, answers in content.items():
         if paper not in PAPERS or not isinstance(answers, dict):
             raise BadConfig(f"{where}: unknown paper {paper!r}; known: {listed(PAPERS)}")
