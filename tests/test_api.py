@@ -1502,7 +1502,7 @@ def test_what_the_model_does_not_use_is_named_and_is_no_evidence(strict):
     told = " ".join(issue["diagnostics"] for issue in entries[1]["resource"]["issue"])
     assert "'8302-2' (1 row)" in told and "'http://example.org/codes|8867-4' (1 row)" in told
     (card,) = strict.post(CDS, json=cds_call(*used, height)).get_json()["cards"]
-    assert "'8302-2' (1 row)" in card["detail"]
+    assert "The model does not look at: 8302-2." in card["detail"]
     assert "sepsis_unused_observations_total" in strict.get("/metrics").get_data(as_text=True)
 
 
@@ -1850,5 +1850,5 @@ def test_an_observation_of_tomorrow_does_not_choose_the_visit(strict):
     call = cds_call(*now, tomorrow)
     call["context"].pop("encounterId", None)
     (card,) = strict.post(CDS, json=call).get_json()["cards"]
-    (alone,) = strict.post(CDS, json={**call, "prefetch": {"vitals": bundle_of(*now)}}).get_json()["cards"]
+    (alone,) = strict.post(CDS, json={**call, "prefetch": prefetch_of(bundle_of(*now))}).get_json()["cards"]
     assert card["summary"] == alone["summary"] and "UNKNOWN" not in card["summary"]

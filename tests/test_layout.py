@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("feature_pipeline", "common")
-SERVING = ("serving.deployed", "serving.evidence", "monitoring.log", *CORE)
+SHARED = ("serving.deployed", "serving.evidence", "serving.words", "serving.scored", "serving.fhir")
+SERVING = (*SHARED, "monitoring.log", *CORE)
 # every module of the project belongs to the room with the longest fitting name, and may import its own room besides
 ROOMS = {
     "feature_pipeline": (),
@@ -29,6 +30,9 @@ ROOMS = {
     "serving.deployed": ("serving.shadow", "monitoring.log", *CORE),
     "serving.shadow": ("monitoring.log", *CORE),
     "serving.evidence": ("monitoring.log", *CORE),
+    "serving.words": CORE,
+    "serving.scored": ("serving.words", *CORE),
+    "serving.fhir": ("serving.scored", *CORE),
     "serving.api": SERVING,
     "serving.batch": SERVING,
     "serving.db": SERVING,
@@ -48,6 +52,7 @@ ROOMS = {
 }
 REQUIREMENTS = {  # beside requirements.txt
     "serving.api": ("requirements-api.txt",),
+    "serving.fhir": ("requirements-fhir.txt",),
     "api_server": ("requirements-api.txt",),
     "gunicorn.conf": ("requirements-api.txt",),
     "sources": ("requirements-prepare.txt",),

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from werkzeug.exceptions import BadRequest, PreconditionFailed, UnprocessableEntity
 
+from common.fhir import Identity
 from feature_pipeline import FUTURE_TOLERANCE, NOTHING_USABLE, SET_ASIDE_REASONS, UNKNOWN_REASONS, ProductionPipeline
-from serving.api import fhir
 from serving.api.feedback import OVERRIDE_REASONS
-from serving.api.service import Scored
-from serving.api.words import age_text
+from serving.api.service import count_set_aside
+from serving.fhir.reading import NOT_USED, Found, add_people, collect, has_more
+from serving.scored import Scored
+from serving.words import age_text
 
 OBSERVATIONS = {
     name: f"Observation?patient={{{{context.patientId}}}}&category={category}&_sort=-date&_count=1000"
@@ -61,7 +63,7 @@ def check(call: Any, service: str) -> None:
     context["patientId"], context["encounterId"] = patient.strip(), encounter and encounter.strip()
 
 
-def observations_of(call: dict[str, Any], pipeline: ProductionPipeline, now: float) -> fhir.Found:
+def observations_of(call: dict[str, Any], pipeline: ProductionPipeline, now: float) -> Found:
     """The observations of the patient and encounter of a checked call; of the patient's latest visit where it names no
     encounter.
 
@@ -69,7 +71,7 @@ def observations_of(call: dict[str, Any], pipeline: ProductionPipeline, now: flo
     tells of an error.
     """
     context, prefetch = call["context"], call["prefetch"]
-    found = fhir.Found()
+    found = Found(count=count_set_aside)
     entries, places = [], []
     for name, given in prefetch.items():
         where = f"prefetch.{name}" if name in PREFETCH else "prefetch"
@@ -79,22 +81,22 @@ def observations_of(call: dict[str, Any], pipeline: ProductionPipeline, now: flo
             inside = inside if isinstance(inside, list) else []
             places += [f"{where}.entry[{i}]" for i in range(len(inside))]
             entries += inside
-            if fhir.has_more(given):
+            if has_more(given):
                 found.set_aside(where, "further_pages")
         elif kind == "Patient":
             entries.append({"resource": given})
             places.append(where)
         elif given is not None:  # null: there are no data
             found.set_aside(where, "source_failed" if kind == "OperationOutcome" else "malformed")
-    fhir.collect(entries, pipeline, found, places)
+    collect(entries, pipeline, found, places)
     if not found.rows and found.set_aside_counts["source_failed"]:
         raise PreconditionFailed(f"the prefetch holds no observations ({found.first_issues()})")
     asked = of_visit(found, context["patientId"], context["encounterId"], now + FUTURE_TOLERANCE / 1e6)
-    fhir.add_people(asked, pipeline)
+    add_people(asked, pipeline)
     return asked
 
 
-def of_visit(found: fhir.Found, patient: str, encounter: str | None, no_later: float) -> fhir.Found:
+def of_visit(found: Found, patient: str, encounter: str | None, no_later: float) -> Found:
     """What was found of a patient's visit: the named encounter, or the one with the latest observation up to `no_later`
     (seconds since 1970). A patient whose observations name no encounter is one visit. Raises 422 where several servers
     have a patient of that id."""
@@ -116,7 +118,7 @@ def of_visit(found: fhir.Found, patient: str, encounter: str | None, no_later: f
     return asked
 
 
-def has_id(identity: fhir.Identity, resource_id: str) -> bool:
+def has_id(identity: Identity, resource_id: str) -> bool:
     """Is it the resource of that id? An identifier is a number of another kind, if it looks alike."""
     return identity.value == resource_id and not identity.place.endswith("|")
 
@@ -130,7 +132,7 @@ class Shown(NamedTuple):
     level: str
 
 
-def cards(found: fhir.Found, scored: Scored) -> list[Shown]:
+def cards(found: Found, scored: Scored) -> list[Shown]:
     """A card for each visit, the highest risk first; one of unknown risk says so."""
     horizon = scored.horizon_hours
     within = f" within {horizon:g} h" if horizon is not None else ""
@@ -158,7 +160,7 @@ def cards(found: fhir.Found, scored: Scored) -> list[Shown]:
     return [shown for _, shown in out]
 
 
-def no_cards(call: dict[str, Any], found: fhir.Found, version: str) -> list[Shown]:
+def no_cards(call: dict[str, Any], found: Found, version: str) -> list[Shown]:
     """Where there is nothing to score: no card for a patient without data, the card of an unknown risk where there are
     some that cannot be used."""
     if not found.issues:
@@ -187,9 +189,9 @@ def card(summary: str, detail: list[str], remarks: list[str], indicator: str, ve
     }
 
 
-def not_used(found: fhir.Found, scored: Scored | None = None) -> list[str]:
+def not_used(found: Found, scored: Scored | None = None) -> list[str]:
     """A sentence where data were set aside, and one on quantities that the model does not use."""
-    counts = [(n, fhir.NOT_USED[reason].partition(":")[0]) for reason, n in found.set_aside_counts.items()]
+    counts = [(n, NOT_USED[reason].partition(":")[0]) for reason, n in found.set_aside_counts.items()]
     if scored is not None:
         counts += [(n, SET_ASIDE_REASONS[reason]) for reason, n in scored.observations.set_aside.items()]
     told = [f"Not used: {'; '.join(f'{n} x {why}' for n, why in counts)}."] if counts else []

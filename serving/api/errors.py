@@ -12,8 +12,10 @@ from common.command_line import log
 from feature_pipeline import COLUMNS, BadObservations
 from serving.api.records import code_places
 from serving.api.security import Refused
-from serving.api.service import Busy, NoModel, TooMuch, described_set_aside
+from serving.api.service import Busy, NoModel
 from serving.deployed import Unlogged
+from serving.fhir.reading import TooDeep
+from serving.scored import TooMuch, described_set_aside
 
 PROBLEM = "application/problem+json"
 RETRY_SOON = {"Retry-After": "2"}
@@ -31,6 +33,8 @@ def explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str
         return 503, str(error), {}, RETRY_SOON
     if isinstance(error, Busy):
         return 503, str(error), {}, RETRY_SOON
+    if isinstance(error, TooDeep):
+        return 400, str(error), {}, {}
     if isinstance(error, TooMuch):
         return 413, str(error), {}, {}
     if isinstance(error, BadObservations):
