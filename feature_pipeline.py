@@ -261,6 +261,7 @@ BLOOD_PRESSURE_CODES = ("BP", "NIBP", "ABP", "blood pressure", "85354-9", "35094
 SYSTOLIC, DIASTOLIC = "8480-6", "8462-4"
 
 
+@lru_cache(maxsize=4096)
 def _code_key(code: str) -> str:
     return code.casefold().replace(" ", "").replace("_", "")
 
@@ -832,7 +833,11 @@ def _validate(
     # visits in order of first appearance, also those of which no row is usable
     named = (visit_index >= 0) & (client_index >= 0)
     pair = np.where(named, client_index * len(visit_texts) + visit_index, -1)
-    visit, pairs = pd.factorize(pair, use_na_sentinel=False)
+    if n_rows < _LONG:
+        visit, pairs = _distinct(pair.tolist())
+        pairs = np.array(pairs, dtype=np.int64)
+    else:
+        visit, pairs = pd.factorize(pair, use_na_sentinel=False)
     first_row = np.empty(len(pairs), dtype=np.int64)
     first_row[visit[::-1]] = np.arange(n_rows)[::-1]
     if (pairs < 0).any():  # rows without a visit make no visit
@@ -876,15 +881,18 @@ def _validate(
             "unknown_unit": unknown_unit,
             "implausible": (value < floor[code_index]) | (value > ceiling[code_index]),
         }
-    usable = np.ones(len(row), dtype=bool)
+    usable = ~np.logical_or.reduce(list(problems.values()))
+    left = ~usable
     set_aside = {"malformed": malformed} if malformed else {}
     set_aside_rows: dict[str, list[int]] = {}
     for reason, hit in problems.items():
-        hit = hit & usable
+        if not left.any():
+            break
+        hit = hit & left
         if hit.any():
             set_aside[reason] = int(hit.sum())
             set_aside_rows[reason] = row[hit][:5].tolist()
-            usable &= ~hit
+            left &= ~hit
     remarks = {}
     if converted.any():
         remarks["unit_converted"] = int((converted & usable).sum())
@@ -958,9 +966,12 @@ def _in_own_units(codes, columns, units, meanings):
         converted[rows] = True
 
     width = len(units) + 1  # the last: no unit
-    with_code = code >= 0
-    present = np.unique(code[with_code] * width + np.where(unit >= 0, unit, len(units))[with_code])
-    for key in present.tolist():
+    if units:
+        with_code = code >= 0
+        present = np.unique(code[with_code] * width + np.where(unit >= 0, unit, len(units))[with_code]).tolist()
+    else:
+        present = range(len(codes))
+    for key in present:
         text, which = codes[key // width], key % width
         concept, default = meanings.meaning(text)
         if concept is None:
@@ -1097,16 +1108,10 @@ class Snapshots:
         observed = self.window_start(hours) < self.end
         return np.bincount(self.snapshot[observed], minlength=len(self.as_of)).astype(np.float64)
 
-    def segments(self, pairs: np.ndarray, hours: int | None) -> Segments:
-        """The runs of rows of `pairs` inside a window; each must hold at least one row."""
+    def segments(self, pairs: np.ndarray, begin: np.ndarray) -> Segments:
+        """The runs of rows of `pairs` from `begin` on; each must hold at least one row."""
         snapshot = self.snapshot[pairs]
-        return Segments(
-            self.observations,
-            self.window_start(hours)[pairs],
-            self.end[pairs],
-            self.as_of[snapshot],
-            self.start_time[snapshot],
-        )
+        return Segments(self.observations, begin, self.end[pairs], self.as_of[snapshot], self.start_time[snapshot])
 
 
 class Segments:
@@ -1433,12 +1438,13 @@ class Concepts:
     def __init__(self, snapshots: Snapshots):
         self._snapshots = snapshots
         self._concept = snapshots.observations.concept_of_code[snapshots.code]  # of each pair, -1 for none
-        self._known: dict[tuple, np.ndarray] = {}
+        self._known: dict[Callable[[Concepts], np.ndarray], np.ndarray] = {}
 
-    def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
+    def once(self, compute: Callable[[Concepts], np.ndarray]) -> np.ndarray:
+        """What `compute` makes of these concepts; computed at the first call."""
+        if compute not in self._known:
+            self._known[compute] = compute(self)
+        return self._known[compute]
 
     def latest(self, name: str) -> np.ndarray:
         """The latest value of the last 24 h (of a static concept: of the visit); of several at one time the largest."""
@@ -1460,20 +1466,24 @@ class Concepts:
         return out
 
     def lowest(self, name: str) -> np.ndarray:
-        """The smallest value of the last 24 h."""
-        return self.once(("lowest", name), lambda: self._extreme(name, np.fmin, "minimum"))
+        """The smallest value of the last 24 h, of a concept of `SOFA_BANDS`."""
+        return self._extremes[0, _CONCEPT_PLACE[name]]
 
     def highest(self, name: str) -> np.ndarray:
-        """The largest value of the last 24 h."""
-        return self.once(("highest", name), lambda: self._extreme(name, np.fmax, "maximum"))
+        """The largest value of the last 24 h, of a concept of `SOFA_BANDS`."""
+        return self._extremes[1, _CONCEPT_PLACE[name]]
 
-    def _extreme(self, name: str, of_two: np.ufunc, attribute: str) -> np.ndarray:
+    @cached_property
+    def _extremes(self) -> np.ndarray:
+        """(2, n_concepts, n_snapshots) the smallest and the largest value of the concepts of `SOFA_BANDS`."""
         shots = self._snapshots
-        out = np.full(len(shots.as_of), np.nan)
-        pairs = np.flatnonzero(self._concept == _CONCEPT_PLACE[name])
-        pairs = pairs[shots.window_start(CLINICAL_HOURS)[pairs] < shots.end[pairs]]
+        out = np.full((2, len(CONCEPTS), len(shots.as_of)), np.nan)
+        begin = shots.window_start(CLINICAL_HOURS)
+        pairs = np.flatnonzero(_IN_SOFA[self._concept] & (begin < shots.end))
         if len(pairs):
-            of_two.at(out, shots.snapshot[pairs], getattr(shots.segments(pairs, CLINICAL_HOURS), attribute))
+            segments, place = shots.segments(pairs, begin[pairs]), (self._concept[pairs], shots.snapshot[pairs])
+            np.fmin.at(out[0], place, segments.minimum)
+            np.fmax.at(out[1], place, segments.maximum)
         return out
 
 
@@ -1483,8 +1493,8 @@ class _Inputs:
     def __init__(self):
         self.names: set[str] = set()
 
-    def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        return compute()
+    def once(self, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
+        return compute(self)
 
     def latest(self, name: str) -> np.ndarray:
         self.names.add(name)
@@ -1497,17 +1507,25 @@ class _Inputs:
 def clinical_inputs(name: str) -> frozenset[str]:
     """The names of the concepts that a clinical feature is computed from."""
     inputs = _Inputs()
-    CLINICAL[name](inputs)
+    CLINICAL[name].function(inputs)
     return frozenset(inputs.names)
 
 
-CLINICAL: dict[str, Callable[[Concepts], np.ndarray]] = {}
+@dataclass(frozen=True)
+class Clinical:
+    function: Callable[
+        [Any], np.ndarray
+    ]  # of `Concepts`; (n_snapshots,), or (n_rows, n_snapshots) for several features
+    row: int = 0
+
+
+CLINICAL: dict[str, Clinical] = {}
 FOR_COMPARISON: set[str] = set()  # those of them that no block makes: evaluation compares the model with them
 
 
 def clinical(name: str, in_block: bool = True):
     def declare(function):
-        CLINICAL[name] = lambda c: c.once((name,), lambda: function(c))
+        CLINICAL[name] = Clinical(function)
         if not in_block:
             FOR_COMPARISON.add(name)
         return function
@@ -1524,21 +1542,18 @@ def clinical_score(name: str, *parts: str, in_block: bool = True):
     """
 
     def declare(function):
-        def points(c: Concepts) -> np.ndarray:
-            """(n_parts, n_snapshots)"""
-            return c.once((name, "parts"), lambda: np.array(list(function(c))))
+        def rows(c: Concepts) -> np.ndarray:
+            """(2 + n_parts, n_snapshots): the sum, the number of known parts, the points of each part."""
+            points = np.array(list(function(c)))
+            missing = np.isnan(points)
+            known = np.add.reduce(~missing, axis=0, dtype=np.float64)
+            total = np.add.reduce(np.where(missing, 0.0, points), axis=0)
+            return np.concatenate([[np.where(known > 0, total, np.nan), known], points])
 
-        def observed(c: Concepts) -> np.ndarray:
-            return np.add.reduce(~np.isnan(points(c)), axis=0, dtype=np.float64)
-
-        def score(c: Concepts) -> np.ndarray:
-            total = np.add.reduce(np.where(np.isnan(points(c)), 0.0, points(c)), axis=0)
-            return np.where(observed(c) > 0, total, np.nan)
-
-        clinical(name, in_block)(score)
-        clinical(f"{name}_parts", in_block)(observed)
-        for i, part in enumerate(parts):
-            clinical(f"{name}_{part}", in_block)(lambda c, i=i: points(c)[i])
+        for i, suffix in enumerate(("", "_parts", *(f"_{part}" for part in parts))):
+            CLINICAL[name + suffix] = Clinical(rows, i)
+            if not in_block:
+                FOR_COMPARISON.add(name + suffix)
         return function
 
     return declare
@@ -1547,7 +1562,7 @@ def clinical_score(name: str, *parts: str, in_block: bool = True):
 def _points(value: np.ndarray, edges: Sequence[float], points: Sequence[float], side: str = "left") -> np.ndarray:
     """Points by band, NaN for NaN; with side "left" an edge belongs to the band below it, with "right" above."""
     edges, points = _bands(tuple(edges), tuple(points))
-    return points[np.searchsorted(edges, value, side=side)]
+    return points[edges.searchsorted(value, side)]
 
 
 @lru_cache(maxsize=128)
@@ -1621,6 +1636,7 @@ SOFA_BANDS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
     "gcs": ((6, 10, 13, 15), (4, 3, 2, 1, 0)),
     "creatinine": ((1.2, 2.0, 3.5, 5.0), (0, 1, 2, 3, 4)),
 }
+_IN_SOFA = np.array([concept.name in SOFA_BANDS for concept in CONCEPTS] + [False])  # the last for -1
 SOFA_UNVENTILATED = 2  # the most that respiration scores without ventilation
 
 
@@ -1637,8 +1653,8 @@ def _partial_sofa(c: Concepts):
     at most 1, and urine is not counted. If PaO2 is missing, SpO2/FiO2 replaces it, with 512 for 400 and 357 for 300
     (Pandharipande et al., Crit Care Med 2009;37:1317).
     """
-    with_pao2 = np.minimum(_sofa_points("pf_ratio", pf_ratio(c)), SOFA_UNVENTILATED)
-    with_spo2 = _points(sf_ratio(c), [357, 512], [2, 1, 0], "right")
+    with_pao2 = np.minimum(_sofa_points("pf_ratio", c.once(pf_ratio)), SOFA_UNVENTILATED)
+    with_spo2 = _points(c.once(sf_ratio), [357, 512], [2, 1, 0], "right")
     yield np.where(np.isnan(with_pao2), with_spo2, with_pao2)
     yield _sofa_points("platelets", c.lowest("platelets"))
     yield _sofa_points("bilirubin_total", c.highest("bilirubin_total"))
@@ -1826,17 +1842,28 @@ def block_features(
 
 # ------------------------------------------------------------------------------------------- evaluation
 
-_PAIRS_AT_ONCE = 1 << 17  # bounds the memory of one chunk; the numbers do not depend on it
-_ROWS_AT_ONCE = 1 << 17
+_PAIRS_AT_ONCE = 1 << 15  # bounds the memory of one chunk, and keeps it in the cache; the numbers do not depend on it
+_ROWS_AT_ONCE = 1 << 15
 
 
 def _parts(sizes: np.ndarray, at_once: int) -> list[tuple[int, int]]:
     """Neighbours whose sizes add up to about `at_once`: (start, end) of each part."""
     if not len(sizes):
         return []
+    if sizes.sum() < at_once:
+        return [(0, len(sizes))]
     chunk = np.cumsum(sizes) // at_once
     cuts = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
     return list(pairwise([0, *cuts.tolist(), len(sizes)]))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Statistics that are computed together: all of them in the same windows, of the same codes."""
+
+    windows: list[int | None]
+    functions: list[Callable[[Segments], np.ndarray]]
+    columns: np.ndarray  # (n_functions, n_windows, n_codes) of the features; -1 for a code that is not asked for
 
 
 class FeaturePlan:
@@ -1849,8 +1876,7 @@ class FeaturePlan:
         features = [parse_feature(name) for name in self.names]
         self.codes = sorted({f.code for f in features if f.code is not None})
         place = {code: i for i, code in enumerate(self.codes)}
-        # window -> statistic -> column of each code (-1: not asked for)
-        self.columns: dict[int | None, dict[str, np.ndarray]] = {}
+        columns: dict[tuple[int | None, str], np.ndarray] = {}  # of each code (-1: not asked for)
         self.clinical: dict[str, int] = {}
         self.context: dict[str, int] = {}
         self.empty = np.full(len(features), np.nan)
@@ -1858,21 +1884,33 @@ class FeaturePlan:
             if feature.code is None:
                 (self.clinical if feature.block == "clinical" else self.context)[feature.name] = column
             else:
-                of_codes = self.columns.setdefault(feature.window, {}).setdefault(
-                    feature.name, np.full(len(self.codes), -1)
-                )
+                of_codes = columns.setdefault((feature.window, feature.name), np.full(len(self.codes), -1))
                 of_codes[place[feature.code]] = column
                 self.empty[column] = STATISTICS[feature.name].empty
         looks = [CLINICAL_HOURS] if self.clinical else [0]
-        looks += [window for window in self.columns if window is not None]
         looks += [CONTEXT[name].look_back for name in self.context]
-        looks += [None for name in self.columns.get(None, {}) if not STATISTICS[name].of_latest]
+        looks += [window for window, name in columns if window is not None or not STATISTICS[name].of_latest]
         # hours before as_of beyond which only the latest observation of each code counts; None: all observations count
         self.look_back: float | None = None if None in looks else float(max(looks))
-        self._of_every_code = {
-            window: {name for name, columns in statistics.items() if columns.min() >= 0}
-            for window, statistics in self.columns.items()
-        }
+        of_function: dict[Callable[[Any], np.ndarray], list[tuple[int, int]]] = {}
+        for name, column in self.clinical.items():
+            of_function.setdefault(CLINICAL[name].function, []).append((CLINICAL[name].row, column))
+        self._clinical = [(function, *np.array(rows).T) for function, rows in of_function.items()]
+        # windows with the same statistics of the same codes are one task
+        of_codes_and_window: dict[tuple[bytes, int | None], list[str]] = {}
+        for (window, name), of_codes in columns.items():
+            of_codes_and_window.setdefault(((of_codes >= 0).tobytes(), window), []).append(name)
+        windows: dict[tuple[bytes, tuple[str, ...]], list[int | None]] = {}
+        for (codes, window), statistics in of_codes_and_window.items():
+            windows.setdefault((codes, tuple(statistics)), []).append(window)
+        self._tasks = [
+            _Task(
+                of_task,
+                [STATISTICS[name].function for name in statistics],
+                np.array([[columns[window, name] for window in of_task] for name in statistics]),
+            )
+            for (_, statistics), of_task in windows.items()
+        ]
 
     def evaluate(
         self,
@@ -1923,27 +1961,24 @@ class FeaturePlan:
         shots = Snapshots(observations, visit, as_of)
         out[:] = self.empty[:, None]
         code = own_code[shots.code]
-        for window, statistics in self.columns.items():
-            length = shots.end - shots.window_start(window)
-            pairs = np.flatnonzero((length > 0) & (code >= 0))
-            # code after code: neighbouring results then stand side by side in the column-major output
-            pairs = pairs[np.argsort(code[pairs].astype(np.int16), kind="stable")]
-            for start, end in _parts(length[pairs], _ROWS_AT_ONCE):
-                some = pairs[start:end]
-                segments = shots.segments(some, window)
-                snapshot, own = shots.snapshot[some], code[some]
-                for name, columns in statistics.items():
-                    value = STATISTICS[name].function(segments)
-                    column = columns[own]
-                    if name in self._of_every_code[window]:
-                        out[column, snapshot] = value
-                    else:
-                        wanted = column >= 0
-                        out[column[wanted], snapshot[wanted]] = value[wanted]
+        # code after code: neighbouring results then stand side by side in the column-major output
+        by_code = np.argsort(code.astype(np.int16), kind="stable")
+        by_code = by_code[np.count_nonzero(code < 0) :]
+        for task in self._tasks:
+            begin = np.array([shots.window_start(window) for window in task.windows])
+            wanted = by_code[task.columns[0, 0, code[by_code]] >= 0]
+            window, place = np.nonzero(begin[:, wanted] < shots.end[wanted])
+            pairs = wanted[place]
+            begin = begin[window, pairs]
+            for some in _parts(shots.end[pairs] - begin, _ROWS_AT_ONCE):
+                part = slice(*some)
+                segments = shots.segments(pairs[part], begin[part])
+                values = np.array([function(segments) for function in task.functions])
+                out[task.columns[:, window[part], code[pairs[part]]], shots.snapshot[pairs[part]]] = values
         if self.clinical:
             concepts = Concepts(shots)
-            for name, column in self.clinical.items():
-                out[column] = CLINICAL[name](concepts)
+            for function, rows, columns in self._clinical:
+                out[columns] = concepts.once(function).reshape(-1, len(visit))[rows]
         for name, column in self.context.items():
             out[column] = CONTEXT[name].function(shots)
         out[:, ~shots.usable] = np.nan
@@ -2617,7 +2652,7 @@ class ProductionPipeline:
             columns["risk_level"], columns["reason"] = assessed.level, assessed.reason
             columns["missing"] = _object_array([", ".join(names) for names in assessed.missing()])
             columns["newest_observation"] = assessed.newest.astype("datetime64[us]")
-        return pd.DataFrame(columns)
+        return pd.DataFrame(columns, copy=False)
 
     def evaluate(
         self, observations: Observations, visit: np.ndarray, as_of: np.ndarray
@@ -2653,12 +2688,14 @@ class ProductionPipeline:
         """
         n = len(self.feature_names)
         table = self._plan_with_ages.evaluate(observations, visit, as_of)
-        features, ages = table[:, :n], table[:, self._age_columns]
+        features = table[:, :n]
+        ages = np.full((len(visit), len(self._age_columns) + 1), np.inf)  # the last of no code
+        np.fmin(table[:, self._age_columns], np.inf, out=ages[:, :-1])
         usable = _usable(observations, visit, as_of)
         if (fill := self.config.fill_value) is not None:
             features[np.isnan(features) & usable[:, None]] = fill
         probability = self._probability(features, observations, visit, as_of)
-        age = np.fmin.reduce(ages, axis=1, initial=np.inf)
+        age = ages.min(axis=1, initial=np.inf)
         newest = np.where(
             np.isinf(age), NO_TIME, as_of - np.rint(_finite(age) * MICROSECONDS_PER_HOUR).astype(np.int64)
         )
@@ -2667,9 +2704,7 @@ class ProductionPipeline:
         reason = np.where(np.isinf(age), INSUFFICIENT_EVIDENCE, None)
         known = np.zeros((len(visit), 0), dtype=bool)
         if minimum is not None:
-            of_inputs = np.array(
-                [np.fmin.reduce(ages[:, columns], axis=1, initial=np.inf) for columns in self._inputs]
-            ).T.reshape(len(visit), -1)
+            of_inputs = ages[:, self._inputs].min(axis=2)
             # a fresh laboratory value says nothing of vital signs of last night
             recent = of_inputs.min(axis=1, initial=np.inf) <= minimum.newest_hours
             known = (of_inputs < minimum.within_hours) & recent[:, None]
@@ -2698,13 +2733,18 @@ class ProductionPipeline:
         return np.array([place[str(Feature("recency", "age", code))] for code in self._age_codes], dtype=np.int64)
 
     @cached_property
-    def _inputs(self) -> list[np.ndarray]:
-        """For each input of the minimum of evidence, the columns of `_age_codes` that measure it."""
+    def _inputs(self) -> np.ndarray:
+        """(n_inputs, n) the places in `_age_codes` of what measures each input of the minimum of evidence, filled up
+        with -1."""
         names = []
         for code in self._age_codes:
             concept = self.reproducer.codes.meaning(code)[0]
             names.append(concept.name if concept else code)
-        return [np.flatnonzero(np.array(names) == name) for name in self.config.minimum_evidence.inputs]
+        places = [np.flatnonzero(np.array(names) == name) for name in self.config.minimum_evidence.inputs]
+        inputs = np.full((len(places), max((len(columns) for columns in places), default=0) + 1), -1)
+        for row, columns in zip(inputs, places, strict=True):
+            row[: len(columns)] = columns
+        return inputs
 
     def unused_codes(self, observations: Observations) -> dict[str, int]:
         """Observations of codes that no feature of the model looks at, by code; the most frequent first."""
