@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from serving.shadow import Shadows
 
 LOOK_SECONDS = 5.0  # between looks for a new version
 NOW, LAST = "now", "last"
+Stage = Callable[[str], AbstractContextManager[Any]]
 
 
 class Unlogged(FeaturePipelineError):
@@ -39,6 +41,7 @@ class ServedModel:
     `source` is the pattern that scores (api, batch, database, stream), `monitor` the URL of the prediction log (None:
     the environment's). The log is closed when the last user of this version has gone. With `log_required` no result is
     returned that could not be logged. `directory` is where versions are archived, if it is not beside the config.
+    `stage` is entered for the stages of the work by their names: features, model, logging.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class ServedModel:
         monitor: str | None,
         log_required: bool = False,
         directory: Path | None = None,
+        stage: Stage = lambda name: nullcontext(),
     ):
-        self.pipeline, self.log_required = pipeline, log_required
+        self.pipeline, self.log_required, self._stage = pipeline, log_required, stage
+        pipeline.stage = stage
         self.log = PredictionLog.open(monitor, pipeline, source)
         weakref.finalize(self, self.log.close).atexit = False
         self._shadows = Shadows(pipeline, source, monitor, directory)
@@ -81,7 +86,8 @@ class ServedModel:
         self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, found: Assessment, seconds: float
     ) -> bool:
         """Logs what `score` found, and has the challenger in the shadow score the same; says whether it was logged."""
-        logged = self.log.record(observations, visit, as_of, found, seconds)
+        with self._stage("logging"):
+            logged = self.log.record(observations, visit, as_of, found, seconds)
         self._shadows.score(observations, visit, as_of)
         return logged
 
@@ -100,8 +106,9 @@ class Deployed:
         monitor: str | None,
         before_use: Callable[[ProductionPipeline | None, ProductionPipeline], Any] = lambda old, new: None,
         log_required: bool = False,
+        stage: Stage = lambda name: nullcontext(),
     ):
-        self._before_use, self._serving = before_use, (source, monitor, log_required)
+        self._before_use, self._serving = before_use, (source, monitor, log_required, None, stage)
         self._renewing = threading.Lock()
         self._looked, self._problem = time.monotonic(), ""
         before_use(None, pipeline)

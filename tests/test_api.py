@@ -29,6 +29,9 @@ from fhir.resources.R4B.operationdefinition import OperationDefinition
 from fhir.resources.R4B.riskassessment import RiskAssessment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -1753,6 +1756,58 @@ def test_a_model_without_a_version_is_described(client, monkeypatch):
     pipeline = client.application.service.pipeline()
     monkeypatch.setattr(pipeline, "config", replace(pipeline.config, model_version=None))
     assert client.get("/model").get_json()["model_version"] == pipeline.model_version
+
+
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def test_the_time_of_each_stage_is_measured(client):
+    client.post(PREDICT, json=EXAMPLE)
+    text = client.get("/metrics").get_data(as_text=True)
+    for stage in ("queue", "reading", "features", "model", "logging"):
+        count = re.search(rf'sepsis_stage_seconds_count{{stage="{stage}"}} ([0-9.]+)', text)
+        assert float(count[1]) > 0
+
+
+def test_a_callers_trace_is_taken_over_into_the_logs(client, tmp_path):
+    client.post(PREDICT, json=EXAMPLE, headers={"traceparent": TRACEPARENT})
+    for wrong in (
+        "",
+        "00-0-0-01",
+        TRACEPARENT.replace("4bf92f3577b34da6a3ce929d0e0e4736", "0" * 32),
+        f"{TRACEPARENT}-x",
+    ):
+        client.post(PREDICT, json=EXAMPLE, headers={"traceparent": wrong})
+    for name in ("access", "audit"):
+        first, *others = lines_of(tmp_path / f"{name}.jsonl")
+        assert (first["trace_id"], first["parent_id"]) == tuple(TRACEPARENT.split("-")[1:3])
+        assert not any("trace_id" in line for line in others) and len(others) == 4
+
+
+def test_spans_of_a_request_and_its_stages(make_client, monkeypatch):
+    exported = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exported))
+    monkeypatch.setattr(app_module, "otlp_provider", lambda: provider)
+    client = make_client(otel=True, api_keys=new_key("ward")[1])
+    wrong = {"X-API-Key": "sepsis_planted-key", "traceparent": TRACEPARENT}
+    assert client.post(PREDICT, json=EXAMPLE, headers=wrong).status_code == 403
+    client = make_client(otel=True)
+    planted = [{**row, "client": "planted-Smith", "observation_value": 91.23456} for row in EXAMPLE]
+    assert (
+        client.post(f"{PREDICT}&planted=query", json=planted, headers={"traceparent": TRACEPARENT}).status_code == 200
+    )
+    assert client.post("/predict", data="planted-body", content_type="application/json").status_code == 400
+    spans = exported.get_finished_spans()
+    requests = [span for span in spans if span.name == "POST /predict"]
+    assert [span.attributes["http.response.status_code"] for span in requests] == [403, 200, 400]
+    assert f"{requests[1].context.trace_id:032x}" == TRACEPARENT.split("-")[1]
+    assert f"{requests[1].parent.span_id:016x}" == TRACEPARENT.split("-")[2]
+    own = [span.name for span in spans if span.parent and span.parent.span_id == requests[1].context.span_id]
+    assert {"queue", "reading", "features", "model", "logging"} <= {*own}
+    assert requests[2].context.trace_id != requests[1].context.trace_id
+    everything = "".join(span.to_json() for span in spans)
+    assert "planted" not in everything and "91.23456" not in everything
 
 
 def test_metrics_count_what_was_answered(client):

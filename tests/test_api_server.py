@@ -504,6 +504,28 @@ def test_malformed_chunks_are_a_bad_request(server, rest):
         assert s.recv(12) == b"HTTP/1.1 400"
 
 
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /planted\x1b[31m HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /ready HTTP/1.1\r\nHost: a\r\nX-Planted\x1b: a\r\n\r\n", 400),
+        (b"GET /" + b"planted" * 2000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: planted\r\n\r\n", 501),
+        (b"planted\r\n\r\n", 400),
+    ],
+    ids=["line", "header", "length", "encoding", "no line"],
+)
+def test_what_is_no_request_is_neither_quoted_nor_logged(server, raw, status):
+    with socket.create_connection(("127.0.0.1", server.port)) as s, s.makefile("rb") as answer:
+        s.settimeout(PATIENCE)
+        s.sendall(raw)
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"application/problem+json" in head
+    assert json.loads(body)["status"] == status and b"planted" not in head + body
+    log = (server.folder / "log").read_bytes()
+    assert b"planted" not in log.lower() and b"\x1b" not in log
+
+
 def test_a_request_without_host_is_a_bad_request(server):
     with socket.create_connection(("127.0.0.1", server.port)) as s:
         s.settimeout(PATIENCE)

@@ -51,7 +51,7 @@ ROOMS = {
     "stream_processor": ("serving.stream", "monitoring.log", *CORE),
 }
 REQUIREMENTS = {  # beside requirements.txt
-    "serving.api": ("requirements-api.txt",),
+    "serving.api": ("requirements-api.txt", "requirements-otel.txt"),
     "serving.fhir": ("requirements-fhir.txt",),
     "api_server": ("requirements-api.txt",),
     "gunicorn.conf": ("requirements-api.txt",),

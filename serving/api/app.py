@@ -31,6 +31,7 @@ from serving.api.records import Lines
 from serving.api.security import WRONG_KEYS, Gate
 from serving.api.service import Service, Waiting
 from serving.api.settings import Settings
+from serving.api.stages import Stages, otlp_provider, trace_of
 from serving.deployed import LAST, NOW, Unlogged
 
 STATIC = Path(__file__).with_name("static")
@@ -53,7 +54,8 @@ def create_app(settings: Settings | None = None) -> Flask:
         raise BadConfig("SEPSIS_LOG_REQUIRED is set, but SEPSIS_MONITOR_URL is off; name a database")
     app = Flask("sepsis", static_folder=None)
     app.json.sort_keys = False
-    app.settings, app.service = settings, Service(settings)
+    app.settings, app.stages = settings, Stages(otlp_provider() if settings.otel else None)
+    app.service = Service(settings, app.stages)
     app.access_log, app.audit_log = Lines(settings.access_log, "access"), Lines(settings.audit_log, "audit")
     app.pseudonyms = Pseudonyms.from_environment()
     if settings.insecure and not settings.api_keys:
@@ -72,7 +74,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     wrong_keys = parse(WRONG_KEYS)
     app.gate = Gate(settings, lambda address: not limiter.limiter.hit(wrong_keys, "wrong-key", address))
     app.before_request(_begin)
-    app.teardown_request(_leave)
+    app.teardown_request(_end)
     app.register_error_handler(Exception, _error)
 
     limit = limiter.shared_limit(settings.rate_limit, scope="all")
@@ -122,6 +124,10 @@ def _begin() -> None:
     g.start = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    traceparent, route = request.headers.get("traceparent", ""), request.url_rule.rule if request.url_rule else "none"
+    g.trace = trace_of(traceparent)
+    g.span_context = current_app.stages.request(route, request.method, traceparent if g.trace else "")
+    g.span = g.span_context.__enter__()
     if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and not request.headers.get("Host"):
         raise BadRequest("the request has no Host (RFC 9112, section 3.2)")
     if len(request.full_path) > LONGEST_PATH:
@@ -136,6 +142,8 @@ def _finish(response: Response) -> Response:
     route = request.url_rule.rule if request.url_rule else "none"
     metrics.REQUESTS.labels(route, str(response.status_code)).inc()
     metrics.LATENCY.labels(route).observe(seconds)
+    if (span := g.get("span")) is not None:
+        span.set_attribute("http.response.status_code", response.status_code)
     response.headers["X-Request-ID"] = g.get("request_id", "")
     response.headers.update(g.pop("headers", {}))
     _allow_origin(response)
@@ -145,6 +153,7 @@ def _finish(response: Response) -> Response:
     if route not in ("/health", "/ready"):  # asked every few seconds by those who watch
         current_app.access_log.write(
             request_id=g.get("request_id"),
+            **_traced(),
             client=g.get("client"),
             address=request.remote_addr,
             method=request.method,
@@ -181,9 +190,21 @@ def _take_turn(size: int, records: Callable[[], list[Any]] | None = None, as_of:
     return waiting
 
 
-def _leave(_: BaseException | None) -> None:
+def _leave(_: BaseException | None = None) -> None:
+    """Passes the turn on, if this request has it."""
     if (turn := g.pop("turn", None)) is not None:
         current_app.service.leave(turn)
+
+
+def _end(error: BaseException | None) -> None:
+    _leave()
+    if (span_context := g.pop("span_context", None)) is not None:
+        span_context.__exit__(None, None, None)
+
+
+def _traced() -> dict[str, str]:
+    """What a log says of the trace that a request belongs to."""
+    return dict(zip(("trace_id", "parent_id"), g.get("trace") or (), strict=False))
 
 
 def _audit(outcome: str, scored: Any = None, user: Any = None) -> None:
@@ -194,6 +215,7 @@ def _audit(outcome: str, scored: Any = None, user: Any = None) -> None:
     keys = scored.observations.keys() if scored else []
     current_app.audit_log.write(
         request_id=g.request_id,
+        **_traced(),
         client=g.client,
         address=request.remote_addr,
         route=request.url_rule.rule,
@@ -341,7 +363,7 @@ def cds_card() -> Response:
     call = _resources(body)
     cds_hooks.check(call, request.path.rpartition("/")[2])
     if lacking := fetching.lacking(call, cds_hooks.PREFETCH):
-        _leave(None)  # nobody waits for another server
+        _leave()  # nobody waits for another server
         found_there, size = fetching.fetched(call, lacking, current_app.settings)
         call["prefetch"] = (call.get("prefetch") or {}) | found_there
         turn = _take_turn(len(body) + size)

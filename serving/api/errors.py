@@ -50,10 +50,13 @@ def explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str
     return 500, "an error of this service", {}, {}
 
 
+def problem_body(status: int, detail: str) -> dict[str, Any]:
+    """RFC 9457; the type ``about:blank`` means: what the status says."""
+    return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+
+
 def problem(status: int, detail: str, more: dict[str, Any]) -> Response:
-    """A problem document. Its type is ``about:blank``, which by the standard means: what the status says."""
-    title = HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **more}
-    response = jsonify({**body, "request_id": g.get("request_id")})
+    """A problem document; `more` is added to it."""
+    response = jsonify({**problem_body(status, detail), **more, "request_id": g.get("request_id")})
     response.status_code, response.mimetype = status, PROBLEM
     return response

@@ -12,6 +12,7 @@ _shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 registry = CollectorRegistry()
 REQUESTS = Counter("sepsis_requests", "Requests answered", ["route", "status"], registry=registry)
 LATENCY = Histogram("sepsis_request_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=registry)
+STAGES = Histogram("sepsis_stage_seconds", "Time of a stage", ["stage"], buckets=SECONDS, registry=registry)
 PREDICTIONS = Counter("sepsis_predictions", "Visits scored", ["risk_level"], registry=registry)
 UNKNOWN = Counter("sepsis_unknown_risk", "Visits whose risk is unknown", ["reason"], registry=registry)
 SCORE = Histogram("sepsis_score", "Probabilities given", buckets=SCORES, registry=registry)

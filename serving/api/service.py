@@ -22,6 +22,7 @@ from feature_pipeline import (
 )
 from serving.api import metrics
 from serving.api.settings import Settings
+from serving.api.stages import Stages
 from serving.deployed import LOOK_SECONDS, NOW, Deployed, ServedModel, moments_of
 from serving.scored import Scored, TooMuch
 
@@ -40,8 +41,8 @@ class Busy(Exception):
 class Service:
     """Loads the pipeline once a process, when first asked to; takes up another version that is deployed meanwhile."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, stages: Stages):
+        self.settings, self._stage = settings, stages
         self._lock = threading.Lock()
         # One thread works at a time: several that compute only take the interpreter from one another.
         self._lock_of_turns = threading.Lock()
@@ -80,7 +81,7 @@ class Service:
             raise NoModel(self._problem) from None
         settings = self.settings
         self._deployed = Deployed(
-            pipeline, "api", settings.monitor_url or None, self._count_models, settings.log_required
+            pipeline, "api", settings.monitor_url or None, self._count_models, settings.log_required, self._stage
         )
         log.info("model %s is loaded", pipeline.model_version)
 
@@ -115,12 +116,13 @@ class Service:
             self._pass_on()
 
     def _wait(self, own: Waiting) -> None:
-        with self._lock_of_turns:
-            if not self._busy:
-                self._busy = True
-                return
-            self._waiting.append(own)
-        own.go.acquire()
+        with self._stage("queue"):
+            with self._lock_of_turns:
+                if not self._busy:
+                    self._busy = True
+                    return
+                self._waiting.append(own)
+            own.go.acquire()
 
     def _pass_on(self) -> None:
         with self._lock_of_turns:
@@ -197,6 +199,10 @@ class Service:
 
     def _read(self, waiting: Waiting) -> int:
         """The number of observations that were read; 0 where an error is in the way."""
+        with self._stage("reading"):
+            return self._read_records(waiting)
+
+    def _read_records(self, waiting: Waiting) -> int:
         try:
             records = waiting.records()
             if len(records) > self.settings.max_rows:

@@ -32,6 +32,7 @@ class Settings:
     body_seconds: int = 20  # to send a request in
     access_log: str = "-"  # a file, - for stderr, empty for none
     audit_log: str = "data/audit.jsonl"  # a file, - for stderr, empty for none
+    otel: bool = False  # traces over OTLP, to where OTEL_EXPORTER_OTLP_ENDPOINT says
     log_required: bool = False  # refuse to answer predictions that cannot be logged
     monitor_url: str = ""  # prediction log: a database URL, `off`, or empty for sqlite:///data/predictions.db
 

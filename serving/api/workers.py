@@ -7,13 +7,35 @@ requirements-api.txt pins gunicorn's version. Slow clients are the business of a
 
 from __future__ import annotations
 
+import contextlib
+import json
 import mmap
 import socket
+import ssl
 import time
+from http import HTTPStatus
 from typing import Any
 
+from gunicorn import util
+from gunicorn.http.errors import (
+    ExpectationFailed,
+    ForbiddenProxyRequest,
+    InvalidResponseHeader,
+    InvalidResponseHeaderName,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    ParseException,
+    UnsupportedTransferCoding,
+)
 from gunicorn.workers.gthread import ThreadWorker
 
+_STATUS = {
+    LimitRequestLine: 414,
+    LimitRequestHeaders: 431,
+    UnsupportedTransferCoding: 501,
+    ExpectationFailed: 417,
+    ForbiddenProxyRequest: 403,
+}
 SLOTS = 128
 # Of each worker the connections it holds plus one, 0 where there is no worker; made in the master, shared by its forks.
 _held = memoryview(mmap.mmap(-1, 2 * SLOTS)).cast("H")
@@ -62,6 +84,27 @@ class Worker(ThreadWorker):
             time.sleep(WAIT_SECONDS)
         super().accept(listener)
         self._tell()
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """Answers what gunicorn could not read as a request. Neither the answer nor the log quotes it: it may hold keys
+        and names, and escape sequences."""
+        from serving.api.errors import problem_body  # not in the master, which makes the folder of metrics first
+        from serving.api.records import code_places
+
+        response_fault = isinstance(exc, InvalidResponseHeader | InvalidResponseHeaderName)
+        if isinstance(exc, ParseException | ssl.SSLError) and not response_fault:
+            status, detail = _STATUS.get(type(exc), 400), "the request cannot be read as HTTP/1.1"
+            self.log.warning("a request cannot be read: %s", type(exc).__name__)
+        else:
+            status, detail = 500, "an error of this service"
+            self.log.error("error: a request failed: %s", code_places(exc))
+        body = json.dumps(problem_body(status, detail)).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+            f"Content-Type: application/problem+json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            util.write_nonblock(client, head.encode() + body)
 
     def handle_request(self, req: Any, conn: Any) -> bool:
         """Closes a keep-alive connection now and then if another worker has fewer: the client connects anew."""
