@@ -316,6 +316,11 @@ class Codes:
     own: Mapping[str, float] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
 
+    @classmethod
+    def by_concept(cls, synonyms: Mapping[str, str] | None = None) -> Codes:
+        """Reads every code that has a concept as the concept's name, as a portable model does."""
+        return cls(synonyms or {}, own={concept.name: 0.0 for concept in CONCEPTS})
+
     def meaning(self, code: str) -> tuple[Concept | None, str]:
         """The concept of `code`, and the unit of its values if a row names none; (None, "") for an unknown code."""
         if code in self.site:
@@ -2108,6 +2113,7 @@ class Config:
     )
     decision_sensitivity: float | None = _key(_is_share, "a number from 0 to 1, or null", default=None)
     synonyms: dict[str, str] = _key(_is_table, "a concept for each code", default_factory=dict)
+    portable: bool = _key(lambda v: type(v) is bool, "true or false", default=False)  # the codes are names of concepts
     fill_value: float | None = _key(_is_number, "a number or null", default=None)
     model_version: str | None = _key(
         lambda v: _is_text(v) and Path(v).name == v, "the name of a version or null", default=None
@@ -2134,6 +2140,11 @@ class Config:
         """What the model was trained on: ``observations``, ``labels`` (paths, None for the demo cohort), ``synthetic``,
         ``fingerprint``, ``description``; before training, what the search used."""
         return {**self.data, **self.trained_on}
+
+    @property
+    def training_codes(self) -> Codes:
+        """How observations are read to train the model, anew or further."""
+        return Codes.by_concept(self.synonyms) if self.portable else Codes(self.synonyms)
 
     def text(self) -> str:
         """The content of the file."""

@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
     parser.add_argument("--synthetic", action="store_true", help="not real patients; every report says so")
     parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="name features by concept, for a model that is used in other hospitals; report what that costs",
+    )
     add_threshold_options(parser)
     parser.add_argument(
         "--sensitivity",

@@ -119,7 +119,7 @@ def first_patients(config: Config, seed: int) -> tuple[FeatureTable, np.ndarray]
     if not config.adapted and (source["labels"] or source["synthetic"]):
         try:
             data = load_training_data(
-                source["observations"], source["labels"], config.snapshots, config.synonyms, source["synthetic"]
+                source["observations"], source["labels"], config.snapshots, config.training_codes, source["synthetic"]
             )
             if data.fingerprint == source["fingerprint"]:
                 return FeatureTable.of(data, config.feature_names, seed), data.label

@@ -95,10 +95,11 @@ def check_features(pipeline: ProductionPipeline, observations: pd.DataFrame) -> 
 
 
 def check_predictions(pipeline: ProductionPipeline, observations: pd.DataFrame) -> str:
-    """Every visit is answered, and most with a number: a tenth of the codes is never measured in each."""
+    """Every visit is answered, and many with a number: a tenth of the codes is never measured in each, so that half of
+    the visits lack one of seven vital signs."""
     scores = pipeline.predict(observations, details=True)
     n_visits, known = len(observations[["client", "visit_id"]].drop_duplicates()), scores["reason"].isna()
-    if len(scores) != n_visits or known.sum() < 0.5 * n_visits:
+    if len(scores) != n_visits or known.sum() < 0.25 * n_visits:
         raise AssertionError(f"{n_visits} visits, {known.sum()} with a number")
     if not scores.loc[known, "sepsis_probability"].between(0, 1).all():
         raise AssertionError("a probability is empty or lies outside 0 to 1")

@@ -47,7 +47,7 @@ def load_data(config: Config, observations: str | None, labels: str | None) -> T
             raise BadConfig("the data that the model was searched with are not here: name --observations and --labels")
     of_training = config.trained_on
     synthetic = any(s.get("synthetic") and s.get("observations") == observations for s in (source, of_training))
-    data = load_training_data(observations, labels, config.snapshots, config.synonyms, synthetic)
+    data = load_training_data(observations, labels, config.snapshots, config.training_codes, synthetic)
     if data.fingerprint != source["fingerprint"] and of_training.get("observations") != observations:
         log.warning("warning: these are not the data of the search; the config's test figure is of other data")
     return data
@@ -121,6 +121,7 @@ def make_config(
         codes=search.codes,
         feature_names=names,
         synonyms=search.synonyms,
+        portable=search.portable,
         fill_value=configuration.fill_value,
         model=asdict(configuration),
         snapshots=data.settings,
@@ -132,7 +133,8 @@ def make_config(
         code_prevalence={code: round(share, 4) for code, share in prevalence.items() if code in used},
         loss_without_code=loss,
         minimum_evidence=minimum,
-        observed_codes=list(data.observations.codes),
+        # what other codes of the training's hospital meant, is nothing to another hospital
+        observed_codes=search.codes if search.portable else list(data.observations.codes),
         data={
             "observations": options.observations,
             "labels": options.labels,

@@ -136,6 +136,7 @@ def without_places(config: Config) -> Config:
         data=stripped(config.data),
         trained_on=stripped(config.trained_on),
         adapted=adapted,
+        synonyms={} if config.portable else config.synonyms,  # this hospital's codes; elsewhere they mean other things
         thresholds={**config.thresholds, "by": "another hospital", "reason": ""} if config.thresholds else {},
     )
 

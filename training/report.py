@@ -21,6 +21,7 @@ from feature_pipeline import (
     describe_set_aside,
 )
 from training.evidence import describe_evidence
+from training.portable import describe_portable
 from training.snapshots import PARTS, TEST
 from training.thresholds import describe_thresholds
 from training.trials import Evaluation, Search
@@ -131,6 +132,8 @@ def summary_text(
         describe_thresholds(config),
         *_levels_on_test(search, config, evaluation),
     ]
+    if config.portable:
+        lines += ["", *describe_portable(data, config.metrics["portable"])]
     lines += ["", *describe_evidence(config)]
     if config.loss_without_code:
         worst = sorted(config.loss_without_code.items(), key=lambda item: -item[1])[:10]

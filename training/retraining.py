@@ -136,6 +136,7 @@ def search_options(champion: Config, data: tuple[str, str], options: RetrainOpti
         synthetic=champion.training_source["synthetic"],
         snapshots=replace(champion.snapshots, retrospective=False),
         synonyms=champion.synonyms,
+        portable=champion.portable,
         rank_by=champion.rank_by,
         rule=Rule.of(champion),
         sensitivity=champion.decision_sensitivity,

@@ -15,11 +15,12 @@ import numpy as np
 from common.artifacts import write_atomic
 from common.command_line import log
 from common.metrics import FEWEST_POSITIVE_VISITS, describe_size, ranking_scores
-from feature_pipeline import BadConfig, Config, FeaturePipelineError, SnapshotSettings
+from feature_pipeline import BadConfig, Codes, Config, FeaturePipelineError, SnapshotSettings
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
 from training.evidence import measure_evidence
 from training.fitting import cross_validate
+from training.portable import cost_of_portable
 from training.report import summary_text
 from training.snapshots import TEST, load_training_data
 from training.thresholds import Rule
@@ -41,6 +42,7 @@ class SearchOptions:
     synthetic: bool = False
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
     synonyms: dict[str, str] = field(default_factory=dict)
+    portable: bool = False  # features by concept
     feature_sets: tuple[str, ...] = tuple(FEATURE_SETS)
     models: tuple[str, ...] = tuple(CONFIGURATION)
     rank_by: str = RANKINGS[0]
@@ -89,16 +91,15 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
     start = time.perf_counter()
     if options.scheduler is not None and options.backend != "dask":
         raise BadConfig("--scheduler goes with --backend dask")
-    data = load_training_data(
-        options.observations, options.labels, options.snapshots, options.synonyms, options.synthetic
-    )
+    codes = Codes.by_concept(options.synonyms) if options.portable else Codes(options.synonyms)
+    data = load_training_data(options.observations, options.labels, options.snapshots, codes, options.synthetic)
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
     candidates = [(fs, c) for fs in options.feature_sets for c in MODEL_CONFIGURATIONS if c.name in options.models]
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
         search = prepare_search(
-            data, Path(scratch), options.seed, options.folds, options.feature_sets, options.synonyms
+            data, Path(scratch), options.seed, options.folds, options.feature_sets, options.synonyms, options.portable
         )
         log.info("%d features of %d snapshots, %.1f s", *search.table.plain.shape, time.perf_counter() - start)
         with backend(options.backend, options.scheduler, search):
@@ -128,6 +129,11 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
         evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
         loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
         minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, evaluation.model)
+        if options.portable:
+            log.info("what features by concept cost")
+            by_code = Path(scratch, "by_code")
+            by_code.mkdir()
+            evaluation.metrics["portable"] = cost_of_portable(options, feature_set, configuration, evaluation, by_code)
         config = make_config(search, feature_set, configuration, evaluation, loss, minimum, options)
     ranking = [(fs, name, score) for score, fs, name, _ in finalists]
     text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)

@@ -22,6 +22,7 @@ from feature_pipeline import (
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     BadObservations,
+    Codes,
     Config,
     FeaturePlan,
     Observations,
@@ -139,12 +140,13 @@ def load_training_data(
     observations: str | Path | pd.DataFrame | None = None,
     labels: str | Path | pd.DataFrame | None = None,
     settings: SnapshotSettings | None = None,
-    synonyms: dict[str, str] | None = None,
+    codes: Codes | None = None,
     synthetic: bool = False,
 ) -> TrainingData:
     """Reads observations and labels, or makes the demo cohort where neither is named. Raises `BadObservations`.
 
-    `synthetic` says that those named are not real patients', as the demo cohort's never are.
+    `codes` says what codes mean and how they are named. `synthetic` says that those named are not real patients', as
+    the demo cohort's never are.
     """
     settings = settings or SnapshotSettings()
     if (observations is None) != (labels is None):
@@ -153,7 +155,7 @@ def load_training_data(
         synthetic = True
         observations, labels = make_demo_cohort()
     return make_training_data(
-        read_observations(observations, synonyms).check_usable(), read_labels(labels), settings, synthetic=synthetic
+        read_observations(observations, codes).check_usable(), read_labels(labels), settings, synthetic=synthetic
     )
 
 

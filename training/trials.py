@@ -18,6 +18,7 @@ from common.artifacts import library_versions, write_json
 from common.command_line import log, progress
 from common.metrics import figures, operating_points, ranking_scores
 from feature_pipeline import (
+    CONCEPT,
     DEFAULT_WINDOWS,
     BadConfig,
     FeaturePlan,
@@ -39,6 +40,7 @@ class Search:
     part: np.ndarray  # (n_snapshots,) TRAIN, VALIDATION or TEST
     codes: list[str]
     synonyms: dict[str, str]
+    portable: bool  # the codes are names of concepts
     names: list[str]
     table: FeatureTable
     informative: np.ndarray  # (n_features,) does the feature vary on the training part?
@@ -66,6 +68,7 @@ def prepare_search(
     folds: int | None = None,
     feature_sets: Sequence[str] = tuple(FEATURE_SETS),
     synonyms: dict[str, str] | None = None,
+    portable: bool = False,
 ) -> Search:
     """Splits the data and computes every feature of every set once, into files in `folder` that processes share."""
     synonyms = synonyms or {}
@@ -75,14 +78,16 @@ def prepare_search(
         if not 0 < data.label[rows].sum() < rows.sum():
             raise BadConfig(f"the {name} part lacks septic or other visits: too few visits to search on")
     prevalence = code_prevalence(data.observations, np.unique(data.visit[part == TRAIN]))
-    codes = [code for code, share in prevalence.items() if share >= RAREST_CODE]
+    codes = [code for code, share in prevalence.items() if share >= RAREST_CODE and (code in CONCEPT or not portable)]
+    if portable and not codes:
+        raise BadConfig("no code of the observations has a known concept: say what they mean with --synonyms")
     names = list(
         dict.fromkeys(n for fs in feature_sets for n in feature_set_names(fs, codes, DEFAULT_WINDOWS, synonyms))
     )
     table = FeatureTable.of(data, names, seed, folder)
     train = part == TRAIN
     informative = np.array([_varies(column[train]) for column in table.plain])
-    return Search(data, part, codes, synonyms, names, table, informative, seed, folds)
+    return Search(data, part, codes, synonyms, portable, names, table, informative, seed, folds)
 
 
 def _varies(column: np.ndarray) -> bool:
