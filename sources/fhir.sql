@@ -16,7 +16,7 @@ FROM resources WHERE kind = 'Patient' QUALIFY row_number() OVER (PARTITION BY id
 CREATE TABLE encounters AS
 SELECT id, own, ref(body->>'$.partOf.reference') AS part_of, ref(body->>'$.subject.reference') AS patient,
        upper(coalesce(body->>'$.class.code', '')) AS class, body->>'$.status' AS status,
-       wall(body->>'$.period.start') AS "start", wall(body->>'$.period.end') AS stop,
+       wall(body->>'$.period.start') AS "start", wall_end(body->>'$.period.end') AS stop,
        body->>'$.hospitalization.dischargeDisposition' AS disposition,
        concat(words(body->'$.type[0]'), ' ', body->>'$.meta.profile[0]', ' ', body->>'$.identifier[0].system', ' ',
               array_to_string(body->>'$.location[*].location.display', ' ')) AS about
@@ -63,7 +63,7 @@ WHERE e.part_of IS NOT NULL AND regexp_matches(lower(e.about), '\bicu\b|intensiv
 
 -- `issued` is when a result could be seen.
 CREATE VIEW source_rows AS
-SELECT v.visit_id, coalesce(p.client, r.patient) AS client, r.time AS charted, wall(r.issued) AS available, r.code,
+SELECT v.visit_id, coalesce(p.client, r.patient) AS client, r.time AS charted, moment(r.issued) AS available, r.code,
        NULL AS value, r.value AS number, r.unit, r.low, r.high
 FROM readings r LEFT JOIN patient_ids p ON p.id = r.patient LEFT JOIN visit_ids v ON v.encounter = r.encounter;
 

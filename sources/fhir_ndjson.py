@@ -13,7 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 from common.command_line import progress
 from common.fhir import NotUsed, Reading, readings
 from feature_pipeline import BadObservations
-from sources.prepare import add_source, run_sql
+from sources.prepare import add_source, mixed_offsets, run_sql
 from sources.tables import files_in
 
 SUFFIXES = (".ndjson", ".ndjson.gz", ".json", ".json.gz")
@@ -42,6 +42,15 @@ READINGS = pa.schema(
         *((name, pa.float64()) for name in ("value", "low", "high")),
     ]
 )
+
+
+# The offsets of the times that are read beside those of Observations; the server's own time is none of them.
+OFFSETS = r"""
+SELECT offset_of(issued) FROM readings WHERE issued IS NOT NULL
+UNION
+SELECT offset_of(unnest(regexp_extract_all(
+    regexp_replace(body, '"lastUpdated": "[^"]*"', '', 'g'), '"(\d{4}-\d\d-\d\dT[^"]*)"', 1))) FROM resources
+"""
 
 
 class Batches:
@@ -111,7 +120,9 @@ def own_identifier(resource: dict[str, Any]) -> str | None:
     return str(min(found, key=rank)["value"]) if found else None
 
 
-def add_observation(resource: dict[str, Any], target: Batches, left_out: Counter[tuple[str, str]]) -> None:
+def add_observation(
+    resource: dict[str, Any], target: Batches, left_out: Counter[tuple[str, str]], offsets: set[timedelta | None]
+) -> None:
     names: dict[str, str] = {}
     for part in readings(resource):
         if isinstance(part, NotUsed):
@@ -120,6 +131,7 @@ def add_observation(resource: dict[str, Any], target: Batches, left_out: Counter
         if not names:
             names = _displays(resource)
         target.add(*_row(part, resource, names))
+        offsets.add(part.time.utcoffset())
 
 
 def _row(part: Reading, resource: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:
@@ -161,6 +173,7 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     problems: Counter[str] = Counter()
     left_out: Counter[tuple[str, str]] = Counter()
     kinds: Counter[str] = Counter()
+    offsets: set[timedelta | None] = set()
     resources, observations = Batches(con, "resources", RESOURCES), Batches(con, "readings", READINGS)
     for path in progress(paths, len(paths), arguments.quiet, unit="file"):
         for url, resource in resources_of(path, problems):
@@ -171,7 +184,7 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
             kinds[kind] += 1
             try:
                 if kind == "Observation":
-                    add_observation(resource, observations, left_out)
+                    add_observation(resource, observations, left_out, offsets)
                     kind = "Microbiology" if is_microbiology(resource) else kind
                 if kind in KINDS:
                     name = url.rpartition(":")[2] if url.startswith("urn:") else resource.get("id")
@@ -192,6 +205,10 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
     con.execute("CREATE TABLE source_problems (file VARCHAR, n BIGINT)")
     for name, n in sorted(problems.items()):
         con.execute("INSERT INTO source_problems VALUES (?, ?)", [name, n])
+    sent = {"" if offset is None else str(timezone(offset))[3:] or "Z" for offset in offsets}
+    sent |= {row[0] for row in con.execute(OFFSETS).fetchall() if row[0] is not None}
+    if remark := mixed_offsets(sent):
+        arguments.notices.append(remark)
     run_sql(con, "fhir")
     return {
         "icu_stays": bool(con.execute("SELECT count(*) FROM icu_stays").fetchone()[0]),

@@ -13,17 +13,17 @@ FROM icustays;
 
 -- charttime: when a sample or a value was taken; storetime: when it could be seen.
 CREATE VIEW source_rows AS
-SELECT hadm_id AS visit_id, subject_id AS client, wall(charttime) AS charted, wall(storetime) AS available,
+SELECT hadm_id AS visit_id, subject_id AS client, moment(charttime) AS charted, moment(storetime) AS available,
        itemid AS code, value, valuenum AS number, valueuom AS unit,
        try_cast(ref_range_lower AS DOUBLE) AS low, try_cast(ref_range_upper AS DOUBLE) AS high
 FROM labevents
 UNION ALL BY NAME
-SELECT c.hadm_id AS visit_id, c.subject_id AS client, wall(c.charttime) AS charted, wall(c.storetime) AS available,
+SELECT c.hadm_id AS visit_id, c.subject_id AS client, moment(c.charttime) AS charted, moment(c.storetime) AS available,
        c.itemid AS code, c.value, c.valuenum AS number, c.valueuom AS unit,
        try_cast(i.lownormalvalue AS DOUBLE) AS low, try_cast(i.highnormalvalue AS DOUBLE) AS high
 FROM chartevents c LEFT JOIN d_items i USING (itemid)
 UNION ALL BY NAME
-SELECT hadm_id AS visit_id, subject_id AS client, wall(charttime) AS charted, wall(storetime) AS available,
+SELECT hadm_id AS visit_id, subject_id AS client, moment(charttime) AS charted, moment(storetime) AS available,
        itemid AS code, value, valueuom AS unit
 FROM outputevents;
 

@@ -18,20 +18,22 @@ SELECT * FROM (VALUES
 ) AS known(concept_id, unit) WHERE concept_id NOT IN (SELECT concept_id FROM concepts WHERE vocabulary = 'UCUM')
    OR concept_id IN ('9557', '8483', '8815');
 
--- `--ids source` takes the hospital's own numbers, where the tables have them.
+-- `--ids source` takes the hospital's own numbers, where the tables have them and no two patients have the same.
 CREATE TABLE people AS
-SELECT person_id, CASE WHEN getvariable('ids') = 'source' THEN coalesce(nullif(person_source_value, ''), person_id)
-                       ELSE person_id END AS client,
+SELECT person_id, CASE WHEN getvariable('ids') = 'source'
+                             AND count(DISTINCT person_id) OVER (PARTITION BY person_source_value) = 1
+                       THEN coalesce(nullif(person_source_value, ''), person_id) ELSE person_id END AS client,
        try_cast(year_of_birth AS INTEGER) AS birth_year, gender_concept_id, gender_source_value
 FROM person QUALIFY row_number() OVER (PARTITION BY person_id ORDER BY year_of_birth) = 1;
 
 CREATE TABLE all_visits AS
 SELECT v.visit_occurrence_id,
-       CASE WHEN getvariable('ids') = 'source' THEN coalesce(nullif(v.visit_source_value, ''), v.visit_occurrence_id)
-            ELSE v.visit_occurrence_id END AS visit_id,
+       CASE WHEN getvariable('ids') = 'source'
+             AND count(DISTINCT v.person_id) OVER (PARTITION BY v.visit_source_value) = 1
+            THEN coalesce(nullif(v.visit_source_value, ''), v.visit_occurrence_id) ELSE v.visit_occurrence_id END AS visit_id,
        v.person_id, coalesce(p.client, v.person_id) AS client, v.visit_concept_id AS kind,
        coalesce(wall(v.visit_start_datetime), wall(v.visit_start_date)) AS visit_start,
-       coalesce(wall(v.visit_end_datetime), wall(v.visit_end_date) + INTERVAL 86399 SECOND) AS visit_end
+       coalesce(wall_end(v.visit_end_datetime), wall_end(v.visit_end_date)) AS visit_end
 FROM visit_occurrence v LEFT JOIN people p USING (person_id);
 
 -- A visit_occurrence_id that stands twice must not double the rows that name it.
@@ -93,12 +95,12 @@ GROUP BY visit_id, client, number;
 -- collection's.
 CREATE VIEW events AS
 SELECT person_id, visit_occurrence_id, measurement_concept_id AS concept_id, measurement_source_value AS source_code,
-       coalesce(wall(measurement_datetime), wall(concat(left(measurement_date, 10), ' ', measurement_time))) AS charted,
+       coalesce(moment(measurement_datetime), moment(concat(left(measurement_date, 10), ' ', measurement_time))) AS charted,
        value_as_number AS number, value_source_value AS value, unit_concept_id, unit_source_value, range_low, range_high
 FROM measurement
 UNION ALL BY NAME
 SELECT person_id, visit_occurrence_id, observation_concept_id AS concept_id, observation_source_value AS source_code,
-       wall(observation_datetime) AS charted, value_as_number AS number,
+       moment(observation_datetime) AS charted, value_as_number AS number,
        coalesce(value_as_string, value_source_value) AS value, unit_concept_id, unit_source_value
 FROM observation;
 

@@ -12,13 +12,13 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.command_line import DONE, add_command, available_cores, log, number, progress
 from common.fhir import NOT_USED
-from feature_pipeline import BLOOD_PRESSURE_CODES, DIASTOLIC, SYSTOLIC, BadObservations
+from feature_pipeline import BLOOD_PRESSURE_CODES, DIASTOLIC, SYSTOLIC, BadObservations, listed
 from sources.labels import add_label_options, settings_of, write_labels
 from sources.meanings import given_concepts
 from sources.tables import duckdb, interruptible, open_database, reason_of
@@ -27,8 +27,16 @@ HERE = Path(__file__).parent
 
 # What SQL files of sources may use.
 MACROS = r"""
--- Wall-clock time to the second: the offset of 2180-05-06T22:23:00-04:00 is left out, not applied.
-CREATE MACRO wall(t) AS try_cast(left(t, 19) AS TIMESTAMP);
+-- Wall-clock time to the second: the offset of 2180-05-06T22:23:00-04:00 is left out, not applied. A date alone is its
+-- midnight. The years are those that the reader takes.
+CREATE MACRO wall(t) AS CASE WHEN t >= '1900' AND t < '2300' THEN try_cast(left(t, 19) AS TIMESTAMP) END;
+-- When something was measured or seen: a date alone does not tell it, and at midnight it would be known too early.
+CREATE MACRO moment(t) AS CASE WHEN contains(t, ':') THEN wall(t) END;
+-- An end that is a date alone is the end of that day.
+CREATE MACRO wall_end(t) AS CASE WHEN contains(t, ':') THEN wall(t) ELSE wall(t) + INTERVAL 86399 SECOND END;
+-- The offset from UTC that a time has, empty for none; NULL where it is no time of day.
+CREATE MACRO offset_of(t) AS CASE WHEN contains(t, ':')
+    THEN upper(regexp_extract(t, ':\d\d(:\d\d)?([.,]\d+)? ?([Zz]|[+-]\d\d(:?\d\d)?)$', 3)) END;
 -- The number in a text; <0.5 and > 200 count as their number, nan and infinity are none.
 CREATE MACRO finite(x) AS CASE WHEN isfinite(x) THEN x END;
 CREATE MACRO number_in(t) AS finite(try_cast(ltrim(t, '<>=≤≥~ ') AS DOUBLE));
@@ -147,6 +155,7 @@ def work(arguments: argparse.Namespace) -> int:
     """Reads a source and writes what is made of it."""
     from sources.report import tabulate_codes, write_report  # they draw, which takes a second to load
 
+    arguments.notices = []  # what the report says before all else
     settings_of(arguments)  # options that do not go together are refused before anything is read
     with working_database(arguments) as con, progress(None, 4, arguments.quiet, desc=arguments.command) as steps:
         have = arguments.reader(con, arguments)
@@ -166,7 +175,31 @@ def work(arguments: argparse.Namespace) -> int:
         facts["rows"],
         ", ".join(f"{n} {reason}" for reason, n in facts["left_out"].items()) or "nothing",
     )
+    for notice in arguments.notices:
+        log.warning("%s", notice)
+    for name, n in facts["rejected_lines"].items():
+        log.warning("%s: %d lines are no rows of it and left out; is the file UTF-8?", name, n)
     return DONE
+
+
+def mixed_offsets(offsets: Iterable[str]) -> str:
+    """What is wrong with times of such offsets from UTC (``Z``, ``-05:00``, or empty for none); empty for nothing. One
+    hour more in summer is right.
+
+    >>> mixed_offsets(["-05:00", "-04:00"]), mixed_offsets(["Z", "-05:00"])[:40]
+    ('', "The times have the offsets '-05:00', 'Z'")
+    """
+    found = sorted(set(offsets))
+    hours = [
+        0.0 if text in ("", "Z") else int(text[:3]) + int(text[0] + (text[3:].strip(":") or "0")) / 60 for text in found
+    ]
+    if len(found) < 2 or ("" not in found and max(hours) - min(hours) <= 1):
+        return ""
+    shown = listed([text or "none" for text in found])
+    return (
+        f"The times have the offsets {shown}. The clock's time is kept and the offset is not applied, so that times of "
+        "different offsets do not go together: convert them to one zone first"
+    )
 
 
 def broken_file(error: Exception) -> str:
@@ -190,6 +223,8 @@ def prepare(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, have:
     con.execute(COUNTED)
     given_by_time = "SELECT coalesce(sum(n), 0)::BIGINT FROM counted WHERE reason IS NULL AND by_time"
     facts["visit_by_time"] = scalar(con, given_by_time)
+    if n := scalar(con, "SELECT sum(with_comma)::BIGINT FROM counted"):
+        arguments.notices.append(f"{n} values have a comma, such as 37,5, and are left out: write them with a point")
     if table_exists(con, "source_left_out"):  # what the source could not make a row of
         con.execute("INSERT INTO left_out SELECT reason, code, n FROM source_left_out")
         facts["rows"] += scalar(con, "SELECT coalesce(sum(n), 0)::BIGINT FROM source_left_out")
@@ -197,12 +232,20 @@ def prepare(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace, have:
         con.execute("SELECT reason, sum(n)::BIGINT FROM left_out GROUP BY reason ORDER BY reason").fetchall()
     )
     facts["observations"] = scalar(con, "SELECT count(*) FROM observations")
+    measured, midnight = con.execute(MIDNIGHT).fetchone()
+    if midnight:
+        arguments.notices.append(
+            f"Most times of {listed(midnight)} are midnight. If the source only has their dates, a result seems known "
+            "before it was, and a model that learns from it is too good to be true"
+        )
     with_rows = "SELECT count(*) FROM (SELECT DISTINCT client, visit_id FROM observations)"
     facts["visits_with_observations"] = scalar(con, with_rows)
-    if not facts["observations"]:
+    if not measured:
+        observations.unlink()
         reasons = "; ".join(f"{n} x {LEFT_OUT[reason]}" for reason, n in facts["left_out"].items())
         raise BadObservations(f"{arguments.source}: no observation in {facts['rows']} rows ({reasons})")
     facts["rejected_lines"] = rejected(con)
+    facts["notices"] = [f"{notice}." for notice in arguments.notices]
     facts["has"] = {kind: bool(have.get(kind)) for kind in KINDS}
     return facts
 
@@ -274,7 +317,7 @@ def visits_of(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace) -> 
     else:
         stays = "SELECT visit_id, client, visit_start, visit_end FROM visits"
     con.execute(STAYS.format(stays=stays))
-    total, usable = con.execute(f"SELECT count(*), count(DISTINCT visit_id) FROM ({stays})").fetchone()
+    total, usable = con.execute(f"SELECT count(*), count(DISTINCT (client, visit_id)) FROM ({stays})").fetchone()
     n = scalar(con, "SELECT count(*) FROM stays")
     if not n:
         raise BadObservations(f"{arguments.source}: no hospital stay is among the visits, or none has a start")
@@ -288,13 +331,13 @@ def visits_of(con: duckdb.DuckDBPyConnection, arguments: argparse.Namespace) -> 
     }
 
 
-# The visits that rows are given to. A visit_id that stands twice counts once: the row that starts first. By time a row
-# belongs to the visit of its client that started last.
+# The visits that rows are given to. A visit_id that a client has twice counts once: the row that starts first. By time
+# a row belongs to the visit of its client that started last.
 STAYS = """
 CREATE TABLE stays AS
 WITH once AS (
     SELECT * FROM ({stays}) WHERE visit_start IS NOT NULL AND visit_id IS NOT NULL AND client IS NOT NULL
-    QUALIFY row_number() OVER (PARTITION BY visit_id ORDER BY visit_start, visit_end, client) = 1
+    QUALIFY row_number() OVER (PARTITION BY client, visit_id ORDER BY visit_start, visit_end) = 1
 )
 SELECT *, lead(visit_start) OVER (PARTITION BY client ORDER BY visit_start, visit_id) AS next_start FROM once;
 """
@@ -308,7 +351,7 @@ FROM rows;
 CREATE VIEW placed AS
 SELECT coalesce(own.visit_id, by_time.visit_id) AS visit_id, coalesce(own.client, by_time.client) AS client,
        own.visit_id IS NULL AS by_time,
-       r.time AS observation_date, r.code AS observation_type_code,
+       r.time AS observation_date, r.code AS observation_type_code, r.value,
        coalesce(r.number, number_in(r.value)) AS observation_value,
        r.low AS reference_range_min, r.high AS reference_range_max, nullif(trim(r.unit), '') AS unit,
        CASE WHEN trim(coalesce(r.code, '')) = '' THEN 'no_code'
@@ -317,7 +360,7 @@ SELECT coalesce(own.visit_id, by_time.visit_id) AS visit_id, coalesce(own.client
             WHEN r.number IS NULL AND trim(coalesce(r.value, '')) = '' THEN 'no_value'
             WHEN coalesce(r.number, number_in(r.value)) IS NULL THEN 'no_number' END AS reason
 FROM timed r
-LEFT JOIN stays own ON own.visit_id = r.visit_id AND NOT getvariable('by_time')
+LEFT JOIN stays own ON own.visit_id = r.visit_id AND own.client = r.client AND NOT getvariable('by_time')
 LEFT JOIN stays by_time
        ON own.visit_id IS NULL AND by_time.client = r.client AND r.charted >= by_time.visit_start
       AND r.charted <= coalesce(by_time.visit_end, 'infinity'::TIMESTAMP)
@@ -332,9 +375,19 @@ ORDER BY client, visit_id, observation_date, observation_type_code, observation_
          reference_range_min, reference_range_max, unit
 """
 
-COUNTED = """
+# How many observations were measured, and the codes of those that are nearly all at midnight.
+MIDNIGHT = """
+SELECT coalesce(sum(n), 0)::BIGINT, list(code ORDER BY n DESC, code) FILTER (n >= 20 AND at_midnight > 0.5)
+FROM (SELECT observation_type_code AS code, count(*) AS n,
+             avg((observation_date = date_trunc('day', observation_date))::INTEGER) AS at_midnight
+      FROM observations WHERE observation_type_code NOT IN ('Age', 'Gender') GROUP BY code)
+"""
+
+COUNTED = r"""
 CREATE TABLE counted AS
-SELECT reason, observation_type_code AS code, by_time, count(*) AS n FROM placed GROUP BY ALL;
+SELECT reason, observation_type_code AS code, by_time, count(*) AS n,
+       count(*) FILTER (reason = 'no_number' AND regexp_full_match(value, '\s*-?\d+,\d+\s*')) AS with_comma
+FROM placed GROUP BY ALL;
 CREATE TABLE left_out AS
 SELECT reason, code, sum(n)::BIGINT AS n FROM counted WHERE reason IS NOT NULL GROUP BY ALL;
 """
@@ -359,12 +412,17 @@ INSERT INTO code_names VALUES ('{SYSTOLIC}', 'systolic blood pressure'), ('{DIAS
 # Age and sex at the start of the visit. Years of birth are all that every source has: the age is their difference.
 ADD_PATIENTS = """
 INSERT INTO rows
+WITH starts AS (
+    SELECT visit_id, client, visit_start FROM visits WHERE NOT getvariable('by_time')
+    UNION ALL
+    SELECT stay_id, client, stay_start FROM icu_stays WHERE getvariable('by_time')
+)
 SELECT visit_id, client, visit_start, visit_start, 'Age', NULL, year(visit_start) - birth_year, 'years', NULL, NULL
-FROM visits JOIN patients_known USING (client) WHERE birth_year IS NOT NULL
+FROM starts JOIN patients_known USING (client) WHERE birth_year IS NOT NULL
 UNION ALL
 SELECT visit_id, client, visit_start, visit_start, 'Gender', NULL,
        CASE lower(left(sex, 1)) WHEN 'm' THEN 1 WHEN 'f' THEN 0 END, NULL, NULL, NULL
-FROM visits JOIN patients_known USING (client) WHERE lower(left(sex, 1)) IN ('m', 'f');
+FROM starts JOIN patients_known USING (client) WHERE lower(left(sex, 1)) IN ('m', 'f');
 INSERT INTO code_names VALUES ('Age', 'age in years'), ('Gender', 'sex: 1 male, 0 female');
 """
 

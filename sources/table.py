@@ -14,7 +14,7 @@ from typing import Any
 from common.artifacts import read_toml
 from feature_pipeline import BadConfig, BadObservations, check_synonyms, listed
 from sources.meanings import given_concepts
-from sources.prepare import add_source
+from sources.prepare import add_source, mixed_offsets
 from sources.tables import SUFFIXES, add_database_query, columns_of, duckdb, files_in, is_url, quoted, reason_of, scan
 
 # What a map or a query may name; the first ones it must.
@@ -74,6 +74,8 @@ def mapped_query(source: str, content: dict[str, Any], have: dict[str, tuple[str
             origin, cell = time["minutes_after"].replace("'", "''"), cells[name]
             cells[name] = f"CAST(TIMESTAMP '{origin}' + to_minutes(try_cast({cell} AS BIGINT)) AS VARCHAR)"
         elif "format" in time:
+            if not re.search("%-?[HIcXs]", time["format"]):
+                raise BadConfig(f"{where}: the [time] format {time['format']!r} has no hour; a date alone is no time")
             cells[name] = (
                 f"CAST(try_strptime({cells[name]}, '{time['format'].replace(chr(39), chr(39) * 2)}') AS VARCHAR)"
             )
@@ -129,6 +131,11 @@ def read(con: Any, arguments: argparse.Namespace) -> dict[str, bool]:
         raise BadConfig(f"{arguments.sql}: the query gives no column {listed(missing)}; needed: {', '.join(NEEDED)}")
     if content.get("concepts"):
         take_concepts(arguments, content["concepts"])
+    times = [name for name in ("observation_date", "available", "visit_start", "visit_end") if name in have]
+    found = " UNION ".join(f"SELECT offset_of(CAST({name} AS VARCHAR)) AS o FROM mapped" for name in times)
+    offsets = con.execute(f"SELECT o FROM ({found}) WHERE o IS NOT NULL").fetchall()
+    if remark := mixed_offsets(row[0] for row in offsets):
+        arguments.notices.append(remark)
     fill(con, have)
     return {}
 
@@ -141,28 +148,33 @@ def take_concepts(arguments: argparse.Namespace, concepts: dict[str, str]) -> No
 
 def fill(con: Any, have: dict[str, tuple[str, str]]) -> None:
     """`source_rows`, `visits` and `code_names` from the table `mapped`. Without a client, the visit is its own; without
-    a start and an end, a visit lasts from its first observation to its last."""
+    a start and an end, a visit lasts from its first observation to its last. Two clients may have the same visit_id."""
 
     def cell(name: str, otherwise: str = "NULL::VARCHAR") -> str:
         return f"CAST({name} AS VARCHAR)" if name in have else otherwise
 
-    client = f"coalesce({cell('client')}, {cell('visit_id')})"
     con.execute(
-        f"CREATE TABLE mapped_rows AS SELECT whole({cell('visit_id')}) AS visit_id, whole({client}) AS client, "
-        f"wall({cell('observation_date')}) AS charted, wall({cell('available')}) AS available, "
+        f"CREATE TABLE mapped_rows AS SELECT nullif(whole({cell('visit_id')}), '') AS visit_id, "
+        f"nullif(whole({cell('client')}), '') AS client, "
+        f"moment({cell('observation_date')}) AS charted, moment({cell('available')}) AS available, "
         f"whole({cell('observation_type_code')}) AS code, {cell('observation_value')} AS value, "
         f"{cell('unit')} AS unit, "
         f"number_in({cell('reference_range_min')}) AS low, number_in({cell('reference_range_max')}) AS high, "
         f"{cell('observation_name')} AS name, wall({cell('visit_start')}) AS visit_start, "
-        f"wall({cell('visit_end')}) AS visit_end FROM mapped"
+        f"wall_end({cell('visit_end')}) AS visit_end FROM mapped"
     )
     con.execute(
-        "CREATE VIEW source_rows AS SELECT * EXCLUDE (name, visit_start, visit_end) FROM mapped_rows;"
+        # a row without a client has the one of its visit, unless there are several
+        "CREATE TABLE clients AS SELECT visit_id, CASE WHEN min(client) IS NULL THEN visit_id "
+        "WHEN min(client) = max(client) THEN min(client) END AS only_client FROM mapped_rows GROUP BY visit_id;"
+        "CREATE VIEW whose AS SELECT * EXCLUDE (only_client) REPLACE (coalesce(client, only_client) AS client) "
+        "FROM mapped_rows LEFT JOIN clients USING (visit_id);"
+        "CREATE VIEW source_rows AS SELECT * EXCLUDE (name, visit_start, visit_end) FROM whose;"
         "CREATE TABLE code_names AS SELECT code, min(name) AS name FROM mapped_rows WHERE name <> '' GROUP BY code;"
-        "CREATE TABLE visits AS SELECT visit_id, min(client) AS client, "
+        "CREATE TABLE visits AS SELECT visit_id, client, "
         "coalesce(min(visit_start), min(least(charted, coalesce(available, charted)))) AS visit_start, "
         "coalesce(max(visit_end), max(greatest(charted, coalesce(available, charted)))) AS visit_end, "
-        "NULL::BOOLEAN AS died FROM mapped_rows WHERE visit_id <> '' GROUP BY visit_id"
+        "NULL::BOOLEAN AS died FROM whose WHERE visit_id IS NOT NULL AND client IS NOT NULL GROUP BY visit_id, client"
     )
 
 

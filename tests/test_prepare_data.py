@@ -170,6 +170,10 @@ def test_visits_can_be_stays_in_intensive_care(tmp_path):
         measured = table[~table["observation_type_code"].isin(["Age", "Gender"])]
         assert measured["observation_value"].tolist() == [101.0, 97.5]
         assert set(table["visit_id"]) == {stay}
+        static = table[table["observation_date"] == formats.ICU[3]]
+        assert dict(zip(static["observation_type_code"], static["observation_value"], strict=True)) == {
+            **{"Age": 70.0, "Gender": 1.0}
+        }
 
 
 def test_labels_are_written_unless_they_are_not_wanted(tmp_path):
@@ -524,6 +528,88 @@ def test_nan_and_infinity_are_no_numbers(tmp_path):
     assert report(out)["left_out"] == {"no_number": 3}
 
 
+def test_two_clients_may_use_the_same_visit_number(tmp_path):
+    rows = [f"{visit},{client},2024-01-0{day} 08:00,HR,{value}," for visit, client, day, value in (
+        *((1, "a", 1, 80), (1, "b", 2, 120), (1, "", 3, 70)),  # whose is the third?
+        *((2, "c", 1, 60), (2, "", 2, 61), (3, "", 1, 50)),
+    )]  # fmt: skip
+    table = pd.read_parquet(prepared_table(tmp_path, rows) / "observations.parquet")
+    found = list(zip(table["client"], table["visit_id"], table["observation_value"], strict=True))
+    assert found == [("3", "3", 50), ("a", "1", 80), ("b", "1", 120), ("c", "2", 60), ("c", "2", 61)]
+    assert report(tmp_path / "out")["left_out"] == {"no_visit": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("person", "person_source_value"), ("visit_occurrence", "visit_source_value")]
+)
+def test_source_ids_that_two_patients_share_are_not_taken(table, column, tmp_path):
+    tables = formats.omop_tables()
+    for row in tables[table]:
+        row[column] = "1"
+    for name, rows in tables.items():
+        formats.write(tmp_path / "in", name, rows)
+    out = run("omop", tmp_path / "in", "--ids", "source", out=tmp_path / "out")
+    ours = {number: own for own, number in formats.HASH.items()}
+    found = [(ours.get(client, client), *row) for client, *row in by_concept(out)]
+    assert sorted(found) == formats.EXPECTED
+
+
+def test_a_date_alone_is_no_time(tmp_path, capsys):
+    out = prepared_table(tmp_path, ["1,a,2024-01-01,HR,80,", "1,a,2024-01-01 08:00,HR,81,", "1,a,infinity,HR,82,"])
+    assert pd.read_parquet(out / "observations.parquet")["observation_value"].tolist() == [81]
+    assert report(out)["left_out"] == {"no_time": 2}
+    tables = formats.omop_tables()
+    for row in tables["measurement"]:
+        row["measurement_datetime"] = row["measurement_date"]
+    for name, rows in tables.items():
+        formats.write(tmp_path / "in", name, rows)
+    out = run("omop", tmp_path / "in", out=tmp_path / "none", status=2)
+    # age and sex are no reason to go on
+    assert "no observation in 12 rows (8 x no time of day, or none that can be read)" in capsys.readouterr().err
+    assert not list(out.glob("*"))
+
+
+def test_times_that_are_all_midnight_are_doubted(tmp_path):
+    rows = [f"{i},a{i},2024-01-02 {'00:00' if i % 3 else '00:01'},Lactate,1," for i in range(30)]
+    rows += [f"{i},a{i},2024-01-02 {'00:00' if i % 3 == 0 else '00:01'},HR,80," for i in range(30)]
+    (notice,) = report(prepared_table(tmp_path, rows))["notices"]
+    assert notice.startswith("Most times of 'Lactate' are midnight.")
+
+
+def test_a_decimal_comma_is_named(tmp_path):
+    rows = ['1,a,2024-01-01 08:00,Temp,"37,5",', "1,a,2024-01-01 09:00,Temp,38,", "1,a,2024-01-01 09:00,Temp,high,"]
+    out = prepared_table(tmp_path, rows)
+    assert report(out)["left_out"] == {"no_number": 2}
+    assert report(out)["notices"][0].startswith("1 values have a comma, such as 37,5")
+
+
+def test_times_of_several_zones_are_doubted(tmp_path):
+    rows = [f"1,a,2024-07-01T0{i}:00:00{z},HR,80," for i, z in enumerate(("-05:00", "-04:00", "-05:00"))]
+    assert report(prepared_table(tmp_path, rows))["notices"] == []
+    rows.append("1,a,2024-07-01T08:00:00.5Z,HR,80,")
+    (notice,) = report(prepared_table(tmp_path, rows))["notices"]
+    assert "offsets '-04:00', '-05:00', 'Z'" in notice
+    resources = formats.fhir_resources()
+    stay = next(resource for resource in resources if resource["resourceType"] == "Encounter")
+    stay["meta"] = {"lastUpdated": "2180-03-09T10:00:00Z"}
+    (tmp_path / "in").mkdir()
+    for wrong in (False, True):
+        if wrong:
+            stay["period"]["start"] = "2180-03-09T11:00:00Z"
+        (tmp_path / "in" / "all.ndjson").write_text("\n".join(map(json.dumps, resources)))
+        notices = report(run("fhir", tmp_path / "in", out=tmp_path / "fhir"))["notices"]
+        assert [("'Z'" in notice) for notice in notices] == [True] * wrong
+
+
+def test_lines_that_are_not_utf8_are_told(tmp_path, capsys):
+    table_of(tmp_path, ["1,a,2024-01-01 08:00,HR,80,bpm"])
+    with open(tmp_path / "table.csv", "ab") as file:
+        file.write("1,a,2024-01-01 09:00,Temp,37.5,°C\n".encode("latin-1"))
+    (tmp_path / "map.toml").write_text(MAP)
+    run("table", tmp_path / "table.csv", "--map", tmp_path / "map.toml", out=tmp_path / "out")
+    assert "table.csv: 1 lines are no rows of it and left out; is the file UTF-8?" in capsys.readouterr().err
+
+
 def test_times_without_a_date_are_counted(tmp_path):
     out = prepared_table(tmp_path, ["1,a,08:00,HR,80,", "1,a,2024-01-01 08:00,HR,80,", "1,a,,HR,80,"])
     assert report(out)["left_out"] == {"no_time": 2}
@@ -565,6 +651,7 @@ def test_lines_that_are_no_rows_are_counted(tmp_path):
         (MAP.replace("unit =", "units ="), "[columns] names 'units'"),
         (MAP + '[concepts]\nHR = "pulse"\n', "unknown concept 'pulse'"),
         (MAP + "[tiem]\n", "unknown 'tiem'"),
+        (MAP + '[time]\nformat = "%d.%m.%Y"\n', "the [time] format '%d.%m.%Y' has no hour"),
     ],
 )
 def test_a_map_that_is_wrong_is_one_line(text, message, tmp_path, capsys):
