@@ -67,8 +67,11 @@ def test_alerts_and_state_of_the_stream(cohort, home, usual_umask, monkeypatch, 
     (folder / "feed.jsonl").chmod(0o600)
     with (folder / "feed.jsonl").open() as feed:
         monkeypatch.setattr("sys.stdin", feed)
-        assert stream_processor.main(["--alerts", "new/alerts.jsonl", "--state", "new/state.jsonl", *model]) == 0
+        files = ["--alerts", "new/alerts.jsonl", "--state", "new/state.db"]
+        assert stream_processor.main([*files, "--as-of", "last", *model]) == 0
     assert json.loads((folder / "new/alerts.jsonl").read_text().splitlines()[0])["client"]
+    assert {path.name for path in (folder / "new").glob("state.db*")} == {"state.db", "state.db.lock"}
+    assert mode(folder / "new/state.db") == 0o600
     assert not open_to_others(folder)
 
 
