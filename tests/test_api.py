@@ -47,7 +47,7 @@ from monitoring.log import PredictionLog
 from serving.api import app as app_module
 from serving.api import fetching, fhir, trust
 from serving.api.app import create_app
-from serving.api.limits import ThreadSafeMemory
+from serving.api.limits import SharedCounts
 from serving.api.security import Key, keep_keys, new_key, read_keys
 from serving.api.service import LARGE_BYTES
 from serving.api.settings import Settings
@@ -545,7 +545,7 @@ def test_too_many_requests_are_told_when_to_come_back(make_client):
 
 
 def test_counts_of_requests_are_exact_among_threads():
-    counts, found = ThreadSafeMemory(), []
+    counts, found = SharedCounts(), []
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -561,17 +561,27 @@ def test_counts_of_requests_are_exact_among_threads():
 def test_counts_of_requests_begin_anew_with_the_window(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("serving.api.limits.time.time", lambda: now[0])
-    monkeypatch.setattr(ThreadSafeMemory, "MOST_KEYS", 3)
-    counts = ThreadSafeMemory()
+    counts = SharedCounts()
     assert [counts.incr("ward", 60) for _ in range(2)] == [1, 2] and counts.get_expiry("ward") == 1060
     now[0] = 1059.9
     assert counts.incr("ward", 60) == 3
     now[0] = 1060.0
     assert counts.get("ward") == 0 and counts.incr("ward", 60) == 1
-    for name in "abcd":
-        counts.incr(name, 60 if name == "d" else 1)
-        now[0] += 2
-    assert counts.get("d") == 1 and counts.get("ward") == 1 and counts.reset() <= 3  # the expired ones were dropped
+    counts.clear("ward")
+    assert counts.get("ward") == 0
+
+
+def test_counts_of_more_keys_than_there_is_room_for_lose_the_smallest(monkeypatch):
+    monkeypatch.setattr(SharedCounts, "SLOTS", 4)
+    monkeypatch.setattr(SharedCounts, "PROBES", 4)
+    counts = SharedCounts()
+    for _ in range(9):
+        counts.incr("guesses keys", 3600)
+    for i in range(50):
+        counts.incr(f"other {i}", 3600)
+    assert counts.incr("guesses keys", 3600) == 10
+    counts.reset()
+    assert counts.get("guesses keys") == 0
 
 
 def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch):
@@ -579,7 +589,7 @@ def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch)
         raise ConnectionError("the store of counts is away")
 
     client = make_client(rate_limit="2/hour")
-    monkeypatch.setattr(ThreadSafeMemory, "incr", broken)
+    monkeypatch.setattr(SharedCounts, "incr", broken)
     assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200] * 3
 
 

@@ -237,6 +237,24 @@ def test_a_worker_with_too_many_connections_gives_some_up(colleagues, monkeypatc
     assert worker.handle_request(Request(), None)  # another would only change sides
 
 
+@pytest.mark.slow
+def test_wrong_keys_are_counted_over_all_workers(models_dir, tmp_path):
+    """The limit is exact, whichever worker answers, and holds when one of them was killed."""
+    line = new_key("ward-3")[1]
+    server = Server(tmp_path, models_dir, SEPSIS_API_KEYS=line)
+    try:
+        guess = lambda i: server.request("/predict", b"[]", **{"X-API-Key": f"guess-{i}", "Connection": "close"})[0]  # noqa: E731
+        with ThreadPoolExecutor(4) as pool:
+            first = list(pool.map(guess, range(12)))
+        os.kill(next(iter(server.workers())), signal.SIGKILL)
+        until(lambda: len(server.workers()) == 2 and server.get("/ready")[0] == 200, "the worker is replaced")
+        with ThreadPoolExecutor(4) as pool:
+            answers = first + list(pool.map(guess, range(12, 40)))
+    finally:
+        server.stop()
+    assert answers.count(403) in (20, 40) and answers.count(403) + answers.count(429) == 40  # 40: a minute began
+
+
 def test_a_killed_worker_is_replaced_and_the_others_answer(server):
     with load(server) as answers:
         victim = min(server.workers())

@@ -25,7 +25,7 @@ from monitoring.log import OFF, url_of
 from serving.api import cds_hooks, conformance, feedback, fetching, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.errors import explained, problem
-from serving.api.limits import ThreadSafeMemory, check_rate_limit
+from serving.api.limits import SharedCounts, check_rate_limit
 from serving.api.openapi import document
 from serving.api.records import Lines
 from serving.api.security import WRONG_KEYS, Gate
@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     limiter = Limiter(
         _who,
         app=app,
-        storage_uri=settings.rate_storage or f"{ThreadSafeMemory.STORAGE_SCHEME[0]}://",
+        storage_uri=settings.rate_storage or f"{SharedCounts.STORAGE_SCHEME[0]}://",
         headers_enabled=True,
         in_memory_fallback_enabled=bool(settings.rate_storage),
         swallow_errors=True,  # a fault of the limit costs the limit, not a prediction

@@ -25,7 +25,7 @@ class Settings:
     cors_origins: str = ""  # browsers' origins that may ask CDS Hooks, separated by commas
     insecure: bool = False  # open to everybody, without keys
     rate_limit: str = "1200/minute"  # of each key, or of each address where there is none
-    rate_storage: str = ""  # each worker counts for itself; redis://HOST:6379 counts for all
+    rate_storage: str = ""  # all workers of this machine count together; redis://HOST:6379 counts for several machines
     max_bytes: int = 8 * 1024 * 1024  # of a request
     max_rows: int = 100_000  # observations of a request
     max_visits: int = 2_000  # of a request, and reasons or moments of all its visits together
