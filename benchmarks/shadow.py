@@ -1,7 +1,8 @@
 """What a challenger in the shadow costs: scores a second and their latency, without one and with one, in turns.
 
 One process scores a visit again and again through `serving.deployed.ServedModel` with a prediction log (SQLite). The
-challenger is a copy of the deployed model; one raises at every score, one takes ten times as long.
+challenger is a copy of the deployed model. One raises at every score, the files of one are deleted while it runs, one
+takes ten times as long.
 
     python benchmarks/shadow.py --models-dir models
 """
@@ -46,16 +47,24 @@ def ten_times(assess: Any) -> Any:
     return lambda *job: [assess(*job) for _ in range(10)][-1]
 
 
-CASES = {"no challenger": None, "challenger": lambda assess: assess, "raises": raising, "ten times slower": ten_times}
+def same(assess: Any) -> Any:
+    return assess
 
 
-def measured(models: Path, folder: Path, change: Any, seconds: float) -> tuple[list[float], float]:
-    """(latencies, share of the scores that the challenger gave too)."""
+CASES = {"none": None, "works": same, "raises": raising, "deleted": same, "takes ten times as long": ten_times}
+
+
+def measured(models: Path, folder: Path, name: str, seconds: float) -> tuple[list[float], float]:
+    """(latencies, share of the scores that the challenger gave too, or tried to)."""
+    change, archived = CASES[name], models / "archive" / COPY
     write_shadow(models, COPY if change else None)
     served = ServedModel(ProductionPipeline(models / CONFIG, models / MODEL), "api", f"sqlite:///{folder}/log.db")
     shadow = served._shadows._current
     if shadow is not None:
         shadow.pipeline.assess = change(shadow.pipeline.assess)
+    if name == "deleted":
+        archived.rename(folder / COPY)
+        write_shadow(models, COPY)  # so that it is looked for again
     observations = served.read(ROWS)
     visit, moments = np.arange(observations.n_visits), observations.last_time
     latencies, end = [], time.perf_counter() + seconds
@@ -64,6 +73,8 @@ def measured(models: Path, folder: Path, change: Any, seconds: float) -> tuple[l
         latencies.append(time.perf_counter() - began)
     waiting = shadow._waiting.qsize() if shadow else 0
     scored = 1 - (shadow.left_out / len(visit) + waiting) / len(latencies) if shadow else 0.0
+    if name == "deleted":
+        (folder / COPY).rename(archived)
     served._shadows.stop()
     served.log.close()
     return latencies, scored
@@ -81,13 +92,13 @@ def benchmark(arguments: argparse.Namespace) -> int:
         config = replace(load_config(models / CONFIG), model_version=COPY)
         archive_version(models, COPY, {MODEL: (models / MODEL).read_bytes(), CONFIG: config.text()})
         for _ in range(arguments.rounds):
-            for name, change in CASES.items():
-                times, shares[name] = measured(models, Path(scratch), change, arguments.seconds)
+            for name in CASES:
+                times, shares[name] = measured(models, Path(scratch), name, arguments.seconds)
                 rates[name].append(len(times) / sum(times))
                 latencies[name] += times
     print("| challenger | scores/s | ratio | median | p99 | scored in the shadow |\n|---|---|---|---|---|---|")
     for name in CASES:
-        ratio = statistics.median(a / b for a, b in zip(rates[name], rates["no challenger"], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(rates[name], rates["none"], strict=True))
         median, p99 = np.percentile(latencies[name], [50, 99]) * 1e3
         rate = statistics.median(rates[name])
         print(f"| {name} | {rate:,.0f} | {ratio:.2f} | {median:.2f} ms | {p99:.2f} ms | {shares[name]:.0%} |")
@@ -97,9 +108,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python benchmarks/shadow.py --models-dir models", "models-dir")
     parser.add_argument(
-        "--rounds", type=number(int, 1), default=5, help="rounds, in each of which every case is measured"
+        "--rounds", type=number(int, 1), default=3, help="rounds, in each of which every case is measured"
     )
-    parser.add_argument("--seconds", type=number(float, 0.1), default=3.0, help="duration of one measurement")
+    parser.add_argument("--seconds", type=number(float, 0.1), default=8.0, help="duration of one measurement")
     return run(benchmark, parser, argv)
 
 

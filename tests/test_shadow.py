@@ -6,7 +6,9 @@ import json
 import pickle
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +18,18 @@ import batch_processor
 import train_best_model
 from common.command_line import start_logging
 from common.pseudonyms import KEY_VARIABLE
-from common.shadow import SHADOW, challenger
+from common.shadow import SHADOW, challenger, write_shadow
 from feature_pipeline import BadConfig, ProductionPipeline
 from monitoring.findings import read_counts, read_rows
 from monitoring.log import open_engine
 from serving import shadow as shadow_module
+from serving.api.app import create_app
+from serving.api.settings import Settings
 from serving.deployed import ServedModel
 from training.versions import CONFIG, MODEL, archive_version, list_versions
 
 OTHER = "20200101_000000"
+EXAMPLE = json.loads((Path(__file__).resolve().parents[1] / "examples" / "new_patient_data.json").read_text())
 
 
 @pytest.fixture
@@ -163,6 +168,50 @@ def test_a_challenger_whose_files_are_gone_leaves_the_deployed_model_alone(servi
     assert "no model runs in the shadow" in capsys.readouterr().err
     (directory / SHADOW).write_text("{")
     assert Service(directory, url, cohort).shadow is None
+
+
+def raising(directory, shadow):
+    def fail(*_):
+        raise ValueError
+
+    shadow.pipeline.assess = fail
+
+
+def deleted(directory, shadow):
+    shutil.rmtree(directory / "archive" / OTHER)
+    write_shadow(directory, OTHER)  # so that it is looked for again
+
+
+def ten_times_as_long(directory, shadow):
+    assess = shadow.pipeline.assess
+    shadow.pipeline.assess = lambda *job: [assess(*job) for _ in range(10)][-1]
+
+
+@pytest.mark.filterwarnings("ignore::feature_pipeline.MissingCodesWarning")
+@pytest.mark.parametrize("fault", [raising, deleted, ten_times_as_long])
+def test_no_request_of_many_at_once_fails_with_the_challenger(fault, directory, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(shadow_module, "LOOK_SECONDS", 0.0)
+    set_shadow(directory)
+    files = {"config": str(directory / CONFIG), "model": str(directory / MODEL), "monitor_url": url}
+    logs = {name: str(tmp_path / name) for name in ("access_log", "audit_log")}
+    app = create_app(Settings(**files, **logs, insecure=True, rate_limit="100000/minute"))
+    answers = []
+
+    def ask(_):
+        answers.append(app.test_client().post("/predict?as_of=last", json=EXAMPLE))
+
+    ask(0)
+    shadow = app.service.model()._shadows._current
+    assert shadow.pipeline.model_version == OTHER
+    fault(directory, shadow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(60)))
+    assert {answer.status_code for answer in answers} == {200}
+    given = [[p["sepsis_probability"] for p in answer.get_json()["predictions"]] for answer in answers]
+    assert all(scores == given[0] for scores in given)
+    shown = [row for row in logged(url) if not row.shadow]
+    assert len(shown) == len(answers) * len(given[0])
+    app.service.model()._shadows.stop()
 
 
 def test_a_running_service_takes_the_challenger_up_and_lets_it_go(directory, url, cohort, monkeypatch):
