@@ -697,11 +697,19 @@ def _distinct(column: Column) -> tuple[np.ndarray, list[Any]]:
     if len(column) < _LONG or column.dtype == object:
         return np.arange(len(column)), column.tolist()
     index, distinct = pd.factorize(column)
-    return index, [*distinct.tolist(), None]
+    return index, distinct.tolist() + ([None] if (index < 0).any() else [])
 
 
 def _is_empty(cell: Any) -> bool:
     return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell.strip()) or cell != cell
+
+
+def _empty_among(cells: Sequence[Any], asked: np.ndarray) -> np.ndarray:
+    """Which of the cells that are `asked` for are empty."""
+    empty = np.zeros(len(cells), dtype=bool)
+    for i in np.flatnonzero(asked).tolist():
+        empty[i] = _is_empty(cells[i])
+    return empty
 
 
 _EMPTY, _UNDECODED = -1, -2
@@ -738,12 +746,12 @@ def parse_times(column: Column) -> tuple[np.ndarray, np.ndarray]:
         empty = micros == NO_TIME
     else:
         index, cells = _distinct(column)
-        empty = np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]
-        texts = [_date_text(cell) for cell in cells]
+        texts = _date_texts(cells)
         micros = _plain_times(texts)
         if micros is None:
             texts = np.array(texts, dtype=object)
             micros = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce").as_unit("us").asi8
+        empty = _empty_among(cells, micros == NO_TIME)[index]
         micros = micros[index]
     return np.where((micros >= _EARLIEST) & (micros < _LATEST), micros, NO_TIME), empty
 
@@ -762,17 +770,31 @@ def _plain_times(texts: list[Any]) -> np.ndarray | None:
         return None
 
 
+def _date_texts(cells: list[Any]) -> list[Any]:
+    """`_date_text` of each cell."""
+    if set(map(type, cells)) == {str}:
+        texts = [cell.strip() for cell in cells]
+        lengths = set(map(len, texts))
+        if min(lengths) >= SHORTEST_DATE and max(lengths) <= LONGEST_DATE:
+            return texts
+    return [_date_text(cell) for cell in cells]
+
+
+SHORTEST_DATE = 8  # 2024 and 2024-01 are ISO 8601, but not the time of a measurement
+LONGEST_DATE = 26  # to the microsecond
+
+
 def _date_text(cell: Any) -> Any:
-    """A text that may be a date. 2024 and 2024-01 are ISO 8601, but not the time of a measurement."""
+    """A text that may be a date."""
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         cell = str(cell)
     if isinstance(cell, np.datetime64):
         cell = pd.Timestamp(cell)
     if isinstance(cell, str):
         cell = cell.strip()
-        if len(cell) > 26:  # beyond microseconds one long fraction would make all dates nanoseconds, until 2262 only
+        if len(cell) > LONGEST_DATE:  # beyond microseconds one long fraction would make all dates nanoseconds, until 2262 only
             cell = re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", cell)
-        return cell if len(cell) >= 8 else None
+        return cell if len(cell) >= SHORTEST_DATE else None
     return cell if isinstance(cell, date) else None
 
 
@@ -801,7 +823,7 @@ def _numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
             return numbers, np.isnan(numbers)
     index, cells = _distinct(column)
     numbers = np.array([_number(cell) for cell in cells], dtype=np.float64)
-    return numbers[index], np.array([_is_empty(cell) for cell in cells], dtype=bool)[index]
+    return numbers[index], _empty_among(cells, np.isnan(numbers))[index]
 
 
 def _object_array(cells: Sequence[Any]) -> np.ndarray:

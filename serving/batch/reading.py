@@ -86,23 +86,26 @@ class Chunks:
         while block := self.file.read(int(self.chunk_rows * line_bytes)):
             block += self.file.readline()
             self.position = self.file.tell()
-            line_bytes = max(len(block) / max(block.count(b"\n"), 1), 8.0)
+            some = block[: 1 << 20]
+            line_bytes = max(len(some) / max(some.count(b"\n"), 1), 8.0)
+            rows = memoryview(block)  # slices of it are no copies
             if not header:
                 block = _BLANK_LINES.sub(b"", block.removeprefix(b"\xef\xbb\xbf"))
-                header, _, block = block.partition(b"\n")
+                header = block[: block.find(b"\n")] if b"\n" in block else block
+                rows = memoryview(block)[len(header) + 1 :]
                 if not header:
                     continue
                 columns = [as_text(name) for name in header.decode(errors="replace").split(",")]
                 self._check(columns)
-            yield self._parsed(header, block, columns)
+            yield self._parsed(header, rows, columns)
         if not header:
             raise self._empty()
 
-    def _parsed(self, header: bytes, block: bytes, columns: list[str]) -> tuple[pd.DataFrame, int]:
+    def _parsed(self, header: bytes, block: memoryview, columns: list[str]) -> tuple[pd.DataFrame, int]:
         wanted = [name for name in COLUMNS if name in columns]
         try:
             table = csv.read_csv(
-                pa.BufferReader(block),
+                pa.BufferReader(pa.py_buffer(block)),
                 csv.ReadOptions(column_names=columns, block_size=1 << 22),
                 csv.ParseOptions(quote_char=False, double_quote=False),
                 csv.ConvertOptions(
@@ -114,7 +117,7 @@ class Chunks:
             )
             return table.to_pandas(ignore_metadata=True), 0
         except pa.ArrowInvalid:  # a row with a cell too many or too few, a byte that is no UTF-8, nothing at all
-            with io.BytesIO(header + b"\n" + block) as again:
+            with io.BytesIO(b"\n".join((header, block))) as again:
                 rest = Chunks(again, self.name, len(header) + 1 + len(block), max(self.chunk_rows * 4, 1000))
                 parts = list(rest._csv(None))
             return pd.concat([frame for frame, _ in parts], ignore_index=True), sum(n for _, n in parts)
