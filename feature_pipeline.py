@@ -792,7 +792,7 @@ def _date_text(cell: Any) -> Any:
         cell = pd.Timestamp(cell)
     if isinstance(cell, str):
         cell = cell.strip()
-        if len(cell) > LONGEST_DATE:  # beyond microseconds one long fraction would make all dates nanoseconds, until 2262 only
+        if len(cell) > LONGEST_DATE:  # one longer fraction would make all dates nanoseconds, until 2262 only
             cell = re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", cell)
         return cell if len(cell) >= SHORTEST_DATE else None
     return cell if isinstance(cell, date) else None
