@@ -27,7 +27,16 @@ from evaluation.evaluate import Settings, compare_versions, evaluate, side_by_si
 from evaluation.exports.papers import read_answers, write_papers
 from evaluation.exports.seismometer import write_seismometer
 from evaluation.report import report_page
-from evaluation.scoring import AT_OBSERVATIONS, Past, past_of, scores_of, unseen, ward_scores_of, with_antibiotics
+from evaluation.scoring import (
+    AT_OBSERVATIONS,
+    Past,
+    doubts_about_times,
+    past_of,
+    scores_of,
+    unseen,
+    ward_scores_of,
+    with_antibiotics,
+)
 from evaluation.silent_trial import past_of_log, trial
 from evaluation.subgroups import named_groups, observed_groups
 from feature_pipeline import BadConfig, Config, ProductionPipeline, describe_set_aside, listed, load_config
@@ -130,6 +139,7 @@ def from_observations(
     record["data"] |= {"unknown_reasons": reasons, "unused_codes": pipeline.unused_codes(observations)}
     if remark := pipeline.missing_codes_remark(observations):
         record["cannot_be_said"].insert(0, f"Codes: {remark}.")
+    record["cannot_be_said"] += doubts_about_times(past, arguments.observations, arguments.labels)
     if other:
         new = ProductionPipeline(other / CONFIG, other / MODEL)
         theirs = past_of(new.reproducer.read(arguments.observations), labels, arguments.score_every)

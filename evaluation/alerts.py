@@ -74,7 +74,7 @@ def hours_of_day(scored: Scored) -> list[int]:
 
 def before_antibiotics(scored: Scored, first_antibiotic: np.ndarray, window: float) -> dict[str, Any]:
     """Of the septic visits that got an antibiotic: how many had an alert in the `window` hours before it, and how
-    early. An alert after it tells the ward what it knows."""
+    early. An alert after it tells the ward what it knows. Which antibiotic it is, the labels decide."""
     septic = scored.stays.septic & (first_antibiotic != NO_TIME)
     rows = scored.alerts[::-1]
     ahead = (first_antibiotic[scored.visit[rows]] - scored.time[rows]) / MICROSECONDS_PER_HOUR
@@ -134,5 +134,7 @@ def left_out(scored: Scored) -> dict[str, int]:
     if scored.stays.dated:
         early = scored.stays.septic & (visits["visits"] > 0) & (visits["at_risk"] == 0)
         out["septic visits with onset at or before their first score"] = int(early.sum())
+        unrecorded = scored.stays.septic & (visits["visits"] > 0) & (scored.stays.onset > scored.stays.end)
+        out["septic visits with onset after the end of their record"] = int(unrecorded.sum())
         out[f"alerts later than {GRACE_HOURS:g} h after onset"] = int(visits["late"].sum())
     return {name: n for name, n in out.items() if n}

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from common.alerts import WINDOWS, Scored, figures_of, lead_times, per_visit, quartiles, ratios, totals
-from evaluation.resampling import Clients, banded, called_at_rate, interval, ranking
+from evaluation.resampling import Clients, banded, called_at_rate, interval, ranking, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ def event_figures(
             values = np.where(drawn[below] > 0, factor * drawn[above] / drawn[below], np.nan)
         resamples[name] = np.append(estimates[name], values)
         out[name] = number(estimates[name])
-        out[f"{name}_95"] = interval(values) if out[name] is not None else None
+        out[f"{name}_95"] = None
+        if out[name] is not None:
+            columns = (visits[above], visits[below], clients.client)
+            out[f"{name}_95"] = ratio_interval(values, *columns, factor, is_rate=below == "days")
     if scored.stays.dated:
         for w in windows:
             lead = lead_times(scored, w)

@@ -131,7 +131,8 @@ def alerts(record: Mapping[str, Any]) -> list[str]:
         out.append(
             paragraph(
                 f"{before['alerted_before']:,} of {before['septic_visits_with_antibiotic']:,} septic visits with an "
-                f"antibiotic had an alert in the {before['window_hours']:g} h before the first one; lead time "
+                f"antibiotic had an alert in the {before['window_hours']:g} h before it (the labels' antibiotic_time; "
+                "in those of prepare_data.py that of the suspected infection, not the first of the stay); lead time "
                 f"{hours(before['lead_hours'])}. An alert after it tells the ward what the ward knows."
             )
         )

@@ -59,8 +59,25 @@ class Clients:
 
 def interval(values: np.ndarray) -> list[float] | None:
     """The middle 95% of the resamples that have a value; None where fewer than half have."""
-    values = values[np.isfinite(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+    known = values[np.isfinite(values)]
+    return np.percentile(known, [2.5, 97.5]).tolist() if len(known) and 2 * len(known) >= len(values) else None
+
+
+def ratio_interval(
+    values: np.ndarray, above: np.ndarray, below: np.ndarray, client: np.ndarray, factor: float, is_rate: bool
+) -> list[float] | None:
+    """The interval of the ratio ``factor * above / below`` of some visits, from its resamples `values`.
+
+    All resamples of "none of 5" are none: where nothing, or all, was counted, the bounds are those of the exact
+    interval of as many clients (Clopper and Pearson, Biometrika 1934;26:404), or for a rate over time of the Poisson.
+    """
+    counted, of = float(above.sum()), float(below.sum())
+    if counted > 0 and (is_rate or counted < of):
+        return interval(values)
+    edge = 0.025 ** (1 / len(np.unique(client[below > 0]))) if of > 0 else 0.0
+    if counted > 0:
+        return [factor * edge, factor]
+    return [0.0, factor * (-np.log(0.025) / of if is_rate else 1 - edge)] if of > 0 else None
 
 
 def banded(score: np.ndarray, bands: int = BANDS) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ from feature_pipeline import (
     Observations,
     ProductionPipeline,
     as_text,
+    listed,
     parse_times,
 )
 from training.snapshots import in_order_of_names, learned_clients
@@ -113,10 +115,66 @@ def with_antibiotics(past: Past, path: str) -> Past:
     table = read_cells(path, f"labels {path!r}")
     if "antibiotic_time" not in table.columns:
         return past
-    times, _ = parse_times(table["antibiotic_time"])
+    times, empty = parse_times(table["antibiotic_time"])
+    if unread := int(((times == NO_TIME) & ~empty).sum()):
+        past = replace(past, remarks=past.remarks | {"antibiotic times that are no date": unread})
     keys = zip(table["client"].map(as_text), table["visit_id"].map(as_text), strict=True)
     known = dict(zip(keys, times.tolist(), strict=True))
     return replace(past, first_antibiotic=np.array([known.get(key, NO_TIME) for key in past.keys], dtype=np.int64))
+
+
+HAS_ZONE = re.compile(r":\d\d.*?(Z|[+-]\d\d(:?\d\d)?)$", re.IGNORECASE)
+FEW = 20  # observations of a code, of which the times prove nothing
+
+
+def doubts_about_times(past: Past, observations: str, labels: str) -> list[str]:
+    """What speaks against the times of the files: each of these makes alerts too early or too late, and no figure shows
+    it. In whole sentences."""
+    lines = []
+    onset = read_cells(labels, f"labels {labels!r}").get("sepsis_onset", pd.Series(dtype=str))
+    zoned = [_has_zone(cells) for cells in (first_cells(observations, "observation_date"), onset)]
+    if (past.stays.onset != NO_TIME).any() and zoned[0] != zoned[1]:
+        which = ("onsets", "observations") if zoned[1] else ("observations", "onsets")
+        lines.append(
+            f"The {which[0]} have an offset from UTC and the {which[1]} have none. Unless the latter are in UTC, the "
+            "two are hours apart, and no figure about alerts holds."
+        )
+    at = past.stays.onset[past.stays.onset != NO_TIME]
+    if len(at) > 1 and (_at_midnight(at).mean() > 0.5):
+        lines.append(
+            "Most onsets are at midnight: if only their dates are known, an alert of the same day counts as late."
+        )
+    code = np.repeat(past.observations.group_code, np.diff(past.observations.group_start))
+    known = np.bincount(code, minlength=len(past.observations.codes))
+    midnight = np.bincount(code[_at_midnight(past.observations.time)], minlength=len(known))
+    found = [past.observations.codes[i] for i in np.flatnonzero((known >= FEW) & (2 * midnight > known))]
+    if found:
+        lines.append(
+            f"Most times of {listed(found)} are midnight: if only their dates are known, the model saw them hours "
+            "before the ward did, and its figures flatter it."
+        )
+    return lines
+
+
+def _at_midnight(time: np.ndarray) -> np.ndarray:
+    return time % (24 * MICROSECONDS_PER_HOUR) == 0
+
+
+def first_cells(path: str, column: str) -> pd.Series:
+    """The first cells of a column of a file."""
+    if path.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return next(pq.ParquetFile(path).iter_batches(1000, columns=[column])).to_pandas()[column]
+    return pd.read_csv(
+        path, usecols=[column], nrows=1000, dtype=str, keep_default_na=False, encoding="utf-8-sig", on_bad_lines="skip"
+    )[column]
+
+
+def _has_zone(cells: pd.Series) -> bool:
+    if cells.dtype.kind == "M":
+        return isinstance(cells.dtype, pd.DatetimeTZDtype)
+    return any(HAS_ZONE.search(cell) for cell in cells.dropna().astype(str))
 
 
 def parts_of(visit: np.ndarray) -> Iterator[slice]:

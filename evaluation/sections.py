@@ -41,6 +41,7 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
             {
                 "score": name,
                 "alerts per 100 patient-days": plain(its["alerts_per_100_patient_days"], digits=1),
+                "the model's alerts": plain(ours["alerts_per_100_patient_days"], digits=1),
                 "its PPV": share(its.get(ppv)),
                 "the model's PPV": share(ours.get(ppv)),
                 "PPV, difference": points(equal["differences"][ppv]),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from common.labels import read_cells
 from evaluation.comparators import number
-from evaluation.resampling import Clients, interval
+from evaluation.resampling import Clients, interval, ratio_interval
 from feature_pipeline import BadConfig, Observations, as_text, listed
 
 AGE_BANDS = (0, 18, 45, 65, 80, 131)
@@ -89,6 +89,25 @@ def members(groups: Groups) -> Iterator[tuple[str, str, np.ndarray]]:
             yield attribute, name or "not known", texts == name
 
 
+SHARES = ("at_risk", "judged")  # what is counted of these is a share of them
+
+
+def _settled(
+    counted: np.ndarray, of: np.ndarray, client: np.ndarray, factor: float, is_share: bool
+) -> tuple[float, float]:
+    """(a ratio, the variance that its resamples do not show). All resamples of "none of 5" and of "all of 5" are the
+    same: such a share counts with two clients more of each kind (Agresti and Coull, Am Stat 1998;52:119), such a rate
+    with one event more."""
+    above, below = float(counted.sum()), float(of.sum())
+    if above > 0 and not (is_share and above == below):
+        return factor * above / below, 0.0
+    if not is_share:
+        return factor / below, (factor / below) ** 2
+    n = len(np.unique(client[of > 0]))
+    share = (above / below * n + 2) / (n + 4)
+    return factor * share, factor**2 * share * (1 - share) / (n + 4)
+
+
 def group_table(visits: Mapping[str, np.ndarray], groups: Groups, clients: Clients) -> list[dict[str, Any]]:
     """One row a group: visits, septic visits, and each of `MEASURES` with its 95% interval; `visits` are the sums of
     each visit, NaN nowhere. Small groups are held back."""
@@ -109,7 +128,11 @@ def group_table(visits: Mapping[str, np.ndarray], groups: Groups, clients: Clien
             row[name] = None if few or not under else number(factor * visits[above][member].sum() / under)
             row[f"{name}_95"] = None
             if row[name] is not None:
-                row[f"{name}_95"] = interval(_quotients(drawn, above, below, factor))
+                columns = (visits[above][member], visits[below][member], clients.client[member])
+                is_rate = below not in SHARES
+                row[f"{name}_95"] = ratio_interval(
+                    _quotients(drawn, above, below, factor), *columns, factor, is_rate=is_rate
+                )
         rows.append(row)
     return rows
 
@@ -142,8 +165,12 @@ def differences(visits: Mapping[str, np.ndarray], groups: Groups, clients: Clien
             )
             drawn = _quotients(own, above, below, factor) - _quotients(other, above, below, factor)
             drawn = drawn[np.isfinite(drawn)]
-            spread = float(drawn.std()) if len(drawn) > 1 else 0.0
-            p = erfc(abs(here - there) / spread / sqrt(2)) if spread > 0 else 1.0
+            (mine, more), (theirs, most) = (
+                _settled(visits[above][some], visits[below][some], clients.client[some], factor, below in SHARES)
+                for some in (member, rest)
+            )
+            spread = sqrt((float(drawn.var()) if len(drawn) > 1 else 0.0) + more + most)
+            p = erfc(abs(mine - theirs) / spread / sqrt(2)) if spread > 0 else 1.0
             found.append(
                 {
                     **{"attribute": attribute, "group": group, "measure": name, "value": here, "others": there},

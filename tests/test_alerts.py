@@ -103,6 +103,11 @@ def test_onset_before_the_first_score_cannot_be_caught():
     }
 
 
+def test_onset_after_the_record_is_counted_apart():
+    scored = scored_of(stays_of((20, 30), (20, 10), (20, None)), *[{0: 0.1, 5: 0.2}] * 3)
+    assert left_out(scored) == {"septic visits with onset after the end of their record": 1}
+
+
 def test_no_septic_visit_at_all():
     scored = scored_of(stays_of((24, None), (24, None)), {0: 0.9}, {0: 0.1})
     found = figures_of(totals(per_visit(scored)))

@@ -22,7 +22,7 @@ from evaluation.evaluate import Settings, evaluate
 from evaluation.exports.papers import write_papers
 from evaluation.report import chance_in_words, report_page
 from evaluation.resampling import Clients
-from evaluation.scoring import past_of, ward_scores_of
+from evaluation.scoring import doubts_about_times, past_of, ward_scores_of
 from evaluation.subgroups import observed_groups
 from feature_pipeline import NO_TIME, BadObservations, load_config, read_observations
 
@@ -127,6 +127,37 @@ def test_labels_without_onset_say_what_cannot_be_said(new_patients, models_dir, 
     assert found["data"]["judged_moments"] == found["data"]["visits"]
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "retrospective" in page and "Lead time of the first alert" not in page
+
+
+def doubts(observations, labels, tmp_path):
+    observations.to_csv(tmp_path / "o.csv", index=False)
+    labels.to_csv(tmp_path / "l.csv", index=False)
+    past = past_of(read_observations(observations), read_labels(labels), 6.0)
+    lines = doubts_about_times(past, str(tmp_path / "o.csv"), str(tmp_path / "l.csv"))
+    observations.to_parquet(tmp_path / "o.parquet")
+    assert doubts_about_times(past, str(tmp_path / "o.parquet"), str(tmp_path / "l.csv")) == lines
+    return lines
+
+
+def test_times_that_cannot_be_right_are_doubted(new_patients, tmp_path):
+    """Onsets of another zone, and dates without a time of day, make a model look better than it is."""
+    observations = pd.read_parquet(new_patients / "past.parquet")
+    labels = pd.read_csv(new_patients / "labels.csv", dtype=str, keep_default_na=False)
+    onset, time = labels["sepsis_onset"], pd.to_datetime(observations["observation_date"])
+    observations["observation_date"] = time.dt.strftime("%Y-%m-%dT%H:%M:%S")
+    assert doubts(observations, labels, tmp_path) == []
+    zoned = labels.assign(sepsis_onset=[text and f"{text}-11:00" for text in onset])
+    (line,) = doubts(observations, zoned, tmp_path)
+    assert line.startswith("The onsets have an offset from UTC and the observations have none.")
+    both = observations.assign(observation_date=time.dt.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    assert doubts(both, zoned, tmp_path) == []
+    (line,) = doubts(both, labels, tmp_path)
+    assert line.startswith("The observations have an offset")
+    (line,) = doubts(observations, labels.assign(sepsis_onset=onset.str[:10]), tmp_path)
+    assert line.startswith("Most onsets are at midnight")
+    dates = observations.assign(observation_date=time.dt.strftime("%Y-%m-%d"))
+    (line,) = doubts(dates, labels, tmp_path)
+    assert line.startswith("Most times of ") and "flatter" in line
 
 
 def test_no_septic_visit(new_patients, models_dir, tmp_path):

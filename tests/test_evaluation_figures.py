@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from stays import HOUR, scored_of, stays_of
@@ -15,7 +16,7 @@ from evaluation.calibration import by_hours, by_month, calibration, log_odds, lo
 from evaluation.comparators import COMPARATORS, Ranked, compare_with_ward_score
 from evaluation.evaluate import significant
 from evaluation.net_benefit import best_ranges, decision_curve, net_benefit
-from evaluation.resampling import Clients, banded, called_at_rate, ranking
+from evaluation.resampling import Clients, banded, called_at_rate, interval, ranking, ratio_interval
 from evaluation.scoring import past_of, ward_scores_of
 from evaluation.subgroups import FEWEST_VISITS, differences, group_table, named_groups, observed_groups
 from feature_pipeline import NO_TIME, BadConfig, read_observations
@@ -48,6 +49,11 @@ def test_histograms_rank_as_scikit_learn_does(rows):
         sensitivity, ppv = called_at_rate(positive[:1], negative[:1], np.array([rate]))
         assert sensitivity[0] == pytest.approx(sensitivity_at_alert_rate(label, plain, rate))
         assert ppv[0] == pytest.approx(sensitivity[0] * label.sum() / (rate * len(label)))
+
+
+def test_an_interval_needs_half_of_the_resamples():
+    assert interval(np.array([1.0, 1.0, np.nan])) == [1, 1]
+    assert interval(np.array([1.0, np.nan, np.nan])) is None and interval(np.array([])) is None
 
 
 def test_resamples_draw_whole_clients():
@@ -291,6 +297,32 @@ def test_equal_groups_differ_by_chance_only():
         found = differences(sums, {"ward": texts}, Clients(np.arange(600), 200, seed))
         named += any(row["exceeds_chance"] for row in found)
     assert named <= 3  # 5% of 20 are aimed at
+
+
+def test_none_and_all_of_a_few_are_not_certain():
+    """Every resample of "5 of 5" is 5 of 5: its interval and its differences would show no doubt at all."""
+    values, few = np.ones(200), np.arange(5)
+    all_of_5 = ratio_interval(values, np.ones(5), np.ones(5), few, 1.0, is_rate=False)
+    assert all_of_5 == [pytest.approx(binomtest(5, 5).proportion_ci(method="exact").low), 1]
+    none_of_5 = ratio_interval(0 * values, np.zeros(5), np.ones(5), few, 100.0, is_rate=False)
+    assert none_of_5 == [0, pytest.approx(100 * binomtest(0, 5).proportion_ci(method="exact").high)]
+    # no event in 10 days: exp(-10 x rate) = 0.025
+    rate = ratio_interval(0 * values, np.zeros(5), 2 * np.ones(5), few, 100.0, is_rate=True)
+    assert rate == [0, pytest.approx(36.89, abs=0.01)]
+
+    def named(caught_a, n_a, caught_b, n_b):
+        """Does sensitivity differ beyond chance between groups with so many caught of so many septic visits?"""
+        n = 2 * (n_a + n_b)
+        septic, a = np.tile([1.0, 0], n_a + n_b), np.arange(n) < 2 * n_a
+        place = np.arange(n) // 2 - np.where(a, 0, n_a)
+        sums = {"visits": np.ones(n), "septic": septic, "days": np.ones(n), "alerts": septic, "at_risk": septic}
+        sums |= {"caught": septic * (place < np.where(a, caught_a, caught_b)), "expected": septic, "observed": septic}
+        found = differences(sums, {"ward": np.where(a, "a", "b").astype(object)}, Clients(np.arange(n), 200))
+        return {row["measure"] for row in found if row["exceeds_chance"]}
+
+    assert named(7, 7, 90, 150) == set()  # p = 0.04 by Fisher's test; three comparisons are made
+    assert named(40, 40, 0, 40) == {"sensitivity"}
+    assert named(40, 40, 40, 40) == set()
 
 
 def test_small_groups_are_held_back():
