@@ -45,13 +45,17 @@ CREATE MACRO whole(t) AS regexp_replace(t, '\.0$', '');
 -- Does the word that a nurse's record has for a dose say that it was given?
 CREATE MACRO given(t) AS regexp_matches(lower(t), 'administered|applied|started|infus|given|completed|confirmed')
     AND NOT regexp_matches(lower(t), '(^|\W)not |flush|stopp|removed|assess|hold');
+-- The vasopressor that a drug's name stands for, with or without its last e. With a local anaesthetic, for the eye,
+-- nose, skin or airways, or in a pen it is none.
 CREATE MACRO pressor(t) AS CASE
-    WHEN regexp_matches(lower(t), 'norepinephrine|noradrenaline|levophed') THEN 'norepinephrine'
-    WHEN regexp_matches(lower(t), 'phenylephrine') THEN 'phenylephrine'
-    WHEN regexp_matches(lower(t), 'epinephrine|adrenaline') THEN 'epinephrine'
-    WHEN regexp_matches(lower(t), 'dopamine') THEN 'dopamine'
-    WHEN regexp_matches(lower(t), 'dobutamine') THEN 'dobutamine'
-    WHEN regexp_matches(lower(t), 'vasopressin') THEN 'vasopressin' END;
+    WHEN regexp_matches(lower(t), 'caine|racepin|racemic|ophth|nasal|spray|drops|inhal|nebul|topical|cream|ointment'
+         '|suppos|injector|\bpen\b') THEN NULL
+    WHEN regexp_matches(lower(t), 'norepinephrin|noradrenalin|levophed|arterenol') THEN 'norepinephrine'
+    WHEN regexp_matches(lower(t), 'phenylephrin') THEN 'phenylephrine'
+    WHEN regexp_matches(lower(t), 'epinephrin|adrenalin|suprarenin') THEN 'epinephrine'
+    WHEN regexp_matches(lower(t), 'dopamin') THEN 'dopamine'
+    WHEN regexp_matches(lower(t), 'dobutamin') THEN 'dobutamine'
+    WHEN regexp_matches(lower(t), 'vasopressin|argipressin') AND NOT contains(lower(t), 'desmo') THEN 'vasopressin' END;
 -- A rate in ug/kg/min; NULL where the unit is another kind of rate.
 CREATE MACRO per_kg(rate, unit, weight) AS CASE replace(replace(lower(unit), 'µ', 'u'), 'mcg', 'ug')
     WHEN 'ug/kg/min' THEN rate WHEN 'mg/kg/min' THEN rate * 1000 WHEN 'ug/kg/hour' THEN rate / 60

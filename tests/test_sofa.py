@@ -239,6 +239,26 @@ def test_a_vasopressor_without_a_dose_in_sofa_has_no_points(drug):
     assert hospital.sofa(30)["cardiovascular"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "drug"),
+    [
+        ("Norepinephrine 8 mg in D5W", "norepinephrine"),
+        ("Noradrenalin 1 mg/ml", "norepinephrine"),
+        ("Adrenalin", "epinephrine"),
+        ("Dopamin", "dopamine"),
+        ("Argipressin", "vasopressin"),
+        ("Phenylephrine 40 mg IV", "phenylephrine"),
+        ("Lidocaine 1% - EPINEPHrine 1:100,000", None),
+        ("Racepinephrine inhalation solution", None),
+        ("Epinephrine auto-injector 0.3 mg", None),
+        ("Phenylephrine 2.5% ophth soln", None),
+        ("Desmopressin", None),
+    ],
+)
+def test_which_drugs_are_vasopressors(name, drug):
+    assert Hospital().con.execute("SELECT pressor(?)", [name]).fetchone() == (drug,)
+
+
 def test_a_vasopressor_counts_in_the_hours_at_whose_end_it_runs():
     hospital = Hospital()
     hospital.add("vasopressors", "p", "v", at(29.1), at(29.9), "norepinephrine", 0.2)
