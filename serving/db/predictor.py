@@ -209,9 +209,8 @@ class DatabasePredictor:
             with in_words(self.engine.url, BatchUndone):
                 while self._pass(tables, result, rescore, advance):
                     pass  # for visits that others claimed and gave up meanwhile
-                result.without_observations = self._count_without_observations(tables)
-                if not dry_run:
-                    result.held = self.count_pending() - result.without_observations
+                result.without_observations, left = self._count_left(tables)
+                result.held = 0 if dry_run else left
         except BatchUndone as error:
             self.deployed.current.log.record_error("batch_undone")
             raise BatchUndone(
@@ -227,12 +226,15 @@ class DatabasePredictor:
         with in_words(self.engine.url), self.reading.connect() as connection:
             return connection.execute(query).scalar_one()
 
-    def _count_without_observations(self, tables: Tables) -> int:
+    def _count_left(self, tables: Tables) -> tuple[int, int]:
+        """Pending visits without observations, and with some."""
         visits = tables.visits
         alone = ~sa.exists().where(_same_visit(tables.observations, visits))
-        query = sa.select(sa.func.count()).select_from(visits["client"].table)
+        counts = sa.func.count(sa.case((alone, 1))), sa.func.count()
+        query = sa.select(*counts).where(_pending(visits)).select_from(visits["client"].table)
         with self.reading.connect() as connection:
-            return connection.execute(query.where(_pending(visits), alone)).scalar_one()
+            without, pending = connection.execute(query).one()
+        return without, pending - without
 
     def _pass(self, tables: Tables, result: RunResult, rescore: bool, advance: Callable[[int], Any]) -> bool:
         """Goes once through all visits in the order of their keys; says whether another pass may find more."""
