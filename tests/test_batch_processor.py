@@ -634,6 +634,16 @@ def test_processes_and_parts_give_the_same_files(place, rows, pipeline, config_p
         assert_same_scores(found, predict(pipeline, rows.iloc[number::3]))
 
 
+def test_two_processors_of_one_model_have_logs_of_their_own(place, rows, config_path, model_path):
+    put(rows, place / "incoming/ward.csv")
+    for name in ("a", "b"):
+        log = place / f"{name}.db"
+        processor = BatchProcessor(config_path, model_path, settle_seconds=0, monitor=f"sqlite:///{log}")
+        processor.process_directory(output_dir=place / name)
+        with contextlib.closing(sqlite3.connect(log)) as connection:
+            assert connection.execute("SELECT count(*) FROM predictions").fetchone() == (rows["visit_id"].nunique(),)
+
+
 def test_a_worker_that_dies_costs_no_file(place, rows, config_path, model_path, monkeypatch):
     monkeypatch.setattr(directory, "WORTH_A_POOL", 0)
     for number in range(6):

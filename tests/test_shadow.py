@@ -273,6 +273,7 @@ def test_without_a_prediction_log_no_challenger_runs(directory, cohort):
 @pytest.mark.slow
 def test_worker_processes_of_a_batch_score_with_the_challenger_too(directory, url, cohort, tmp_path, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "0" * 64)
+    monkeypatch.setattr("serving.batch.directory.WORTH_A_POOL", 0)
     set_shadow(directory)
     (tmp_path / "in").mkdir()
     for k, part in enumerate(np.array_split(cohort[0]["visit_id"].unique()[:20], 4)):

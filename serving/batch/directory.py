@@ -238,7 +238,7 @@ class BatchProcessor:
                 "overwrite each other: give each input directory an --output-dir of its own"
             )
         deployment = self.deployment()
-        todo = self._new_files(input_dir, manifest, f"{deployment.key} {self.as_of}", result)
+        todo = self._new_files(input_dir, manifest, f"{deployment.version} {self.as_of}", result)
         if not todo:
             return
         moment = Moment(self.as_of, self.clock() if self.as_of == NOW else None)
@@ -375,7 +375,7 @@ class _Run:
                 self.result.still_written.append(path.name)
                 return
             result = self._write(path, scores)
-            config = f"{self.deployment.key} {self.moment.as_of}"
+            config = f"{self.deployment.version} {self.moment.as_of}"
             deployed = {"config": config, "model_version": self.processor.pipeline.model_version}
             origin = {"input_dir": str(path.parent.resolve()), "state": _state(stat)}
             self.manifest.add(asdict(result) | origin | deployed)

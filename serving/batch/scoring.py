@@ -213,9 +213,14 @@ class Deployment:
     directory: Path | None = None  # of the models, for a challenger; another machine may not have it
 
     @cached_property
-    def key(self) -> str:
-        """The config names the model's SHA-256."""
+    def version(self) -> str:
+        """What decides over the scores. The config names the model's SHA-256."""
         return hashlib.sha256(self.config + json.dumps(sorted(self.site_codes.items())).encode()).hexdigest()
+
+    @cached_property
+    def key(self) -> str:
+        """Differs also where predictions are logged elsewhere, or another challenger scores."""
+        return hashlib.sha256(f"{self.version} {self.monitor} {self.directory}".encode()).hexdigest()
 
 
 models: dict[str, ServedModel] = {}  # of this process, by deployment
