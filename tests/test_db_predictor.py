@@ -908,9 +908,11 @@ def test_predictors_behind_a_pooler_of_transactions(postgres, pgbouncer, rows, c
         zone = "ALTER TABLE patient_observations ALTER observation_date TYPE timestamptz"
         connection.execute(sa.text(f"{zone} USING observation_date AT TIME ZONE 'UTC'"))
         connection.execute(sa.text(f"ALTER DATABASE {engine.url.database} SET TimeZone = 'Asia/Tokyo'"))
-    with connect(postgres).connect() as connection:
+    server = connect(postgres)
+    with server.connect() as connection:
         others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
         connection.execute(sa.text(f"{others} AND pid <> pg_backend_pid()"))
+    server.dispose()
     predictors = [Predictor(pgbouncer, config_path, model_path, batch_size=1) for _ in range(4)]
     results = []
 
