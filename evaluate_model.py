@@ -126,6 +126,10 @@ def from_observations(
     if text := describe_set_aside(observations):
         log.info("%s", text)
     past = with_antibiotics(past_of(observations, labels, arguments.score_every), arguments.labels)
+    if "seismometer" in arguments.export and not past.stays.dated:
+        raise BadConfig(
+            "--export seismometer needs onset times: without an event every visit would count as not septic"
+        )
     log.info("%d visits, %d moments", len(past.stays.start), len(past.visit))
     scored, reasons = score(folder, past, arguments)
     groups = observed_groups(past.observations, past.place)

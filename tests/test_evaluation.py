@@ -129,6 +129,14 @@ def test_labels_without_onset_say_what_cannot_be_said(new_patients, models_dir, 
     assert "retrospective" in page and "Lead time of the first alert" not in page
 
 
+def test_labels_without_onset_are_no_events_of_seismometer(new_patients, models_dir, tmp_path, capsys):
+    labels = pd.read_csv(new_patients / "labels.csv", dtype=str)[["visit_id", "client", "sepsis"]]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    more = ["--labels", str(tmp_path / "labels.csv"), "--export", "seismometer"]
+    assert evaluate_model.main(options(new_patients, models_dir, tmp_path / "out", *more)) == 2
+    assert "needs onset times" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def doubts(observations, labels, tmp_path):
     observations.to_csv(tmp_path / "o.csv", index=False)
     labels.to_csv(tmp_path / "l.csv", index=False)
