@@ -56,8 +56,8 @@ FROM stay_encounters s JOIN encounters e USING (id) JOIN visit_ids v ON v.encoun
 LEFT JOIN patient_ids p ON p.id = e.patient;
 
 CREATE TABLE icu_stays AS
-SELECT coalesce(e.own, e.id) AS stay_id, v.visit_id, coalesce(p.client, e.patient) AS client,
-       e."start" AS stay_start, e.stop AS stay_end
+SELECT CASE WHEN count(*) OVER (PARTITION BY e.own) = 1 THEN coalesce(e.own, e.id) ELSE e.id END AS stay_id,
+       v.visit_id, coalesce(p.client, e.patient) AS client, e."start" AS stay_start, e.stop AS stay_end
 FROM encounters e LEFT JOIN visit_ids v ON v.encounter = e.id LEFT JOIN patient_ids p ON p.id = e.patient
 WHERE e.part_of IS NOT NULL AND regexp_matches(lower(e.about), '\bicu\b|intensive care|critical care');
 

@@ -176,6 +176,21 @@ def test_visits_can_be_stays_in_intensive_care(tmp_path):
         }
 
 
+def test_stays_in_intensive_care_with_the_number_of_their_visit_are_told_apart(tmp_path):
+    resources = formats.fhir_resources()
+    (first,) = [resource for resource in resources if resource["id"] == "i-30"]
+    first["identifier"] = [{"value": "20"}]
+    second = first | {"id": "i-31", "period": {"start": "2180-03-12T07:00:00Z", "end": "2180-03-12T09:00:00Z"}}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "all.ndjson").write_text("\n".join(map(json.dumps, [*resources, second])))
+    out = run("fhir", tmp_path / "in", "--visits", "icu", "--time", "charted", out=tmp_path / "out")
+    table = pd.read_parquet(out / "observations.parquet")
+    measured = table[~table["observation_type_code"].isin(["Age", "Gender"])]
+    assert list(zip(measured["visit_id"], measured["observation_value"], strict=True)) == [
+        *(("i-30", 101.0), ("i-30", 97.5), ("i-31", 100.4))
+    ]
+
+
 def test_labels_are_written_unless_they_are_not_wanted(tmp_path):
     folder = formats.mimic_iv(tmp_path / "in")
     formats.write(
