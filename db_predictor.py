@@ -42,9 +42,7 @@ from common.command_line import (
     read_site_codes,
     run,
 )
-from feature_pipeline import (
-    SET_ASIDE_REASONS,
-)
+from feature_pipeline import SET_ASIDE_REASONS, BadConfig
 from monitoring.log import url_of
 from serving.db.connection import DEFAULT_URL, URL_VARIABLE, BatchUndone, connect, safe_url
 from serving.db.predictor import BATCH_SIZE, MOST_VISITS, NOW, DatabasePredictor, RunResult
@@ -55,7 +53,7 @@ from serving.db.tables import make_tables, read_mapping
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
-        "Scores the pending visits of a database.",
+        "Scores the pending visits of a database, or the encounters in progress of a FHIR server.",
         f"python db_predictor.py --init-db\n  {URL_VARIABLE}=postgresql+psycopg://scorer:...@db.ward.example/sepsis "
         "python db_predictor.py --watch 60",
         "config",
@@ -66,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--db-url", help=f"database; {URL_VARIABLE} of the environment, else {DEFAULT_URL}, if not given"
     )
     parser.add_argument("--tables", metavar="FILE", help="JSON file with other names of tables and columns")
+    parser.add_argument("--fhir", metavar="FILE", help="TOML file of a FHIR server whose encounters are scored")
     parser.add_argument("--init-db", action="store_true", help="make the tables, or bring them up to date, and stop")
     parser.add_argument(
         "--batch-size", type=number(int, 1, MOST_VISITS), default=BATCH_SIZE, help="visits in a transaction"
@@ -83,10 +82,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _work_on_fhir(arguments: argparse.Namespace) -> int:
+    names = ("db_url", "tables", "init_db", "rescore")
+    if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
+        raise BadConfig(f"--fhir goes without {', '.join(unused)}: they are for a database")
+    try:
+        from serving.fhir_feed.feed import FhirFeed
+        from serving.fhir_feed.server import FhirError, ServerSettings
+    except ModuleNotFoundError as error:
+        raise BadConfig(f"--fhir needs {error.name}; pip install -r requirements-fhir.txt") from None
+    feed = FhirFeed(
+        ServerSettings.read(arguments.fhir),
+        arguments.config,
+        arguments.model,
+        codes=read_site_codes(arguments.codes),
+        as_of=arguments.as_of,
+        monitor=url_of(arguments.monitor),
+    )
+    told = (lambda result: None) if arguments.quiet else (lambda result: print(result, flush=True))
+    try:
+        if arguments.watch is not None:
+            feed.watch(arguments.watch, threading.Event(), told)
+            return DONE
+        result = feed.run(arguments.dry_run)
+        told(result)
+        return SOME_FAILED if result.failed else DONE
+    except FhirError as error:
+        log.error("error: %s; the next run does the rest", error)
+        return SOME_FAILED
+    finally:
+        feed.close()
+
+
 def _work(arguments: argparse.Namespace) -> int:
     if arguments.dry_run and arguments.watch is not None:
         log.error("error: --dry-run and --watch do not go together")
         return COULD_NOT_START
+    if arguments.fhir:
+        return _work_on_fhir(arguments)
     url = arguments.db_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     mapping = read_mapping(arguments.tables)
     if arguments.init_db:

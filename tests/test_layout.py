@@ -34,6 +34,7 @@ ROOMS = {
     "serving.scored": ("serving.words", *CORE),
     "serving.fhir": ("serving.scored", *CORE),
     "serving.api": SERVING,
+    "serving.fhir_feed": SERVING,
     "serving.batch": SERVING,
     "serving.db": SERVING,
     "serving.stream": SERVING,
@@ -47,12 +48,13 @@ ROOMS = {
     "api_server": ("serving.api", *CORE),
     "gunicorn.conf": ("serving.api", *CORE),
     "batch_processor": ("serving.batch", "monitoring.log", *CORE),  # the log's URL
-    "db_predictor": ("serving.db", "monitoring.log", *CORE),
+    "db_predictor": ("serving.db", "serving.fhir_feed", "monitoring.log", *CORE),
     "stream_processor": ("serving.stream", "monitoring.log", *CORE),
 }
 REQUIREMENTS = {  # beside requirements.txt
     "serving.api": ("requirements-api.txt", "requirements-otel.txt"),
     "serving.fhir": ("requirements-fhir.txt",),
+    "serving.fhir_feed": ("requirements-fhir.txt",),
     "api_server": ("requirements-api.txt",),
     "gunicorn.conf": ("requirements-api.txt",),
     "sources": ("requirements-prepare.txt",),
