@@ -2,8 +2,8 @@
 
 For development: ``python api_server.py``. For production: ``gunicorn -w 4 -b 0.0.0.0:5000 api_server:app``, which reads
 gunicorn.conf.py. Settings come from the environment (SEPSIS_CONFIG, SEPSIS_MODEL, SEPSIS_API_KEYS, ...; see
-serving/api/settings.py) or from the options below. Without keys gunicorn answers through a Unix socket only, and this
-script makes a key for one run.
+serving/api/settings.py) or from the options below. Without API keys, gunicorn answers only through a Unix socket, and
+this script makes a key that is valid for one run.
 """
 
 from __future__ import annotations
@@ -89,16 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python api_server.py --port 5000", "config", "model", "codes")
     parser.set_defaults(config=None, model=None)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="to listen on")
-    parser.add_argument("--api-keys", metavar="FILE", help="keys as --new-key prints them; or SEPSIS_API_KEYS")
-    parser.add_argument("--new-key", metavar="NAME", help="make an API key for a client and end")
-    parser.add_argument("--scopes", default="+".join(SCOPES), help="what the new key is for, joined by +")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=5000, help="port to listen on; 0: a free one")
+    parser.add_argument("--api-keys", metavar="FILE", help="file of lines that --new-key prints; or SEPSIS_API_KEYS")
+    parser.add_argument("--new-key", metavar="NAME", help="print an API key for this client, and exit")
+    parser.add_argument(
+        "--scopes", default="+".join(SCOPES), help="what the new key is for: score, metrics, or both joined by +"
+    )
     parser.add_argument("--expires", default="", metavar="DATE", help="last day of the new key, such as 2027-12-31")
     parser.add_argument("--insecure", action="store_true", help="answer everybody, without keys; or SEPSIS_INSECURE=1")
-    parser.add_argument("--audit-log", metavar="FILE", help="who asked about whom; data/audit.jsonl, - is stderr")
     parser.add_argument(
-        "--monitor", metavar="URL", help="database of the prediction log, off for none; or SEPSIS_MONITOR_URL"
+        "--audit-log",
+        metavar="FILE",
+        help="who asked about which visit; - is stderr (default: data/audit.jsonl)",
     )
+    parser.add_argument("--monitor", metavar="URL", help="URL of the prediction log, or 'off'; or SEPSIS_MONITOR_URL")
     return run(serve, parser, argv)
 
 

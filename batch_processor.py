@@ -79,26 +79,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(jobs=max(1, available_cores() // 2))  # a process reads with threads of its own
     parser.add_argument("--input-dir", default=INPUT_DIR, help="where the files arrive")
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="where predictions and manifest go")
-    parser.add_argument("--failed-dir", help="where bad files go; 'failed' beside the input directory if not given")
+    parser.add_argument(
+        "--failed-dir",
+        help="where unusable files are moved (default: 'failed' beside the input)",
+    )
     parser.add_argument(
         "--settle-seconds",
         type=number(float, 0),
         default=SETTLE_SECONDS,
-        help="a file changed more recently is left for next time",
+        help="a file that changed less than this many seconds ago is left for the next run",
     )
     parser.add_argument(
-        "--chunk-rows", type=number(int, 1), default=CHUNK_ROWS, help="rows that a process holds at once"
+        "--chunk-rows", type=number(int, 1), default=CHUNK_ROWS, help="number of rows that a process holds in memory"
     )
-    parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument(
+        "--watch", type=number(float, 1), metavar="SECONDS", help="repeat at this interval, until stopped"
+    )
     parser.add_argument(
         "--as-of",
         metavar="MOMENT",
-        help="score visits for 'last' (their last observation), 'now', or an ISO 8601 time; last, with --watch now, "
-        "if not given",
+        help="moment to score: 'last' (each visit's last observation), 'now', or an ISO 8601 time; if not given, "
+        "'last', or 'now' with --watch",
     )
     parser.add_argument("--backend", choices=("local", "dask"), default="local", help="this machine or a Dask cluster")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
-    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="address of the Dask cluster, such as tcp://host:8786")
+    parser.add_argument("--monitor", metavar="URL", help="URL of the prediction log, or 'off'; or SEPSIS_MONITOR_URL")
     return parser
 
 

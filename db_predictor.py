@@ -60,25 +60,30 @@ def _parser() -> argparse.ArgumentParser:
         "model",
         "codes",
     )
-    parser.add_argument(
-        "--db-url", help=f"database; {URL_VARIABLE} of the environment, else {DEFAULT_URL}, if not given"
-    )
+    parser.add_argument("--db-url", help=f"URL of the database; if not given, {URL_VARIABLE}, otherwise {DEFAULT_URL}")
     parser.add_argument("--tables", metavar="FILE", help="JSON file with other names of tables and columns")
     parser.add_argument("--fhir", metavar="FILE", help="TOML file of a FHIR server whose encounters are scored")
-    parser.add_argument("--init-db", action="store_true", help="make the tables, or bring them up to date, and stop")
+    parser.add_argument("--init-db", action="store_true", help="make the tables, or bring them up to date, and exit")
     parser.add_argument(
-        "--batch-size", type=number(int, 1, MOST_VISITS), default=BATCH_SIZE, help="visits in a transaction"
+        "--batch-size", type=number(int, 1, MOST_VISITS), default=BATCH_SIZE, help="number of visits in a transaction"
     )
-    parser.add_argument("--rescore", action="store_true", help="also visits with new observations since their score")
-    parser.add_argument("--watch", type=number(float, 1), metavar="SECONDS", help="look again so often, until stopped")
+    parser.add_argument(
+        "--rescore", action="store_true", help="also score visits with new observations since their score"
+    )
+    parser.add_argument(
+        "--watch",
+        type=number(float, 1),
+        metavar="SECONDS",
+        help="repeat at this interval, until stopped",
+    )
     parser.add_argument(
         "--as-of",
         metavar="MOMENT",
         default=NOW,
-        help="score visits for 'now', 'last' (their last observation), or an ISO 8601 time",
+        help="moment to score: 'now', 'last' (each visit's last observation), or an ISO 8601 time",
     )
-    parser.add_argument("--dry-run", action="store_true", help="compute, but claim and write nothing")
-    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
+    parser.add_argument("--dry-run", action="store_true", help="compute the scores, but write nothing")
+    parser.add_argument("--monitor", metavar="URL", help="URL of the prediction log, or 'off'; or SEPSIS_MONITOR_URL")
     return parser
 
 

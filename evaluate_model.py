@@ -1,9 +1,10 @@
-"""Is the model good enough here? Scores past visits as in service and shows what a ward would see of it.
+"""Is the model good enough here? Scores past visits as in service, and shows which alerts a ward would get.
 
-Writes ``evaluation.html``, a page for the people who decide, and ``evaluation.json`` with every number: alerts and how
-many are right, against chance and against the scores that the ward has; thresholds for what the ward can answer; net
-benefit; calibration; groups. Patients that the model learned from are left out. With --from-log the scores are those of
-the prediction log: a trial in which nobody saw them.
+Writes ``evaluation.html``, a page for the people who decide, and ``evaluation.json`` with every number: how many
+alerts, and how many of them are right, compared with chance and with the scores that wards use (NEWS2 and others);
+thresholds for the number of alerts that the ward can answer; net benefit; calibration; groups. Patients that the model
+was trained on are left out. --from-log evaluates a silent trial instead: the scores in the prediction log, which nobody
+saw.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def work(arguments: argparse.Namespace) -> int:
         )
     if arguments.from_log is not None and (arguments.compare or arguments.groups or arguments.by or arguments.export):
         raise BadConfig("--from-log has no observations: it goes without --compare, --groups, --by and --export")
+    if arguments.stop_rule and arguments.from_log is None:
+        raise BadConfig("--stop-rule judges a silent trial: give --from-log too")
+    if arguments.answers and "papers" not in arguments.export:
+        raise BadConfig("--answers fills in papers: give --export papers too")
     directory, out = Path(arguments.models_dir), Path(arguments.out)
     folder = folder_of(directory, arguments.version)
     config, labels = load_config(folder / CONFIG), read_labels(arguments.labels)
@@ -165,19 +170,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, example, "labels", "models-dir", "seed")
     option = parser.add_argument
     option("--observations", help="past visits: .csv, .csv.gz or .parquet")
-    option("--out", default="data/evaluation", metavar="DIR", help="where page, numbers and exports go")
-    option("--version", help="an archived version instead of the deployed one")
-    option("--score-every", type=every, default="1h", metavar="HOURS", help="or 'observation': at each new one")
+    option("--out", default="data/evaluation", metavar="DIR", help="folder for the page, the numbers and the exports")
+    option("--version", help="evaluate this archived version instead of the deployed one")
+    option(
+        "--score-every",
+        type=every,
+        default="1h",
+        metavar="HOURS",
+        help="time between the scores of a visit, or 'observation': a score at each new one",
+    )
     option(
         "--cooldown",
         type=number(float, 0, 10_000),
         default=COOLDOWN_HOURS,
         metavar="HOURS",
-        help="silence after an alert",
+        help="time without a new alert of the same visit",
     )
-    about = "an alert is right if onset follows within"
+    about = "an alert is right if onset follows within this time"
     option("--window", type=number(float, 0.1, 10_000), default=WINDOWS[-1], metavar="HOURS", help=about)
-    option("--beds", type=number(int, 1, 100_000), default=20, help="of the ward, for its alerts a day")
+    option("--beds", type=number(int, 1, 100_000), default=20, help="number of beds of the ward, for its alerts a day")
     about = "how many alerts a day the ward can answer: shows the threshold for it"
     option("--alerts-a-day", type=number(float, 0.001, 1_000_000), metavar="N", help=about)
     option(
@@ -186,19 +197,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="visit_id, client and any columns (ward, site, ethnicity): figures of each group",
     )
     option("--by", metavar="COLUMN", help="a column of --groups, or age, sex, unit: its values side by side")
-    option("--compare", metavar="VERSION", help="an archived version beside the deployed one, on the same moments")
+    option(
+        "--compare",
+        metavar="VERSION",
+        help="an archived version beside the deployed one, scored at the same times",
+    )
     option(
         "--from-log",
         metavar="URL",
         nargs="?",
         const="",
-        help="scores of the prediction log (its URL, or the one in the environment)",
+        help="evaluate the scores in the prediction log (URL; SEPSIS_MONITOR_URL or the default log if not given)",
     )
-    option("--stop-rule", metavar="FILE", help="stop_rule.toml, judged with --from-log")
-    about = f"{' and '.join(EXPORTS)}: folder for seismometer; source attributes, model card and TRIPOD+AI"
+    option("--stop-rule", metavar="FILE", help="with --from-log: stop_rule.toml, the bounds at which the trial stops")
+    about = f"{' and/or '.join(EXPORTS)}: a folder for seismometer; source attributes, model card and TRIPOD+AI"
     option("--export", choices=EXPORTS, nargs="+", default=[], metavar="WHAT", help=about)
-    option("--answers", metavar="FILE", help="TOML: what people wrote into the papers, by item")
-    option("--synthetic", action="store_true", help="no real patients: the page says so")
+    option("--answers", metavar="FILE", help="with --export papers: TOML file with the items that people filled in")
+    option("--synthetic", action="store_true", help="the patients are synthetic; the page says so")
     return run(work, parser, argv)
 
 

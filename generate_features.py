@@ -19,7 +19,7 @@ from training.candidates import CONFIGURATION, FEATURE_SETS
 from training.search import QUICK_MODELS, QUICK_SETS, RANKINGS, SearchOptions, search
 from training.thresholds import Rule, add_threshold_options, rule_of
 
-GO_ON = "; run the same command with --resume to go on"
+GO_ON = "; run the same command with --resume to continue"
 
 
 def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     hours = {"type": number(float, 0.01, MOST_HOURS), "metavar": "HOURS", "default": default.snapshots.every_hours}
     parser.add_argument("--snapshot-every", **hours, help="time between snapshots of a visit")
     hours |= {"type": number(float, 0, MOST_HOURS), "default": default.snapshots.horizon_hours}
-    parser.add_argument("--horizon", **hours, help="a snapshot is positive this long before onset")
+    parser.add_argument("--horizon", **hours, help="a snapshot is positive if onset is at most this far away")
     parser.add_argument("--after-onset", action="store_true", help="keep snapshots after onset, as positives")
-    parser.add_argument("--synthetic", action="store_true", help="not real patients; every report says so")
-    parser.add_argument("--synonyms", metavar="FILE", help="CSV code,concept: what the hospital's own codes mean")
+    parser.add_argument("--synthetic", action="store_true", help="the patients are synthetic; every report says so")
+    parser.add_argument("--synonyms", metavar="FILE", help="CSV file code,concept: the meaning of your own codes")
     parser.add_argument(
         "--portable",
         action="store_true",
@@ -84,15 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--folds", type=number(int, 2), help="number of cross-validation folds (default: 5, fewer if positives are few)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"first look: {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
+        "--quick", action="store_true", help=f"for a first look: only {len(QUICK_SETS) * len(QUICK_MODELS)} candidates"
     )
-    parser.add_argument("--feature-sets", type=choice_of(tuple(FEATURE_SETS)), metavar="A,B", help="only these")
-    parser.add_argument("--models", type=choice_of(tuple(CONFIGURATION)), metavar="A,B", help="only these")
-    parser.add_argument("--resume", action="store_true", help="keep the log's finished candidates of the same data")
+    parser.add_argument("--feature-sets", type=choice_of(tuple(FEATURE_SETS)), metavar="A,B", help="try only these")
+    parser.add_argument("--models", type=choice_of(tuple(CONFIGURATION)), metavar="A,B", help="try only these")
+    parser.add_argument("--resume", action="store_true", help="continue a search: keep its finished candidates")
     parser.add_argument(
         "--backend", choices=("local", "dask"), default=default.backend, help="where candidates are fitted"
     )
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://10.0.0.1:8786")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="address of the Dask cluster, such as tcp://10.0.0.1:8786"
+    )
     parser.set_defaults(go_on=GO_ON)
     return run(work, parser, argv)
 

@@ -186,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "report": ("write a page", "--labels outcomes.csv --html report.html"),
-        "check": ("print warnings; status 1 if there is one", "--days 1 --webhook https://hooks.example.org/sepsis"),
+        "check": (
+            "print warnings; exit status 1 if there is one",
+            "--days 1 --webhook https://hooks.example.org/sepsis",
+        ),
         "export": ("write the rows of the log", "--days 30 --out rows.parquet"),
         "prune": ("delete old rows", "--older-than 365"),
     }
@@ -195,14 +198,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         style = parser.formatter_class
         command = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=style)
         option = command.add_argument
-        option("--monitor", metavar="URL", help=f"database of the log; {URL_VARIABLE} if not given, else {DEFAULT_URL}")
+        option(
+            "--monitor",
+            metavar="URL",
+            help=f"URL of the log; if not given, {URL_VARIABLE}, else {DEFAULT_URL}",
+        )
         option("--until", type=moment, metavar="TIME", help="end of the period, ISO 8601 UTC; now if not given")
         if name in ("report", "check"):
             option("--config", default=DEFAULT_CONFIG, help="config of the deployed model")
-            option("--labels", metavar="FILE", help="outcomes of the visits, for the quality by week")
+            option(
+                "--labels",
+                metavar="FILE",
+                help="outcomes (visit_id, client, sepsis[, sepsis_onset]), for the quality by week",
+            )
             about = "stop_rule.toml: bounds at which the trial stops; needs --labels"
             option("--stop-rule", metavar="FILE", help=about)
-            about = "compare with this many first days of the log; 0: with training"
+            about = "compare with the first DAYS days of the log; 0: with training"
             option("--baseline-days", type=number(int, 0, MOST_DAYS), default=0, metavar="DAYS", help=about)
             about = "warn if the p95 latency is longer"
             option("--max-seconds", type=number(float, 0), default=1.0, metavar="SECONDS", help=about)
@@ -217,7 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             option("--webhook", type=web_address, metavar="URL", help="POST the warnings there as JSON")
         if name == "export":
             option("--out", type=table_path, metavar="FILE", help=".csv, .csv.gz or .parquet; stdout if not given")
-            option("--pseudonymize", action="store_true", help="for other people: other hashes, times shifted by visit")
+            option(
+                "--pseudonymize",
+                action="store_true",
+                help="for other people: new hashes, times shifted by visit",
+            )
         add_log_options(command, default=argparse.SUPPRESS)
     return run(work, parser, argv)
 

@@ -1,8 +1,8 @@
 """Checks the deployed model, or runs the test suite.
 
-`pipeline`: loads config and model, compares the feature names with ``feature_names.json``, computes features of whole,
-shuffled, cut and duplicated synthetic visits in the model's own codes, scores them, measures the latency, writes
-``data/sample_new_patients.csv``. Without an argument: the whole test suite.
+`pipeline` loads config and model, compares the feature names with ``feature_names.json``, computes the features of
+synthetic visits (whole, shuffled, duplicated, in parts), scores them, measures the latency, and writes
+``data/sample_new_patients.csv``. Without an argument, the whole test suite runs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,20 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "python run_tests.py pipeline", "config", "model", "jobs")
-    parser.add_argument("what", nargs="?", choices=("all", "pipeline"), default="all", help="the suite, or the check")
-    parser.add_argument("--fast", action="store_true", help="leave out the tests that take more than a few seconds")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("all", "pipeline"),
+        default="all",
+        help="tests, or the check of the model",
+    )
+    parser.add_argument("--fast", action="store_true", help="leave out tests that take more than a few seconds")
     parser.add_argument(
         "--patients", type=number(int, 10), default=150, help="number of synthetic visits that the check scores"
     )
-    parser.add_argument("--sample", default="data/sample_new_patients.csv", help="where to write visits to score")
+    parser.add_argument(
+        "--sample", default="data/sample_new_patients.csv", help="where to write synthetic visits to score"
+    )
     return run(lambda a: (run_check if a.what == "pipeline" else run_suite)(a), parser, argv)
 
 

@@ -1,8 +1,8 @@
 """Scores visits while their observations arrive: JSON lines, Kafka, or HL7 over MLLP.
 
 By default JSON lines come from stdin and results go to stdout: ``tail -f feed.jsonl | python stream_processor.py``.
-With --state a file keeps what was accepted, so that a restart goes on where it ended. SIGTERM finishes what was
-accepted and saves the open visits.
+With --state, a file keeps the accepted observations, so that a restart continues where the last run ended. At SIGTERM,
+the accepted observations are scored and the open visits are saved.
 
     processor = StreamProcessor("models/best_model_config.json", "models/best_model.pkl")
     processor.add_observation({"visit_id": 1, "client": "A", ...})
@@ -71,7 +71,7 @@ def stream(arguments: argparse.Namespace) -> int:
 def refuse_unused(arguments: argparse.Namespace) -> None:
     """Raises `BadConfig` for options that would be silently without effect."""
     if arguments.hl7 and not arguments.mllp:
-        raise BadConfig("--hl7 says how messages of --mllp are read: give both")
+        raise BadConfig("--hl7 describes the messages of --mllp: give both options")
     if arguments.kafka:
         names = ("alerts", "webhook", "state", "durable", "mllp", "hl7")
         unused = [f"--{name}" for name in names if getattr(arguments, name)]
@@ -104,14 +104,14 @@ def address(text: str) -> tuple[str, int]:
     """``HOST:PORT`` as a pair."""
     host, _, port = text.rpartition(":")
     if not port.isdigit():
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, such as 127.0.0.1:2575")
     return host or "127.0.0.1", int(port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, "tail -f feed.jsonl | python stream_processor.py", "config", "model", "codes")
     parser.add_argument("--kafka", metavar="BROKERS", help="read from Kafka: HOST:PORT, several with commas between")
-    parser.add_argument("--topic", default="observations", help="of the observations, keyed by client and visit")
+    parser.add_argument("--topic", default="observations", help="Kafka topic of the observations, keyed by visit")
     parser.add_argument("--out", default="predictions", metavar="TOPIC", help="Kafka topic of the results")
     parser.add_argument("--alerts-topic", default="sepsis-alerts", metavar="TOPIC", help="Kafka topic of the alerts")
     parser.add_argument(
@@ -120,29 +120,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--group", default="sepsis-risk", metavar="NAME", help="consumers of one group share the work")
     parser.add_argument("--kafka-config", metavar="FILE", help="more settings of librdkafka, as JSON: TLS, passwords")
     parser.add_argument("--mllp", type=address, metavar="HOST:PORT", help="receive HL7 v2 ORU messages over MLLP")
-    parser.add_argument("--hl7", metavar="FILE", help="JSON: where visit and client stand, zone and events of --mllp")
-    parser.add_argument("--state", metavar="FILE", help=f"keeps what was accepted; with --mllp {DEFAULT_STATE}")
-    parser.add_argument("--durable", action="store_true", help="what --state acknowledged also survives a power cut")
+    parser.add_argument("--hl7", metavar="FILE", help="JSON file for --mllp: fields of visit and client, zone, events")
+    parser.add_argument(
+        "--state",
+        metavar="FILE",
+        help=f"keeps accepted observations; with --mllp {DEFAULT_STATE}",
+    )
+    parser.add_argument("--durable", action="store_true", help="what --state keeps also survives a power cut")
     parser.add_argument("--alerts", metavar="FILE", help="append alerts as JSON lines; they are always logged")
     parser.add_argument("--webhook", metavar="URL", help="POST each alert there as JSON")
     parser.add_argument(
-        "--cooldown-hours", type=number(float, 0), default=6.0, help="no second alert of a level for so long"
+        "--cooldown-hours", type=number(float, 0), default=6.0, help="hours without a second alert of the same level"
     )
     parser.add_argument(
-        "--min-observations", type=number(int, 1), default=5, help="a visit with fewer is not scored yet"
+        "--min-observations", type=number(int, 1), default=5, help="a visit with fewer observations is not scored yet"
     )
     parser.add_argument(
-        "--idle-hours", type=number(float, 0), default=48.0, help="a visit silent for so long is scored and dropped"
+        "--idle-hours",
+        type=number(float, 0),
+        default=48.0,
+        help="a visit silent for so long is scored and dropped",
     )
     parser.add_argument(
         "--as-of",
         metavar="MOMENT",
         default=NOW,
-        help="score visits for 'now', 'last' (their last observation, for replayed feeds), or an ISO 8601 time",
+        help="moment to score: 'now', 'last' (each visit's last observation, for replayed feeds), or an ISO 8601 time",
     )
-    parser.add_argument("--max-visits", type=number(int, 1), default=100_000, help="open at once")
-    parser.add_argument("--max-observations", type=number(int, 10), default=50_000, help="of a visit")
-    parser.add_argument("--monitor", metavar="URL", help="database of the prediction log, off for none")
+    parser.add_argument("--max-visits", type=number(int, 1), default=100_000, help="most open visits")
+    parser.add_argument("--max-observations", type=number(int, 10), default=50_000, help="most observations of a visit")
+    parser.add_argument("--monitor", metavar="URL", help="URL of the prediction log, or 'off'; or SEPSIS_MONITOR_URL")
     return run(stream, parser, argv)
 
 

@@ -1,8 +1,9 @@
 """Trains the best candidate of the search.
 
-Without flags: on the training part, with figures of the untouched test part; nothing is deployed. With --full: on all
-data, without a holdout; writes ``best_model.pkl``, ``feature_names.json``, ``production_model_info.txt``, a report and
-an archived version. Probabilities are calibrated on out-of-fold predictions either way.
+Without options, it is trained on the training part and measured on the test part; nothing is deployed. With --full, it
+is trained on all data and deployed: this writes ``best_model.pkl``, ``feature_names.json``,
+``production_model_info.txt``, a report and an archived version. In both cases, probabilities are calibrated on
+out-of-fold predictions. The other options manage versions, thresholds, and models of other hospitals.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from training.thresholds import add_threshold_options, describe_thresholds, rule
 from training.train import train_full, train_holdout
 from training.versions import list_versions, set_shadow, switch
 
+ONLY_WITH = {
+    "force": ("promote", "retrain", "adapt"),
+    "keep_config": ("retrain",),
+    "quick": ("retrain",),
+    "learning_curve": ("adapt",),
+    "reason": ("set_thresholds", "adapt"),
+}
+
 
 def work(arguments: argparse.Namespace) -> int:
     """Does what the options ask for."""
@@ -34,6 +43,10 @@ def work(arguments: argparse.Namespace) -> int:
             raise BadConfig("thresholds of the deployed model are changed with --set-thresholds, or with --adapt")
     elif arguments.set_thresholds:
         raise BadConfig("--set-thresholds needs --alert-budget, --alerts-per-100-patient-days or --risk-thresholds")
+    for option, modes in ONLY_WITH.items():
+        if getattr(arguments, option) and not any(getattr(arguments, mode) for mode in modes):
+            names = [f"--{name.replace('_', '-')}" for name in (option, *modes)]
+            raise BadConfig(f"{names[0]} has an effect only with {' or '.join(names[1:])}")
     if arguments.list:
         versions = list_versions(directory)
         for config, deployed in versions:
@@ -43,7 +56,11 @@ def work(arguments: argparse.Namespace) -> int:
                 f"{scores['average_precision']:.4f}  {config.feature_set} with {config.model['name']}; "
                 f"{describe_thresholds(config)}"
             )
-        log.info("%d versions in %s; * is deployed; ROC AUC, average precision out-of-fold", len(versions), directory)
+        log.info(
+            "%d versions in %s; * marks the deployed one; figures: ROC AUC and average precision, out-of-fold",
+            len(versions),
+            directory,
+        )
     elif arguments.rollback is not None:
         switch(directory, arguments.rollback)
         print(f"deployed: model {arguments.rollback}")
@@ -117,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--shadow",
         metavar="VERSION",
-        help="have every service score with this archived version too, logged but not shown; 'off' ends it",
+        help="all services also score with this archived version; its scores are logged, not shown; 'off' ends it",
     )
     what.add_argument(
         "--export", type=Path, metavar="PACKAGE.zip", help="write the deployed version as one file for other hospitals"
@@ -138,11 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--learning-curve",
         action="store_true",
-        help="with --adapt: report the gain with 100, 250, 500, ... of the patients; deploy nothing",
+        help="with --adapt: report the gain with 100, 250, 500, ... patients; deploy nothing",
     )
-    parser.add_argument("--force", action="store_true", help="promote the version even if it is worse")
-    parser.add_argument("--keep-config", action="store_true", help="retrain the deployed recipe, without a search")
-    parser.add_argument("--quick", action="store_true", help="retrain with the quick search")
+    parser.add_argument("--force", action="store_true", help="deploy even if the result is worse")
+    parser.add_argument("--keep-config", action="store_true", help="with --retrain: no search, the deployed recipe")
+    parser.add_argument("--quick", action="store_true", help="with --retrain: use the quick search")
     parser.add_argument("--data-dir", default="data/training", help="where --retrain keeps its training data")
     return run(work, parser, argv)
 

@@ -41,7 +41,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Shows defaults, and keeps the lines of the example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -50,7 +50,8 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     def read(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            bounds = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return value
 
     read.__name__ = kind.__name__  # argparse shows it if the text is not a number
@@ -75,13 +76,13 @@ def make_parser(description: str, example: str, *options: str) -> argparse.Argum
     shared: dict[str, dict[str, Any]] = {
         "observations": {"help": ".csv, .csv.gz or .parquet; the demo cohort if not given"},
         "labels": {"help": "visit_id, client, sepsis[, sepsis_onset]; .csv, .csv.gz or .parquet"},
-        "models-dir": {"default": "models", "help": "folder of config, model and reports"},
+        "models-dir": {"default": "models", "help": "folder with config, model and reports"},
         "config": {"default": DEFAULT_CONFIG, "help": "config of the deployed model"},
         "model": {"default": DEFAULT_MODEL, "help": "file of the deployed model"},
         "seed": {"type": number(int, 0), "default": 0, "help": "seed of splits, models and resampling"},
         "codes": {
             "metavar": "FILE",
-            "help": f"CSV code,concept[,unit]: what this site's codes mean; or {CODES_VARIABLE}",
+            "help": f"CSV file code,concept[,unit]: the meaning of this site's codes; or {CODES_VARIABLE}",
         },
         "jobs": {"type": number(int, 1), "default": available_cores(), "help": "number of processes"},
     }

@@ -113,17 +113,17 @@ def add_source(
 def common_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(concepts=None)
     option = command.add_argument
-    option("--out", required=True, type=Path, metavar="DIR", help="where the tables and the report are written")
+    option("--out", required=True, type=Path, metavar="DIR", help="folder for the tables and the report")
     option(
         "--time",
         choices=("available", "charted"),
         default="available",
-        help="time of an observation: when it could be seen, where the source tells; or when it was taken",
+        help="time of an observation: when clinicians could see it, if the source has this time; or when it was taken",
     )
     option("--visits", choices=("hospital", "icu"), default="hospital", help="hospital stays, or intensive-care stays")
     option("--synonyms", metavar="FILE", help="a corrected codes.csv; its concepts replace the suggested ones")
-    option("--memory", default="1GB", help="most memory that DuckDB takes; what is more is kept in files under --out")
-    option("--threads", type=number(int, 1), default=available_cores(), help="threads of DuckDB")
+    option("--memory", default="1GB", help="memory limit of DuckDB; data beyond it are kept in files under --out")
+    option("--threads", type=number(int, 1), default=available_cores(), help="number of threads of DuckDB")
 
 
 def run_sql(con: duckdb.DuckDBPyConnection, name: str) -> None:

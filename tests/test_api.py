@@ -472,8 +472,12 @@ def test_keys_have_scopes_a_last_day_and_a_last_use(make_client, tmp_path):
         assert status == 403 and said in text
     text = asked("watcher", "/metrics")[1]
     assert re.search(r'sepsis_key_last_use_seconds{client="scorer"} [1-9]', text) and '{client="old"}' not in text
-    for scopes, expires in ((["all"], ""), (["score"], "soon"), (["score"], "2027-02-30")):
-        with pytest.raises(BadConfig, match=r"expected name:sha256"):
+    for scopes, expires, said in (
+        (["all"], "", "scope 'all' is not known"),
+        (["score"], "soon", "expected a date"),
+        (["score"], "2027-02-30", "expected a date"),
+    ):
+        with pytest.raises(BadConfig, match=said):
             new_key("ward", scopes, expires)
 
 

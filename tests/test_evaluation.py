@@ -221,6 +221,8 @@ def test_patients_that_it_learned_from_are_left_out_or_refused(
         (["--labels", "absent.csv"], "does not exist"),
         (["--from-log", "sqlite:///x.db"], "either --observations"),
         (["--answers", "absent.toml", "--export", "papers"], "does not exist"),
+        (["--answers", "answers.toml"], "give --export papers too"),
+        (["--stop-rule", "stop_rule.toml"], "give --from-log too"),
     ],
 )
 def test_bad_options_are_one_line(new_patients, models_dir, tmp_path, capsys, more, told):

@@ -98,9 +98,9 @@ def without(files, name):
 
 
 CHANGED = {
-    "an extra file": (lambda f: ({**f, "more.txt": b""}, {}), "does not hold just the files"),
-    "a file outside": (lambda f: ({**without(f, CARD), f"../{CARD}": f[CARD]}, {}), "does not hold just the files"),
-    "a missing file": (lambda f: (without(f, CARD), {}), "does not hold just the files"),
+    "an extra file": (lambda f: ({**f, "more.txt": b""}, {}), "not exactly those of a package"),
+    "a file outside": (lambda f: ({**without(f, CARD), f"../{CARD}": f[CARD]}, {}), "not exactly those of a package"),
+    "a missing file": (lambda f: (without(f, CARD), {}), "not exactly those of a package"),
     "a newer package": (lambda f: (f, {"format": 2}), "package format 2, newer"),
     "an older package": (lambda f: (f, {"format": 0}), "package format 0, older"),
     "a newer config": (lambda f: (f, {"schema_version": 99}), "config format 99, newer"),
@@ -181,7 +181,7 @@ def test_a_file_of_a_name_twice_is_refused(package, tmp_path, capsys):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as out:
         out.writestr(CARD, "another")
     status, shown = imported(tmp_path / "models", path, capsys)
-    assert status == 2 and "does not hold just the files" in shown
+    assert status == 2 and "not exactly those of a package" in shown
 
 
 def test_a_version_that_is_there_already_is_refused(package, models_dir, capsys):

@@ -318,10 +318,15 @@ def test_each_version_reads_with_its_own_synonyms(models, tmp_path, capsys):
         return use_synonyms(config, {"HR": "spo2"})  # heart rates above 100 are set aside
 
     add_version(directory, second, "20010101_000000", strange)
-    options = ["--force", *files(tmp_path, new_patients(77))]
+    options = files(tmp_path, new_patients(77))
     figures = []
-    for option, version in (("--compare", "20010101_000000"), ("--promote", "20010101_000000"), ("--compare", second)):
-        assert run(directory, option, version, *options) == 0
+    steps = (
+        ["--compare", "20010101_000000"],
+        ["--promote", "20010101_000000", "--force"],
+        ["--compare", second],
+    )
+    for step in steps:
+        assert run(directory, *step, *options) == 0
         line = next(text for text in capsys.readouterr().out.splitlines() if text.strip().startswith("roc auc"))
         figures.append(re.findall(r"0\.\d{4}", line)[:2])
     assert figures[0] == figures[1] == figures[2][::-1] and figures[0][0] != figures[0][1]
@@ -421,6 +426,14 @@ def test_retraining_with_too_little_or_nothing_says_so(models, tmp_path, capsys)
     assert run(directory, "--retrain", "--keep-config", *new) == 2
     assert "are needed to compare" in capsys.readouterr().err
     assert load_config(directory / CONFIG).model_version == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--quick"], ["--full", "--keep-config"], ["--compare", "x", "--force"], ["--learning-curve"]]
+)
+def test_options_without_effect_are_refused(tmp_path, capsys, options):
+    assert run(tmp_path, *options) == 2
+    assert f"{options[-1]} has an effect only with --" in capsys.readouterr().err
 
 
 def test_two_retrainings_do_not_meet(models, tmp_path, capsys):

@@ -158,10 +158,10 @@ def read_package(content: bytes, where: str) -> Package:
         with zipfile.ZipFile(io.BytesIO(content)) as package:
             members = package.infolist()
             if sorted(m.filename for m in members) != sorted((MANIFEST, *FILES)):
-                raise BadConfig(f"{where} is no model package: it does not hold just the files of one")
+                raise BadConfig(f"{where} is not a model package: its files are not exactly those of a package")
             found = {m.filename: _unpacked(package, m, where) for m in members}
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error):
-        raise BadConfig(f"{where} is no model package, or is damaged: it cannot be unpacked") from None
+        raise BadConfig(f"{where} is not a model package, or it is damaged: it cannot be unpacked") from None
     manifest = _manifest(found.pop(MANIFEST), where)
     for name, data in found.items():
         if hashlib.sha256(data).hexdigest() != manifest["files"].get(name):

@@ -69,16 +69,16 @@ def add_threshold_options(parser: argparse.ArgumentParser) -> None:
         "--alert-budget",
         type=budget,
         metavar="HIGH,MEDIUM",
-        help=f"visits of 100 that ever reach the level (the default, with {default.high:g},{default.medium:g})",
+        help=f"visits of 100 that ever reach each level ({default.high:g},{default.medium:g} if no option is given)",
     )
     one.add_argument(
         "--alerts-per-100-patient-days",
         type=budget,
         metavar="HIGH,MEDIUM",
-        help="a visit that reaches the level several times in a day counts once that day",
+        help="alerts of each level; a visit that reaches the level several times in a day counts once that day",
     )
     one.add_argument(
-        "--risk-thresholds", type=probabilities, metavar="MEDIUM,HIGH", help="the probabilities themselves"
+        "--risk-thresholds", type=probabilities, metavar="MEDIUM,HIGH", help="fixed probabilities, such as 0.4,0.7"
     )
     parser.add_argument("--reason", default="", metavar="TEXT", help="why these thresholds; kept in the config")
 

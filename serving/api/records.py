@@ -69,8 +69,8 @@ def share_pseudonym_key() -> None:
     if not os.environ.get(KEY_VARIABLE):
         os.environ[KEY_VARIABLE] = secrets.token_urlsafe(32)
         log.info(
-            "%s is not set: the names of visits in the audit log and the prediction log hold for this run only, and "
-            "cannot be joined to visits or outcomes later",
+            "%s is not set: a random key is used for this run; visits in the audit log and the prediction log cannot "
+            "be looked up, or joined to outcomes, later",
             KEY_VARIABLE,
         )
 

@@ -55,10 +55,14 @@ def new_key(name: str, scopes: Sequence[str] = SCOPES, expires: str = "") -> tup
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
         raise BadConfig(f"key name {name!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
+    if unknown := sorted(set(scopes) - set(SCOPES)):
+        raise BadConfig(f"scope {unknown[0]!r} is not known; choose {' or '.join(SCOPES)}, or both joined by +")
+    try:
+        expires = date.fromisoformat(expires).isoformat() if expires else ""
+    except ValueError:
+        raise BadConfig(f"last day {expires!r}: expected a date such as 2027-12-31") from None
     key = "sepsis_" + secrets.token_urlsafe(32)
-    line = f"{name}:{_hashed(key)}:{'+'.join(scopes)}" + (f":{expires}" if expires else "")
-    read_keys(line)  # or it raises what is wrong with it
-    return key, line
+    return key, f"{name}:{_hashed(key)}:{'+'.join(scopes)}" + (f":{expires}" if expires else "")
 
 
 def _hashed(key: str) -> str:
@@ -77,7 +81,9 @@ def read_keys(source: str) -> dict[str, Key]:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", "") or "no file's name"
             # it may be a key, which must not be shown
-            raise BadConfig(f"SEPSIS_API_KEYS names no file that can be read ({why}); expected {EXPECTED}") from None
+            raise BadConfig(
+                f"SEPSIS_API_KEYS (or --api-keys) names no file that can be read ({why}); expected {EXPECTED}"
+            ) from None
         where = f"key file {source!r}"
         try:  # Windows writes UTF-16, and marks in front
             lines = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig").splitlines()

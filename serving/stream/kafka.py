@@ -149,7 +149,7 @@ class PartitionFeed:
     def _report(self, error: KafkaError) -> None:
         if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE):
             if not self._out_of_reach:  # librdkafka tries again by itself, and says so each time
-                log.warning("Kafka cannot be reached; trying on")
+                log.warning("Kafka cannot be reached; trying again")
             self._out_of_reach = True
         else:
             library_log.warning("%s [%s] %s", error.name(), "Kafka", error.str())
@@ -263,7 +263,7 @@ class PartitionFeed:
         while self._producer.flush(1.0):
             if time.monotonic() - told > PATIENCE:
                 told = time.monotonic()
-                log.warning("Kafka does not take the results; trying on")
+                log.warning("Kafka does not accept the results; trying again")
             self._look_whether_out_of_time()
         self._ended = None
         if self._undelivered:
