@@ -1962,7 +1962,7 @@ class FeaturePlan:
         if order is not None:
             visit, as_of = visit[order], as_of[order]
         place = {code: i for i, code in enumerate(self.codes)}
-        own_code = np.array([place.get(code, -1) for code in observations.codes])
+        own_code = np.array([place.get(code, -1) for code in observations.codes], dtype=np.int64)
 
         n_groups = observations.visit_group_start[visit + 1] - observations.visit_group_start[visit]
         for part in _parts(n_groups, _PAIRS_AT_ONCE):
