@@ -80,17 +80,18 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.write(writer, b"\0")
+            thread.join()  # by then it has seen the signal that ended the query
+            os.close(reader)
+            os.close(writer)
     except (RuntimeError, duckdb.InterruptException) as error:
         if "interrupt" in str(error).lower():
             raise (Terminated if signal.SIGTERM in seen else KeyboardInterrupt) from None
         raise
-    finally:
-        signal.set_wakeup_fd(before)
-        os.write(writer, b"\0")
-        thread.join()
-        os.close(reader)
-        os.close(writer)
 
 
 def one_line(error: Exception) -> str:
