@@ -49,6 +49,15 @@ def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, versio
     return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))  # also where there are none
 
 
+def read_challengers(engine: sa.Engine, since: datetime, until: datetime) -> pd.DataFrame:
+    """The predictions in the shadow of all versions that ran there with ``since < time <= until``, and before."""
+    shadow = sa.select(predictions).where(predictions.c.shadow.is_(True), predictions.c.time <= until)
+    recent = sa.select(predictions.c.model_version).where(predictions.c.shadow.is_(True), predictions.c.time > since)
+    with engine.connect() as connection:
+        rows = pd.read_sql(shadow.where(predictions.c.model_version.in_(recent)), connection)
+    return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))
+
+
 @dataclass
 class Findings:
     """What was found in the log: tables for a person, and warnings, one line each.
@@ -63,6 +72,7 @@ class Findings:
     score: tuple[list[float], list[float], list[float]] | None = None  # edges, expected, actual shares
     quality: pd.DataFrame = field(default_factory=pd.DataFrame)
     calibration: pd.DataFrame = field(default_factory=pd.DataFrame)
+    challengers: dict[str, pd.DataFrame] = field(default_factory=dict)  # in the shadow, by heading
     daily: pd.DataFrame = field(default_factory=pd.DataFrame)
     answers: pd.DataFrame = field(default_factory=pd.DataFrame)
 

@@ -9,10 +9,18 @@ import sqlalchemy as sa
 
 from feature_pipeline import Config
 from monitoring.drift import FEWEST_VISITS, look_for_drift
-from monitoring.findings import Findings, distributions, look_at_answers, look_at_service, read_counts, read_rows
+from monitoring.findings import (
+    Findings,
+    distributions,
+    look_at_answers,
+    look_at_service,
+    read_challengers,
+    read_counts,
+    read_rows,
+)
 from monitoring.log import predictions
 from monitoring.profile import Profile
-from monitoring.quality import expected_quality, look_at_quality
+from monitoring.quality import expected_quality, look_at_challengers, look_at_quality
 
 
 def look(
@@ -56,5 +64,8 @@ def look(
             "(from the scores alone; right only if they are calibrated)"
         )
     if labels is not None:
-        look_at_quality(findings, read_rows(engine, None, until, version), labels, config, since)
+        rows = read_rows(engine, None, until, version)
+        look_at_quality(findings, rows, labels, config, since)
+        shown = rows[~rows["shadow"].astype(bool)]
+        look_at_challengers(findings, shown, read_challengers(engine, since, until), labels, config)
     return findings

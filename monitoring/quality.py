@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common.labels import read_labels
-from common.metrics import calibration_table, figures
+from common.metrics import calibration_table, compared, figures
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
 from feature_pipeline import BadConfig, BadObservations, Config
 from monitoring.findings import Findings
@@ -59,6 +59,23 @@ def quality_of(part: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
+def with_outcomes(rows: pd.DataFrame, labels: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The scores of the log that have an outcome, with ``label``.
+
+    A prediction is positive if onset is within the horizon after it. As in training, septic visits without an onset are
+    left out, and so are predictions after onset, unless the model was trained with them.
+    """
+    snapshots = config.snapshots
+    if not snapshots.retrospective:
+        labels = labels[(labels["sepsis"] == 0) | labels["onset"].notna()]
+    joined = rows[rows["score"].notna() & rows["as_of"].notna()].merge(labels, on="visit", how="inner")
+    if snapshots.retrospective:
+        return joined.assign(label=joined["sepsis"])
+    ahead = (joined["onset"] - joined["as_of"]) / pd.Timedelta(hours=1)
+    joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots.horizon_hours)).astype(int)
+    return joined if snapshots.after_onset else joined[~((joined["sepsis"] == 1) & (ahead < 0))]
+
+
 def look_at_quality(
     findings: Findings,
     rows: pd.DataFrame,
@@ -68,28 +85,16 @@ def look_at_quality(
 ) -> None:
     """Quality by week, where outcomes are known: rows of the log joined to `labels` (``visit, sepsis, onset``).
 
-    A prediction is positive if onset is within the horizon after it. As in training, septic visits without an onset are
-    left out, and so are predictions after onset, unless the model was trained with them. The table has all weeks.
-    Warnings are given for the weeks that end after `since`, and for all predictions since then together, so that a
-    ward with few septic visits a week is judged too. What cannot be judged becomes a remark.
+    The table has all weeks. Warnings are given for the weeks that end after `since`, and for all predictions since then
+    together, so that a ward with few septic visits a week is judged too. What cannot be judged becomes a remark.
     """
-    snapshots = config.snapshots
-    retrospective = snapshots.retrospective
     undated = (labels["sepsis"] == 1) & labels["onset"].isna()
-    if undated.any() and not retrospective:
+    if undated.any() and not config.snapshots.retrospective:
         findings.remarks.append(f"{undated.sum():,} septic visits of the labels have no onset and are left out")
-        labels = labels[~undated]
-    joined = rows[rows["score"].notna() & rows["as_of"].notna()].merge(labels, on="visit", how="inner")
+    joined = with_outcomes(rows, labels, config)
     if not len(joined):
         findings.remarks.append("no prediction of the log has an outcome in the labels; is the pseudonym key the same?")
         return
-    if retrospective:
-        joined["label"] = joined["sepsis"]
-    else:
-        ahead = (joined["onset"] - joined["as_of"]) / pd.Timedelta(hours=1)
-        joined["label"] = ((joined["sepsis"] == 1) & (ahead <= snapshots.horizon_hours)).astype(int)
-        if not snapshots.after_onset:
-            joined = joined[~((joined["sepsis"] == 1) & (ahead < 0))]
     since = since or datetime.min
     monday = joined["time"].dt.to_period("W-SUN").dt.start_time
     parts = [
@@ -127,6 +132,38 @@ def look_at_quality(
             )
     findings.quality = pd.DataFrame(table)
     findings.calibration = calibration_table(joined["label"].to_numpy(), joined["score"].to_numpy())
+
+
+def look_at_challengers(
+    findings: Findings, shown: pd.DataFrame, challengers: pd.DataFrame, labels: pd.DataFrame, config: Config
+) -> None:
+    """Each challenger in the shadow against the version that was shown, on the same visits at the same moments; rows of
+    the log with outcomes as for `look_at_quality`."""
+    both = ["visit", "as_of"]
+    shown = with_outcomes(shown, labels, config).drop_duplicates(both, keep="last")
+    for version, rows in challengers.groupby("model_version"):
+        other = rows[rows["score"].notna()].drop_duplicates(both, keep="last")[[*both, "score"]]
+        pairs = shown.merge(other, on=both, suffixes=("", "_other"))
+        septic = pairs.loc[pairs["label"] == 1, "visit"].nunique()
+        if septic < FEWEST_SEPTIC:
+            findings.remarks.append(
+                f"challenger {version} is not compared: {septic} septic visits that both scored; "
+                f"{FEWEST_SEPTIC} are needed"
+            )
+            continue
+        label, old, new, visit = (pairs[name].to_numpy() for name in ("label", "score", "score_other", "visit"))
+        alert_rate = max(float(pairs["risk_level"].eq("HIGH").mean()), 1 / len(pairs))
+        found = compared(label, old, new, visit, alert_rate)
+        table = [{"figure": name.replace("_", " "), **figure} for name, figure in found.items()]
+        title = f"Challenger {version} (new) against the model that was shown (old)"
+        findings.challengers[f"{title}, {len(pairs):,} scores of {pairs['visit'].nunique():,} visits"] = pd.DataFrame(
+            table
+        )
+        auc = found["roc_auc"]
+        findings.remarks.append(
+            f"challenger {version}: ROC AUC {auc['new']:.3f}, shown {auc['old']:.3f} (difference "
+            f"{auc['difference']:+.3f}, 95% {auc['low']:+.3f} to {auc['high']:+.3f})"
+        )
 
 
 def read_outcomes(path: str) -> pd.DataFrame:

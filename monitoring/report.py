@@ -48,6 +48,9 @@ def report_html(findings: Findings, config: Config, until: datetime, days: int) 
     if len(findings.quality):
         parts += [heading("Quality by week, with outcomes"), frame_table(with_intervals(findings.quality))]
         parts.append(image(quality_figure(findings), "ROC AUC by week; calibration"))
+    for title, table in findings.challengers.items():
+        parts += [heading(title), frame_table(table)]
+        parts.append(paragraph("Intervals of the differences are paired, 95%, resampled by visit."))
     for title, table in findings.drift.items():
         parts += [heading(title), frame_table(table)]
     notices = ["The model was trained on synthetic patients."] if config.training_source["synthetic"] else []

@@ -31,11 +31,12 @@ from feature_pipeline import ProductionPipeline, read_observations, resolve_snap
 from monitor import main
 from monitoring import log as prediction_log
 from monitoring.drift import psi, psi_by_chance, share_by_chance
-from monitoring.findings import Findings, distributions, read_rows
+from monitoring.findings import Findings, distributions, read_challengers, read_rows
 from monitoring.log import PredictionLog, open_engine, predictions
 from monitoring.look import look
 from monitoring.profile import AT_END, DURING, Profile
-from monitoring.quality import look_at_quality, read_outcomes
+from monitoring.quality import look_at_challengers, look_at_quality, read_outcomes
+from monitoring.report import report_html
 from sources.demo_cohort import make_demo_cohort
 from training.snapshots import make_training_data
 
@@ -528,6 +529,37 @@ def test_quality_by_week_with_outcomes_and_its_fall(pipeline, ward, tmp_path, ke
     fallen = files_of(tmp_path, mixed)
     assert main(["check", *common[:4], "--labels", fallen, "--until", common[-1]]) == 1
     assert "quality in the week of" in capsys.readouterr().out
+
+
+def test_a_challenger_is_compared_on_the_same_visits_and_moments(
+    pipeline, ward, tmp_path, key, config_path, model_path
+):
+    data = snapshots_of(*ward, pipeline)
+    engine = log_of(tmp_path / "log.db", pipeline, data, days=5)
+    other = ProductionPipeline(config_path, model_path)
+    other.model_version, other.model.slope = "other", -other.model.slope
+    log = PredictionLog(engine, other, "api", clock=lambda: DAY - timedelta(hours=1), shadow=True)
+    scored = np.arange(len(data.label)) % 5 > 0  # the challenger left out some
+    visit, moments = data.visit[scored], data.as_of[scored]
+    log.record(data.observations, visit, moments, other.assess(data.observations, visit, moments), 0.002)
+    shown, challengers = read_rows(engine, None, DAY), read_challengers(engine, DAY - timedelta(days=7), DAY)
+    assert not len(read_challengers(engine, DAY, DAY + timedelta(days=7)))
+    engine.dispose()
+    labels = read_outcomes(files_of(tmp_path, ward[1]))
+
+    findings = Findings()
+    look_at_challengers(findings, shown, challengers, labels, pipeline.config)
+    [(title, table)] = findings.challengers.items()
+    assert "Challenger other (new)" in title and f"{scored.sum():,} scores" in title
+    auc = table.set_index("figure").loc["roc auc"]
+    expected = metrics.ranking_scores(data.label[scored], pipeline.score(data.observations, visit, moments))["roc_auc"]
+    assert auc["old"] == pytest.approx(expected) and auc["new"] == pytest.approx(1 - expected)
+    assert auc["high"] < 0 and "challenger other: ROC AUC" in findings.remarks[0]
+    assert "Challenger other" in report_html(findings, pipeline.config, DAY, 7)
+
+    few = Findings()
+    look_at_challengers(few, shown, challengers, labels[labels["sepsis"] == 0], pipeline.config)
+    assert not few.challengers and "0 septic visits that both scored" in few.remarks[0]
 
 
 def test_outcomes_cannot_be_joined_without_the_key(tmp_path, ward, config_path, monkeypatch, capsys):
