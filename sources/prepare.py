@@ -275,8 +275,10 @@ def rejected(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return {
         Path(path).name: n
         for path, n in con.execute(
-            "SELECT file_path, count(DISTINCT line) FROM reject_errors JOIN reject_scans USING (scan_id, file_id) "
-            "GROUP BY 1 ORDER BY 1"
+            # a quote that is not closed takes the lines behind it along
+            "SELECT file_path, sum(n)::BIGINT FROM (SELECT file_path, line, 1 + max(length(own) - length("
+            "replace(own, chr(10), ''))) AS n FROM (SELECT *, rtrim(csv_line, chr(10)) AS own FROM reject_errors) "
+            "JOIN reject_scans USING (scan_id, file_id) GROUP BY ALL) GROUP BY 1 ORDER BY 1"
         ).fetchall()
     }
 

@@ -125,8 +125,21 @@ def scan(files: Sequence[Path]) -> str:
     if any(parquet):
         raise BadConfig(f"{files[0]} and {files[-1]} are two formats of one table; keep one")
     # rejects are counted only where DuckDB does not itself unite the files
-    parts = [f"FROM read_csv({name}, all_varchar = true, header = true, store_rejects = true)" for name in names]
+    parts = [f"FROM read_csv({name}, {AS_TEXT}, quote = {quote_of(name)})" for name in names]
     return f"({' UNION ALL BY NAME '.join(parts)})"
+
+
+AS_TEXT = "all_varchar = true, header = true, store_rejects = true"
+
+
+def quote_of(name: str) -> str:
+    """The quotation mark of a file. DuckDB looks at its first rows; where they have none, it would take those of later
+    rows for text and reject a row such as ``1,"a, b"``."""
+    try:
+        (found,) = duckdb.execute(f"SELECT Quote FROM sniff_csv({name}, {AS_TEXT})").fetchone()
+    except duckdb.Error:  # what is wrong with the file, reading it will say
+        found = ""
+    return "''''" if found == "'" else "'\"'"
 
 
 def columns_of(con: duckdb.DuckDBPyConnection, source: str, where: str) -> dict[str, tuple[str, str]]:

@@ -616,6 +616,19 @@ def test_times_of_several_zones_are_doubted(tmp_path):
         assert [("'Z'" in notice) for notice in notices] == [True] * wrong
 
 
+def test_the_first_quotation_mark_may_come_late(tmp_path):
+    """DuckDB decides from the first 20,000 rows how a file is quoted."""
+    rows = [f"{i},a{i},2024-01-01 08:00,HR,80," for i in range(25_000)]
+    late = ['1,a1,2024-01-01 09:00,"Temp, oral ""C""",37,', '1,a1,2024-01-01 09:00,"Temp\noral",38,']
+    out = prepared_table(tmp_path, [*rows, *late])
+    assert report(out)["observations"] == 25_002 and report(out)["rejected_lines"] == {}
+    unclosed = ['1,a1,2024-01-01 09:00,"HR,80,', *rows[:7]]  # takes the seven along
+    out = prepared_table(tmp_path, [*rows, *late, *unclosed])
+    assert report(out)["observations"] == 25_002 and report(out)["rejected_lines"] == {"table.csv": 8}
+    apostrophes = [row.replace("HR", "'HR, by hand'") for row in rows[:9]]
+    assert report(prepared_table(tmp_path, apostrophes))["observations"] == 9
+
+
 def test_lines_that_are_not_utf8_are_told(tmp_path, capsys):
     table_of(tmp_path, ["1,a,2024-01-01 08:00,HR,80,bpm"])
     with open(tmp_path / "table.csv", "ab") as file:
