@@ -11,7 +11,9 @@ import os
 import sqlite3
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,19 @@ import sqlalchemy as sa
 
 from common.command_line import log
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
-from feature_pipeline import Assessment, Observations, ProductionPipeline
+from feature_pipeline import MICROSECONDS_PER_HOUR, Assessment, Observations, ProductionPipeline
 from monitoring.profile import Profile
+from monitoring.writer import Writer
 
 URL_VARIABLE = "SEPSIS_MONITOR_URL"
 DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
 OPENING_TRIES = 8
-REOPEN_SECONDS = 30.0  # between tries to open a log that could not be opened
+PIECE = 1_000  # rows in a transaction
+ROLLED_UP = "stream"  # the source that scores a visit again and again
+MOST_ROLLED_UP = 200_000  # visits whose last row is remembered
+# a connection whose other end has gone is given up in a minute
+KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 MIGRATIONS = Path(__file__).with_name("migrations")
 WAL_PAGES = 16_000  # of SQLite's write-ahead log, 64 MB: each checkpoint waits for the disk
 metadata = sa.MetaData()
@@ -51,6 +58,8 @@ predictions = sa.Table(
     sa.Column("newest", sa.DateTime()),  # time of the newest observation that was used
     sa.Column("codes_sha256", sa.String(64)),  # of the site map of codes; NULL without one
     sa.Column("shadow", sa.Boolean(), nullable=False),  # by a challenger, shown to nobody
+    # predictions that the row counts: its own, and earlier ones of the visit in the same hour at the same level
+    sa.Column("n", sa.Integer(), nullable=False, server_default="1"),
 )
 errors = sa.Table(
     "prediction_errors",
@@ -77,6 +86,7 @@ cards = sa.Table(  # of CDS Hooks
 )
 _NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: SQLAlchemy caches their SQL
 _NEW_CARD = cards.insert()
+_OF_SNAPSHOTS = [f.name for f in fields(Assessment) if f.name != "inputs"]
 _migrating = threading.Lock()  # Alembic's context belongs to the whole process
 
 
@@ -116,7 +126,10 @@ def open_engine(url: str) -> sa.Engine:
         folder = Path(address.database).parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o750)
         os.close(os.open(address.database, os.O_CREAT | os.O_WRONLY, 0o600))
-    engine = sa.create_engine(address, pool_pre_ping=not sqlite)
+    options: dict[str, Any] = {}
+    if address.get_driver_name() in ("psycopg", "psycopg2"):
+        options["connect_args"] = {"connect_timeout": 10, **KEEPALIVES}
+    engine = sa.create_engine(address, pool_pre_ping=not sqlite, **options)
     if sqlite:
 
         @sa.event.listens_for(engine, "connect")
@@ -146,7 +159,11 @@ def url_of(url: str | None) -> str:
 
 
 class PredictionLog:
-    """Writes rows for one pipeline and one source. A log that cannot be written never stops the scoring."""
+    """Writes rows for one pipeline and one source. A log that cannot be written never stops the scoring: see `Writer`.
+
+    `shadow`: of a challenger. `required`: what cannot be logged at once is not given, and not logged later. A stream
+    scores a visit at every observation: of one visit at one level it logs one row an hour, which counts the others.
+    """
 
     def __init__(
         self,
@@ -155,52 +172,57 @@ class PredictionLog:
         source: str,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         shadow: bool = False,
+        required: bool = False,
+        url: str = OFF,
     ):
-        self._shadow = shadow
-        self._clock = clock
-        self._engine, self._pipeline, self._source = engine, pipeline, source
+        self._shadow, self._required, self._clock = shadow, required, clock
+        self._pipeline, self._source = pipeline, source
         self._profile = Profile(pipeline.config)
         self._pseudonyms = Pseudonyms.from_environment()
-        self._failing = False
-        self._url, self._tried = OFF, 0.0  # what is opened again after an error, and when it was tried last
         self._pages, self._checkpointing = 0, threading.Lock()
-        if engine is not None:
-            self._remark_on_pseudonyms()
+        self._rolled_up: OrderedDict[tuple[str, str], list[Any]] = OrderedDict()  # visit -> its last row, count since
+        self._told_lost = 0
+        self._writer: Writer | None = None
+        if engine is not None or url != OFF:
+            self._writer = Writer(lambda: engine or open_engine(url), self._after_write, _probe)
+            if not self._pseudonyms.lasting:
+                log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
 
     @classmethod
-    def open(cls, url: str | None, pipeline: ProductionPipeline, source: str, shadow: bool = False) -> PredictionLog:
+    def open(
+        cls, url: str | None, pipeline: ProductionPipeline, source: str, shadow: bool = False, required: bool = False
+    ) -> PredictionLog:
         """The log at `url` for what `source` scores; `shadow`: with a challenger. None: the URL of the environment,
         else `DEFAULT_URL`. ``off``: no log."""
-        opened = cls(None, pipeline, source, shadow=shadow)
-        opened._url = url_of(url)
-        opened._open()
+        opened = cls(None, pipeline, source, shadow=shadow, required=required, url=url_of(url))
+        if opened._writer is not None:
+            opened._writer.open()
         return opened
 
     @property
     def works(self) -> bool:
-        """False if predictions are lost: the log could not be opened, or the last row could not be written."""
-        return not self._failing
+        """False if predictions are not logged at once: the database is silent, locked or away."""
+        return self._writer is None or not self._writer.behind
 
-    def _open(self) -> bool:
-        """Opens the database, if it is not open. After an error it is tried again `REOPEN_SECONDS` later."""
-        if self._engine is not None:
-            return True
-        if self._url == OFF or (self._failing and time.monotonic() - self._tried < REOPEN_SECONDS):
-            return False
-        self._tried = time.monotonic()
-        try:
-            self._engine = open_engine(self._url)
-        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
-            if not self._failing:
-                log.error("error: the prediction log cannot be opened: %s", type(error).__name__)
-            self._failing = True
-            return False
-        self._remark_on_pseudonyms()
-        return True
+    @property
+    def waiting(self) -> int:
+        """Rows that wait to be written."""
+        return self._writer.waiting if self._writer else 0
 
-    def _remark_on_pseudonyms(self) -> None:
-        if not self._pseudonyms.lasting:
-            log.info("%s is not set: the prediction log cannot be joined to outcomes later", KEY_VARIABLE)
+    @property
+    def lost(self) -> int:
+        """Rows that were not written and never will be."""
+        return self._writer.lost if self._writer else 0
+
+    def newly_lost(self) -> int:
+        """Rows that were lost since it was asked last."""
+        lost, self._told_lost = self.lost - self._told_lost, self.lost
+        return lost
+
+    def __str__(self) -> str:
+        """What is not logged, for a summary; empty where all is."""
+        parts = [f"{n:,} {what}" for n, what in ((self.waiting, "wait"), (self.lost, "are lost")) if n]
+        return f"of the prediction log's rows {', '.join(parts)}" if parts else ""
 
     def record(
         self,
@@ -210,12 +232,20 @@ class PredictionLog:
         found: Assessment,
         seconds: float,
     ) -> bool:
-        """Writes one row for each snapshot, all in one transaction. Returns False if that was not possible.
+        """Writes one row for each snapshot. Returns False if they are not all committed: others may be later.
 
         `found` is what `ProductionPipeline.assess` returned for these snapshots, `seconds` the duration of that call.
         """
-        if not self._open() or not len(visit):
-            return self._engine is not None
+        if self._writer is None or not len(visit):
+            return self._writer is not None
+        n = np.ones(len(visit), dtype=np.int64)
+        if self._source == ROLLED_UP:
+            n = self._count_together(observations, visit, as_of, found)
+            kept = np.flatnonzero(n)
+            if not len(kept):
+                return self.works
+            n, visit, as_of = n[kept], visit[kept], as_of[kept]
+            found = replace(found, **{name: getattr(found, name)[kept] for name in _OF_SNAPSHOTS})
         clients, visits = observations.client_text[visit].tolist(), observations.visit_text[visit].tolist()
         codes, unknown = self._profile.present(observations, visit, as_of)
         shared = {
@@ -239,8 +269,9 @@ class PredictionLog:
                 "unknown": others,
                 "reason": reason,
                 "newest": latest,
+                "n": together,
             }
-            for client, number, moment, score, level, bins, present, others, reason, latest in zip(
+            for client, number, moment, score, level, bins, present, others, reason, latest, together in zip(
                 clients,
                 visits,
                 moments,
@@ -251,22 +282,39 @@ class PredictionLog:
                 unknown,
                 found.reason.tolist(),
                 newest,
+                n.tolist(),
                 strict=True,
             )
         ]
         return self._write(_NEW_PREDICTION, rows)
 
+    def _count_together(
+        self, observations: Observations, visit: np.ndarray, as_of: np.ndarray, found: Assessment
+    ) -> np.ndarray:
+        """For each snapshot how many predictions its row counts: itself and those of the visit since its last row. 0
+        for a snapshot that has no row: the visit has one of the same hour, level and reason."""
+        hours = (as_of // MICROSECONDS_PER_HOUR).tolist()
+        levels, reasons = found.level.tolist(), found.reason.tolist()
+        n = np.zeros(len(visit), dtype=np.int64)
+        for i, place in enumerate(visit.tolist()):
+            key = observations.client_text[place], observations.visit_text[place]
+            row = hours[i], levels[i], reasons[i]
+            last = self._rolled_up.pop(key, [None, 0])
+            self._rolled_up[key] = last  # the newest last
+            last[1] += 1
+            if last[0] != row:
+                n[i], last[0], last[1] = last[1], row, 0
+        while len(self._rolled_up) > MOST_ROLLED_UP:
+            self._rolled_up.popitem(last=False)
+        return n
+
     def record_error(self, kind: str, n: int = 1) -> bool:
         """Logs that `n` requests, files or visits could not be scored."""
-        if not self._open():
-            return False
         row = {"source": self._source, "model_version": self._pipeline.model_version, "kind": kind, "n": n}
         return self._write(_NEW_ERROR, [{"time": self._clock().replace(tzinfo=None), **row}])
 
     def record_cards(self, given: Iterable[tuple[str, str, str, str]]) -> bool:
         """Logs cards that are given to clinicians: each with its uuid, client, visit and risk level."""
-        if not self._open():
-            return False
         shared = {"time": self._clock().replace(tzinfo=None), "model_version": self._pipeline.model_version}
         rows = [
             {**shared, "card": card, "visit": self._pseudonyms.visit(client, visit), "risk_level": level}
@@ -289,35 +337,29 @@ class PredictionLog:
                 connection.execute(cards.update().where(own, first).values(**answer))
                 known.append(connection.scalar(sa.select(cards.c.id).where(own)) is not None)
 
-        return known if self._open() and self._commit(write) else None
+        return known if self._writer and self._writer.write(write, keep=False) else None
 
     def _write(self, statement: sa.Insert, rows: list[dict[str, Any]]) -> bool:
-        return self._commit(lambda connection: connection.execute(statement, rows), len(rows))
-
-    def _commit(self, write: Callable[[sa.Connection], Any], n: int = 1) -> bool:
-        """Writes about `n` rows in one transaction; says whether that was possible."""
-        try:
-            with self._engine.begin() as connection:
-                write(connection)
-        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-            if not self._failing:  # logged once, not for every prediction
-                log.error("error: the prediction log cannot be written: %s", type(error).__name__)
-            self._failing = True
+        if self._writer is None:
             return False
-        if self._failing:
-            log.warning("the prediction log can be written again")
-        self._failing = False
-        if self._engine.dialect.name == "sqlite":
+        written = True
+        for start in range(0, len(rows), PIECE):
+            piece = rows[start : start + PIECE]
+            work = lambda connection, piece=piece: connection.execute(statement, piece)  # noqa: E731
+            written &= self._writer.write(work, len(piece), keep=not self._required)
+        return written
+
+    def _after_write(self, engine: sa.Engine, n: int) -> None:
+        if engine.dialect.name == "sqlite":
             self._pages += 3 + n // 10  # about as many go to the write-ahead log
             if self._pages >= WAL_PAGES and self._checkpointing.acquire(blocking=False):
                 self._pages = 0
-                threading.Thread(target=self._checkpoint, daemon=True).start()
-        return True
+                threading.Thread(target=self._checkpoint, args=(engine,), daemon=True).start()
 
-    def _checkpoint(self) -> None:
-        """Moves the write-ahead log into the database. If SQLite did it, a request would wait for the disk."""
+    def _checkpoint(self, engine: sa.Engine) -> None:
+        """Brings the write-ahead log into the database. If SQLite did it, the next row would wait for the disk."""
         try:
-            with self._engine.connect() as connection:
+            with engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
         except sa.exc.SQLAlchemyError:  # the next checkpoint tries again
             pass
@@ -325,5 +367,10 @@ class PredictionLog:
             self._checkpointing.release()
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.dispose()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _probe(connection: sa.Connection) -> None:
+    """Raises where nothing can be written."""
+    connection.execute(errors.delete().where(sa.false()))

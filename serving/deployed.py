@@ -55,7 +55,7 @@ class ServedModel:
     ):
         self.pipeline, self.log_required, self._stage = pipeline, log_required, stage
         pipeline.stage = stage
-        self.log = PredictionLog.open(monitor, pipeline, source)
+        self.log = PredictionLog.open(monitor, pipeline, source, required=log_required)
         weakref.finalize(self, self.log.close).atexit = False
         self._shadows = Shadows(pipeline, source, monitor, directory)
         weakref.finalize(self, self._shadows.stop).atexit = False

@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -slow[item.path])  # stable: tests of a file stay together, with their fixtures
 
 
+@pytest.fixture(autouse=True)
+def patient_log(monkeypatch):
+    """A busy machine is no reason to be behind with the prediction log."""
+    monkeypatch.setattr("monitoring.writer.PATIENCE", 60.0)
+
+
 @pytest.fixture(scope="session")
 def cohort():
     """(observations, labels) of 250 synthetic patients."""

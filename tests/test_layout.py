@@ -22,7 +22,8 @@ ROOMS = {
     "sources": CORE,
     "monitoring": CORE,
     "monitoring.profile": CORE,
-    "monitoring.log": ("monitoring.profile", *CORE),
+    "monitoring.writer": CORE,
+    "monitoring.log": ("monitoring.profile", "monitoring.writer", *CORE),
     "monitoring.migrations": ("monitoring.log", *CORE),
     "training": ("sources", "monitoring.profile", *CORE),
     "evaluation": ("training.snapshots", "monitoring.log", *CORE),  # the log, for a silent trial
@@ -185,7 +186,11 @@ def test_files_are_short_and_doors_are_few():
 
 
 def test_serving_loads_no_training_library():
-    for module in (name for name in MODULES if within(name, ("serving", "monitoring.log", "monitoring.profile"))):
+    for module in (
+        name
+        for name in MODULES
+        if within(name, ("serving", "monitoring.log", "monitoring.profile", "monitoring.writer"))
+    ):
         assert not top_names(imports_of(MODULES[module])) & {"sklearn", "lightgbm"}, module
 
 

@@ -1,5 +1,6 @@
 """The prediction log and what is read from it: drift, missing codes, quality, alerts; no row lost, none broken."""
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from common.labels import read_labels
 from feature_pipeline import ProductionPipeline, read_observations, resolve_snapshots
 from monitor import main
 from monitoring import log as prediction_log
+from monitoring import writer
 from monitoring.drift import psi, psi_by_chance, share_by_chance
 from monitoring.findings import Findings, distributions, read_challengers, read_rows
 from monitoring.log import PredictionLog, open_engine, predictions
@@ -155,9 +157,109 @@ def test_a_log_that_cannot_be_written_stops_nothing(pipeline, ward, tmp_path, ca
         database.execute("drop table predictions")
     database.close()
     assert not log.record(*everything) and not log.record(*everything)
-    assert not PredictionLog.open("sqlite:////proc/nowhere/log.db", pipeline, "api").record(*everything)
-    assert not PredictionLog.open("postgresql://u:p@host:port/x", pipeline, "api").record(*everything)
+    broken = [
+        PredictionLog.open(url, pipeline, "api") for url in ("sqlite:////proc/nowhere/x.db", "postgresql://h:p/x")
+    ]
+    for one in broken:
+        assert not one.record(*everything)
     assert not PredictionLog.open("off", pipeline, "api").record(*everything)
+    n = len(data.visit)
+    for one, lost in zip([log, *broken], [2 * n, n, n], strict=True):
+        assert not one.works and (one.waiting, one.lost) == (lost, 0)
+        one.close()
+        assert (one.waiting, one.lost) == (0, lost)
+        assert caplog.messages[-1] == f"error: {lost} rows of the prediction log are lost"
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Nobody waits long for the log, and it is tried again soon."""
+    monkeypatch.setattr(writer, "PATIENCE", 0.05)
+    monkeypatch.setattr(writer, "BACK_OFF", (0.01, 0.01))
+
+
+@contextlib.contextmanager
+def silent(url):
+    """While it lasts, nothing is written to the log at `url` and no error comes."""
+    engine = sa.create_engine(url)
+    with contextlib.closing(engine.raw_connection()) as connection:
+        cursor = connection.cursor()
+        if engine.dialect.name == "sqlite":
+            connection.driver_connection.isolation_level = None
+            cursor.execute("BEGIN IMMEDIATE")
+        else:
+            cursor.execute("LOCK TABLE predictions")
+        yield
+        cursor.execute("ROLLBACK")
+    engine.dispose()
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_silent_log_keeps_nobody_waiting(url, required, pipeline, ward, hurried, caplog):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    one, n = logged(pipeline, data, 7), 7
+    log = PredictionLog.open(url, pipeline, "api", required=required)
+    until(lambda: log.works)
+    with silent(url):
+        for _ in range(20):
+            assert not log.record(*one)
+        assert not log.works and (log.waiting, log.lost) == (0 if required else 20 * n, 0)
+    until(lambda: log.works and log.record(*one))
+    until(lambda: not log.waiting)
+    # what was refused for want of a log is not in it
+    assert count(url, predictions) in ([n, 2 * n] if required else [21 * n])
+    assert sum("error: the prediction log" in line for line in caplog.messages) == 1
+    log.close()
+
+
+def test_a_silent_log_takes_only_so_much_memory(url, pipeline, ward, hurried, monkeypatch):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    one = logged(pipeline, data, 7)
+    log = PredictionLog.open(url, pipeline, "api")
+    until(lambda: log.works)
+    monkeypatch.setattr(writer, "MOST_WAITING", 20)
+    with silent(url):
+        assert not any([log.record(*one), log.record(*one), log.record(*one), log.record_error("bad_file")])
+        assert (log.waiting, log.lost, log.newly_lost(), log.newly_lost()) == (15, 7, 7, 0)
+        assert str(log) == "of the prediction log's rows 15 wait, 7 are lost"
+    until(lambda: log.works)
+    assert str(log) == "of the prediction log's rows 7 are lost"
+    assert count(url, predictions) == 14 and count(url, prediction_log.errors) == 1
+    log.close()
+
+
+def test_rows_that_no_database_takes_hold_up_no_others(postgres, pipeline, ward, hurried):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    log = PredictionLog.open(postgres, pipeline, "a source of more than sixteen letters")
+    assert not log.record(*logged(pipeline, data, 7))
+    until(lambda: log.works)
+    assert (log.waiting, log.lost) == (0, 7)
+    log.close()
+
+
+def test_a_stream_logs_a_visit_once_an_hour_and_at_every_change(pipeline, ward, tmp_path):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    observations, visit, moments, found, seconds = logged(pipeline, data, 1)
+    log = PredictionLog.open(f"sqlite:///{tmp_path}/log.db", pipeline, "stream")
+    hour = 3_600_000_000
+    start = moments - moments % hour
+    levels = [(0, "LOW"), (1, "LOW"), (59, "LOW"), (59, "HIGH"), (59, "HIGH"), (60, "HIGH"), (61, "LOW"), (62, "LOW")]
+    for minutes, level in levels:
+        as_of = start + minutes * hour // 60
+        assert log.record(observations, visit, as_of, replace(found, level=np.array([level], dtype=object)), seconds)
+    log.close()
+    engine = open_engine(f"sqlite:///{tmp_path}/log.db")
+    rows = read_rows(engine, None, datetime(2100, 1, 1))
+    told = rows.assign(as_of=rows["as_of"].dt.minute)[["as_of", "risk_level", "n"]].itertuples(index=False, name=None)
+    assert list(told) == [(0, "LOW", 1), (59, "HIGH", 3), (0, "HIGH", 2), (1, "LOW", 1)]
+    engine.dispose()
 
 
 def test_the_write_ahead_log_goes_into_the_database(pipeline, ward, tmp_path, monkeypatch):

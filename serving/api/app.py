@@ -406,13 +406,14 @@ def health() -> Response:
 
 
 def ready() -> Response:
-    """The model is loaded and reproduces its golden example; are predictions logged?"""
+    """The model is loaded and reproduces its golden example; are predictions logged? The numbers are this worker's."""
     model_ = current_app.service.model()
-    works = model_.log.works
+    works, waiting, lost = model_.log.works, model_.log.waiting, model_.log.lost
     if not works and current_app.settings.log_required:
         raise Unlogged("predictions cannot be logged, and must not be returned unlogged")
     version = model_.pipeline.model_version
-    return jsonify({"status": "ready", "model_version": version, "predictions_logged": works})
+    told = {"predictions_logged": works, "predictions_waiting": waiting, "predictions_not_logged": lost}
+    return jsonify({"status": "ready", "model_version": version, **told})
 
 
 def model() -> Response:

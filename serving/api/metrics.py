@@ -18,7 +18,7 @@ UNKNOWN = Counter("sepsis_unknown_risk", "Visits whose risk is unknown", ["reaso
 SCORE = Histogram("sepsis_score", "Probabilities given", buckets=SCORES, registry=registry)
 SET_ASIDE = Counter("sepsis_rows_set_aside", "Observations not used", ["reason"], registry=registry)
 UNUSED = Counter("sepsis_unused_observations", "Observations of codes that the model does not use", registry=registry)
-UNLOGGED = Counter("sepsis_predictions_not_logged", "Visits whose prediction was not logged", registry=registry)
+UNLOGGED = Counter("sepsis_predictions_not_logged", "Rows that the prediction log lost", registry=registry)
 CARD_ANSWERS = Counter("sepsis_card_answers", "Answers of clinicians to cards", ["outcome"], registry=registry)
 LOG_ERRORS = Counter("sepsis_log_errors", "Lines that a log could not take", ["log"], registry=registry)
 LAST_USE = Gauge(

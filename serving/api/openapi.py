@@ -369,6 +369,8 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                 "status": text,
                 "model_version": text,
                 "predictions_logged": {"type": "boolean"},
+                "predictions_waiting": {"type": "integer"},
+                "predictions_not_logged": {"type": "integer"},
             },
         },
         "Model": {"type": "object", "required": ["model_version", "feature_set", "n_features", "metrics"]},

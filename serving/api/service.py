@@ -240,8 +240,7 @@ class Service:
             waiting.model.pipeline, waiting.observations, waiting.moments, found, self.settings.max_visits
         )
         count_set_aside(waiting.observations.set_aside)
-        if not waiting.model.log.works:
-            metrics.UNLOGGED.inc(len(found.level))
+        metrics.UNLOGGED.inc(waiting.model.log.newly_lost())
         metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
         for level in found.level.tolist():
             metrics.PREDICTIONS.labels(level).inc()

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from feature_pipeline import (
     FeaturePipelineError,
 )
-from monitoring.log import OFF
+from monitoring.log import KEEPALIVES, OFF
 
 DEFAULT_URL = "sqlite:///data/sepsis.db"
 
@@ -22,9 +22,6 @@ URL_VARIABLE = "SEPSIS_DB_URL"
 
 
 LEASE_SECONDS = 300  # after which the database ends the transaction of a predictor that has frozen
-
-
-KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 
 MYSQL = ("mysql", "mariadb")  # MariaDB has either name, by its URL

@@ -42,7 +42,7 @@ BATCH_SIZE, MOST_VISITS = 500, 10_000  # in a transaction; SQLite takes 32,766 p
 class RunResult:
     """What a run did. `unknown` counts visits without enough evidence by reason: they are written as UNKNOWN, and are
     pending again when new observations come. `without_observations` visits stay pending, and so do those that are
-    `held` by other predictors, or came at the end."""
+    `held` by other predictors, or came at the end. `not_logged` says what the prediction log does not have."""
 
     model_version: str
     scored: int = 0
@@ -55,6 +55,7 @@ class RunResult:
     unused_codes: Counter[str] = field(default_factory=Counter)
     without_observations: int = 0
     held: int = 0
+    not_logged: str = ""
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -75,7 +76,7 @@ class RunResult:
             text += f"; {self.held:,} are held by others"
         if self.unused_codes:
             text += f"; {unused_text(self.unused_codes)}"
-        return text
+        return text + (f"; {self.not_logged}" if self.not_logged else "")
 
     def add(self, batch: Batch, scored_before: set[Key]) -> None:
         """Counts a batch that is committed."""
@@ -216,7 +217,7 @@ class DatabasePredictor:
             raise BatchUndone(
                 f"{error}; {result.scored:,} visits were scored before and are kept, run again to go on"
             ) from None
-        result.seconds = time.monotonic() - started
+        result.seconds, result.not_logged = time.monotonic() - started, str(self.deployed.current.log)
         return result
 
     def count_pending(self) -> int:

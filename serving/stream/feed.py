@@ -180,7 +180,8 @@ class Feed:
             f"{self.accepted:,} observations, {aside:,} set aside, {self.scored:,} scores, {self.alerted:,} alerts, "
             f"{len(self.processor.visits):,} visits open"
         )
-        return told + (f"; {unused_text(unused)}" if unused else "")
+        not_logged = str(self.processor.deployed.current.log)
+        return "; ".join(filter(None, [told, unused_text(unused) if unused else "", not_logged]))
 
     @property
     def failed(self) -> bool:
