@@ -55,7 +55,7 @@ class FhirServer(ThreadingHTTPServer):
                 elif name == "status":
                     fits = resource["status"] in wanted
                 elif name == "encounter":
-                    fits = resource.get("encounter", {}).get("reference", "").rpartition("/")[2] in wanted
+                    fits = resource.get("encounter", {}).get("reference", "") in wanted
                 elif name == "identifier":
                     fits = value in {f"{i['system']}|{i['value']}" for i in resource.get("identifier", [])}
                 elif name == "_lastUpdated":

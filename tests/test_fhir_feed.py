@@ -1,8 +1,11 @@
 """The client of a FHIR server: what it reads, scores and writes; its token; faults, and where it goes on after them."""
 
 import json
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -11,6 +14,7 @@ from fhir.resources.R4B.riskassessment import RiskAssessment
 
 import db_predictor
 from common.artifacts import locked
+from common.web import ask
 from feature_pipeline import BadConfig, ProductionPipeline
 from serving.fhir_feed.feed import SYSTEM, FhirFeed
 from serving.fhir_feed.server import FhirError, ServerSettings
@@ -152,7 +156,7 @@ def test_a_run_reads_only_what_is_new_and_updates_with_a_version_check(ward):
     assert {name.lower(): value for name, value in headers.items()}["if-match"] == 'W/"1"' and path.startswith(
         "/fhir/RiskAssessment/"
     )
-    assert not any("encounter=e1" in path for _, path, _ in ward.server.asked)
+    assert not any("Encounter%2Fe1" in path for _, path, _ in ward.server.asked)
     assert (again := ward.feed.run()).updated == 0 and again.in_progress == 2  # within the overlap, and known
 
 
@@ -384,3 +388,76 @@ def test_private_keys_that_the_standard_does_not_take_are_refused(tmp_path, mode
         own = {"client_id": "x", "key": str(tmp_path / "key.pem"), "kid": "1", "state": str(tmp_path / "state.db")}
         with pytest.raises(BadConfig, match=said):
             FhirFeed(ServerSettings("https://ehr.example.org/fhir", **own), *model_files)
+
+
+# ------------------------------------------------------------------------------------------ a server that is not ours
+
+ROUTER = Path(__file__).with_name("fhir_router")
+
+
+@pytest.fixture
+def medplum():
+    """The base URL of Medplum's FHIR router. ``npm install --prefix tests/fhir_router`` installs it."""
+    if not (ROUTER / "node_modules").is_dir() or not shutil.which("node"):
+        pytest.skip("npm install --prefix tests/fhir_router was not run")
+    command = ["node", "--experimental-websocket", "server.mjs"]
+    with subprocess.Popen(command, cwd=ROUTER, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}/fhir"
+        process.terminate()
+
+
+def stored(base, resource):
+    """The resource as the server has it then."""
+    number = resource.get("id")
+    path = f"{base}/{resource['resourceType']}" + (f"/{number}" if number else "")
+    headers = {"Content-Type": "application/fhir+json"}
+    answer = ask(path, "PUT" if number else "POST", json.dumps(resource).encode(), headers, 60)
+    assert answer.status in (200, 201), answer
+    return answer.body
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_ours(medplum, model_files, tmp_path):
+    """Searches, create once, update with a version check against its 412 and 404, and what a lost state finds again."""
+    stays, time = [], datetime.now(UTC).isoformat()
+
+    def observe(patient, encounter, code, shift=0, **changes):
+        value, unit = VITALS[code]
+        observation = {
+            "resourceType": "Observation",
+            "status": "final",
+            "code": {"coding": [{"system": LOINC, "code": code}]},
+            "subject": {"reference": f"Patient/{patient}"},
+            "encounter": {"reference": f"Encounter/{encounter}"},
+            "effectiveDateTime": time,
+            "valueQuantity": {"value": value + shift, "unit": unit, "system": UCUM, "code": unit},
+        }
+        return stored(medplum, {**observation, **changes})
+
+    for status in ["in-progress"] * 22 + ["finished"]:
+        patient = stored(medplum, {"resourceType": "Patient", "gender": "male", "birthDate": "1944-02-02"})["id"]
+        encounter = {"resourceType": "Encounter", "status": status, "subject": {"reference": f"Patient/{patient}"}}
+        number = stored(medplum, {**encounter, "class": {"code": "IMP"}})["id"]
+        stays.append((patient, number, [observe(patient, number, code) for code in VITALS]))
+    feed = FhirFeed(ServerSettings(medplum, state=str(tmp_path / "state.db")), *model_files)
+
+    def counts():
+        result = feed.run()
+        return result.created, result.updated
+
+    assert counts() == (22, 0) and counts() == (0, 0)
+    (patient, number, _), (_, _, (corrected, *_)) = stays[:2]
+    observe(patient, number, "8867-4", -20)
+    stored(medplum, {**corrected, "status": "corrected"})
+    assert counts() == (0, 2)
+    found = ask(f"{medplum}/RiskAssessment?identifier={SYSTEM}|{number}").body["entry"]
+    (own,) = [entry["resource"] for entry in found]
+    stored(medplum, {**own, "mitigation": "seen by a physician"})
+    observe(patient, number, "8867-4", -30)
+    assert counts() == (0, 1)  # after its 412
+    assert ask(f"{medplum}/RiskAssessment/{own['id']}", "DELETE").status == 200
+    observe(patient, number, "8867-4", -40)
+    assert counts() == (1, 0)  # after its 404
+    feed.state._database.execute("UPDATE encounters SET assessment = NULL, version = NULL, pending = 1")
+    assert counts() == (0, 22)
+    feed.close()

@@ -169,7 +169,9 @@ class FhirFeed:
         return named.value if named and named.place in (kind, f"{self.server.base}/{kind}") else None
 
     def _entries(self, encounters: dict[str, str | None]) -> Iterator[dict[str, Any]]:
-        yield from self.server.search("Observation", {"encounter": ",".join(encounters), "_count": PAGE})
+        # with its type: the parameter takes other resources too, and some servers then know no bare id
+        named = ",".join(f"Encounter/{encounter}" for encounter in encounters)
+        yield from self.server.search("Observation", {"encounter": named, "_count": PAGE})
         if people := sorted({patient for patient in encounters.values() if patient}):
             yield from self.server.search("Patient", {"_id": ",".join(people), "_count": PAGE})
 
