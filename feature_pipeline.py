@@ -603,7 +603,9 @@ def _check_columns(columns: list[Any], where: str) -> None:
     missing = [name for name in REQUIRED_COLUMNS if name not in names]
     if missing:
         # the other names are not shown: in a file without a header they are data of a patient
-        found = f"found {listed(names, 7) if names else 'none of them'} and {len(columns) - len(names)} others"
+        found = f"found {listed(names, 7) if names else 'none of them'}"
+        if others := len(columns) - len(names):
+            found += f" and {others} other{'s' if others > 1 else ''}"
         first = str(columns[0]) if len(columns) == 1 else ""
         hint = "; is the separator a comma?" if re.search(r"[;\t|]", first) else ""
         raise BadObservations(

@@ -15,12 +15,12 @@ _OF_CODE = {
     "mean": ("mean", "own"),
     "std": ("spread", "own"),
     "count": ("number of measurements", ""),
-    "slope": ("trend an hour", "own"),
+    "slope": ("trend per hour", "own"),
     "change": ("change since the first", "own"),
     "delta": ("change since the previous", "own"),
     "age": ("time since the latest", "h"),
     "measured": ("measured at all", ""),
-    "rate": ("measurements an hour", ""),
+    "rate": ("measurements per hour", ""),
     "gap": ("time between the last two", "h"),
     "outside": ("distance outside its range, in range widths", ""),
     "share_below": ("share below its range", ""),
@@ -29,7 +29,7 @@ _OF_CODE = {
     "cv": ("relative spread", ""),
     "mean_abs_change": ("mean step", "own"),
     "departure": ("latest minus mean", "own"),
-    "zscore": ("latest against the mean, in standard deviations", ""),
+    "zscore": ("distance of the latest from the mean, in standard deviations", ""),
     "ewm": ("recent mean", "own"),
     "departure_ewm": ("latest minus recent mean", "own"),
     "hours_since_max": ("time since the highest", "h"),
@@ -90,6 +90,9 @@ def feature_words(feature: str, codes: Codes) -> tuple[str, str]:
     if asked.block == "context":
         return _CONTEXT.get(asked.name, (asked.name.replace("_", " "), ""))
     what, own_unit = code_words(asked.code, codes)
+    concept, _ = codes.meaning(asked.code)
+    if concept is not None and concept.static:  # age and sex have only one value
+        return what, own_unit
     statistic, unit = _OF_CODE.get(asked.name, (asked.name.replace("_", " "), ""))
     window = f" in {asked.window} h" if asked.window else ""
     return f"{what}, {statistic}{window}", own_unit if unit == "own" else unit
@@ -118,7 +121,7 @@ def unknown_text(reason: str, missing: Sequence[str], hours: float | None) -> st
     if missing:
         text += f"; missing: {', '.join(map(concept_words, missing))}"
     elif reason == "stale" and hours is not None:
-        text += f": {age_text(hours)} old"
+        text += f" ({age_text(hours)} old)"
     return text
 
 

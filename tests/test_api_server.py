@@ -694,7 +694,7 @@ def test_a_person_pastes_csv_with_a_bad_row(page):
     page.get_by_role("button", name="Score").click()
     page.locator("#visits button").first.wait_for()
     assert page.locator("#visits button").count() == 2
-    assert "not a number (rows 3)" in page.locator("#remarks").inner_text()
+    assert "not a number (row 3)" in page.locator("#remarks").inner_text()
     unknown = page.locator("#visits .UNKNOWN")
     assert unknown.count() == 1 and "nothing usable" in unknown.inner_text()
 

@@ -74,8 +74,8 @@ async function addDetails(p) {
 
 function asideRemarks(aside) {
   for (const r of aside?.reasons || []) {
-    const rows = r.first_rows.length ? ` (rows ${r.first_rows.map((n) => n + 1).join(", ")}${r.count > r.first_rows.length ? ", …" : ""})` : "";
-    $("remarks").append(make("li", {}, `${r.count} not used: ${r.meaning}${rows}`));
+    const rows = r.first_rows.length ? ` (${r.count > 1 ? "rows" : "row"} ${r.first_rows.map((n) => n + 1).join(", ")}${r.count > r.first_rows.length ? ", …" : ""})` : "";
+    $("remarks").append(make("li", {}, `${r.count.toLocaleString("en")} not used: ${r.meaning}${rows}`));
   }
 }
 
@@ -102,7 +102,7 @@ async function showDetail(index, focus = true) {
   box.replaceChildren(make("h3", {}, `Visit ${p.visit_id}, ${p.client}`),
     make("p", { class: `headline ${p.risk_level} ${p.reason || ""}` },
       make("span", { class: "badge" }, make("span", { "aria-hidden": "true" }, `${SIGNS[p.risk_level]} `), p.reason ? "risk UNKNOWN" : `${p.risk_level} risk`),
-      p.reason ? ` ${p.reason_text}. ` : ` ${percent(p.sepsis_probability)} probability of sepsis${horizon}`,
+      p.reason ? ` ${p.reason_text[0].toUpperCase()}${p.reason_text.slice(1)}. ` : ` ${percent(p.sepsis_probability)} probability of sepsis${horizon}`,
       p.reason ? make("b", {}, "This does not mean that the risk is low.") : null),
     make("p", { class: "quiet" }, `${p.as_of ? `as of ${clock(Date.parse(p.as_of))} UTC; ` : ""}${p.num_observations.toLocaleString("en")} observations that the model uses${newest}`));
   if (p.reasons?.length) {
@@ -124,7 +124,7 @@ function charts(series, scores, span, now) {
   if (scores.some((point) => point[1] !== null)) {
     const levels = model ? [{ value: model.risk_thresholds.medium, label: "MEDIUM", at: "end" }, { value: model.risk_thresholds.high, label: "HIGH" }] : [];
     const top = Math.min(1, 1.15 * Math.max(...scores.map((point) => point[1] ?? 0), ...levels.map((level) => level.value)));
-    out.push(make("h4", {}, now ? "Score over time" : "Earlier scores"), lineChart("probability of sepsis", scores, { span, width: innerWidth < 600 ? 330 : 520, height: 150, low: 0, high: top, marks: levels, format: (v) => `${short(100 * v)}%` }));
+    out.push(make("h4", {}, now ? "Score over time" : "Earlier scores"), lineChart("probability of sepsis", scores, { span, width: innerWidth < 600 ? 330 : 520, height: 150, low: 0, high: top, marks: levels, latest: now, format: percent, tick: (v) => `${short(100 * v)}%` }));
   }
   const measured = (own) => (own.points.length > 1
     ? lineChart(`${own.name}${own.name === own.code ? "" : ` (${own.code})`}`, own.points, { span, unit: own.unit, note: own.points.some((p) => Number.isFinite(p[2])) ? "band: reference range" : "" })
@@ -198,16 +198,16 @@ async function showService() {
   const interval = (m) => (m ? `${m.value.toFixed(3)} (${m.interval.map((v) => v.toFixed(3)).join(" to ")})` : "–");
   const test = model.metrics.test || {};
   const figure = (name) => (test[name]?.value !== undefined ? interval(test[name]) : typeof test[name] === "number" ? test[name].toFixed(3) : "–");
-  const rows = [["version", model.model_version], ["features", `${model.n_features}, set ${model.feature_set}`], ["model", model.model],
-    ["looks ahead", model.retrospective ? "no: scores whole stays" : `${model.horizon_hours} h`], ["trained", model.trained_at], ["on", model.trained_on],
-    ["risk levels", `MEDIUM from ${model.risk_thresholds.medium}, HIGH from ${model.risk_thresholds.high}`],
-    ["needs", minimum(model.minimum_evidence)], ["ROC AUC, test part", figure("roc_auc")], ["average precision", figure("average_precision")]];
+  const rows = [["version", model.model_version], ["features", `${model.n_features} (feature set ${model.feature_set})`], ["model", model.model],
+    ["predicts", model.retrospective ? "nothing ahead: scores whole stays" : `sepsis within ${model.horizon_hours} h`], ["trained", model.trained_at ? `${clock(Date.parse(model.trained_at))} UTC` : null], ["on", model.trained_on],
+    ["risk levels", `MEDIUM from ${percent(model.risk_thresholds.medium)}, HIGH from ${percent(model.risk_thresholds.high)}`],
+    ["needs", minimum(model.minimum_evidence)], ["ROC AUC, test part", figure("roc_auc")], ["average precision, test part", figure("average_precision")]];
   const site = Object.entries(model.site_codes).map(([code, [concept, unit]]) => make("tr", {}, make("th", { scope: "row" }, code), make("td", {}, `${concept.replaceAll("_", " ")}${unit ? `, in ${unit}` : ""}`)));
-  $("site").replaceChildren(site.length ? make("table", { class: "bars" }, make("tbody", {}, ...site)) : make("p", { class: "quiet" }, "none; SEPSIS_CODES or --codes names one"));
+  $("site").replaceChildren(site.length ? make("table", { class: "bars" }, make("tbody", {}, ...site)) : make("p", { class: "quiet" }, "None. SEPSIS_CODES or --codes names a file."));
   $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value ?? "–"))]));
 }
 
-const minimum = (m) => (m ? `${m.at_least} of ${m.inputs.map((name) => name.replaceAll("_", " ")).join(", ")} within ${m.within_hours} h, the newest of all no older than ${m.newest_hours} h` : "any observation");
+const minimum = (m) => (m ? `${m.at_least} of ${m.inputs.map((name) => name.replaceAll("_", " ")).join(", ")} within ${m.within_hours} h, the newest of them at most ${m.newest_hours} h old` : "any observation");
 
 function show(view) {
   for (const name of ["patients", "service"]) {
