@@ -145,6 +145,18 @@ class Concept:
         """The unit that `name` (UCUM or a usual spelling) means; None if this concept does not have it."""
         return _units_of(self.name).get(_unit_key(name), _ANY_UNIT if self.unit in ("code", "0/1") else None)
 
+    def has_ucum(self, code: str) -> bool:
+        """Is a UCUM code one of this concept's units? Case counts, as it tells milli from mega; litre is l or L.
+
+        >>> [CONCEPT["glucose"].has_ucum(code) for code in ("mmol/L", "mmol/l", "Mmol/L")]
+        [True, True, False]
+        """
+        spelled = {name.strip().replace("L", "l") for unit in self._all_units() for name in unit.spellings.split(",")}
+        return code.strip().replace("L", "l") in spelled or self.unit in ("code", "0/1")
+
+    def _all_units(self) -> list[Unit]:
+        return [*self.units, Unit(self.unit), Unit(_SPELLINGS.get(self.unit, self.unit))]
+
 
 def _unit_key(name: str) -> str:
     return re.sub(r"[\s]+", "", name).casefold().replace("µ", "u").replace("μ", "u").replace("mcmol", "umol")
@@ -153,9 +165,7 @@ def _unit_key(name: str) -> str:
 @lru_cache(maxsize=256)
 def _units_of(concept: str) -> dict[str, Unit]:
     """The units of a concept by spelling."""
-    own = CONCEPT[concept]
-    units = [*own.units, Unit(own.unit), Unit(_SPELLINGS.get(own.unit, own.unit))]
-    return {_unit_key(name): unit for unit in units for name in unit.spellings.split(",")}
+    return {_unit_key(name): unit for unit in CONCEPT[concept]._all_units() for name in unit.spellings.split(",")}
 
 
 _ANY_UNIT = Unit("")

@@ -50,6 +50,7 @@ class Reading:
     low: tuple[float, str | None] | None  # the normal range's bounds, with their units
     high: tuple[float, str | None] | None
     label: str = ""  # the sender's words for what was measured
+    is_ucum: bool = False  # the unit is a code of UCUM
 
 
 class NotUsed(NamedTuple):
@@ -117,7 +118,9 @@ def _readings(resource: Mapping[str, Any], base: str, kinds: Mapping[str, Any]) 
         else:
             unit = _unit(quantity) if quantity is not None else None
             low, high = _normal_range(part, unit)
-            yield Reading(where, patient, encounter, time, codes, _float(number), unit, low, high, _label(part))
+            is_ucum = bool(quantity and quantity.get("code") and quantity.get("system") == UCUM)
+            value = _float(number)
+            yield Reading(where, patient, encounter, time, codes, value, unit, low, high, _label(part), is_ucum)
 
 
 def effective_time(resource: Mapping[str, Any]) -> datetime | None:

@@ -1894,6 +1894,13 @@ def test_the_openapi_document_holds_for_whatever_is_sent(make_client):
     assert tried > 60
 
 
+def test_fhir_a_ucum_code_counts_with_its_case(client):
+    for code, used in (("mmol/L", True), ("mmol/l", True), ("Mmol/L", False), ("MMOL/L", False)):
+        answer = client.post(FHIR, json=bundle_of(fhir_observation(), lab("2345-7", 5.5, code))).get_json()
+        told = json.dumps([entry["resource"].get("issue") for entry in answer["entry"]])
+        assert ("its unit cannot be converted" in told) is not used
+
+
 def test_a_unit_code_without_its_system_is_a_unit(strict):
     mass, amount = lab("3094-0", 44.816, "mg/dL"), lab("3094-0", 16, "mmol/L")
     del amount["valueQuantity"]["system"], amount["valueQuantity"]["unit"]

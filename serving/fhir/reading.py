@@ -265,6 +265,8 @@ def _record(part: Reading, pipeline: ProductionPipeline) -> dict[str, Any] | Non
     if concept is None or (part.unit is None and coded_in == concept.unit):
         plain = {name: bound[0] if bound and bound[1] == part.unit else None for name, bound in bounds.items()}
         return {"observation_type_code": code, "observation_value": part.value, **plain}
+    if part.is_ucum and part.unit and not concept.has_ucum(part.unit):
+        return None
     value = to_unit(concept, part.value, part.unit or coded_in)
     if value is None:
         return None
