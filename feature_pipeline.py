@@ -10,6 +10,7 @@ same numbers in training, batch, API, database and stream.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
-from functools import cached_property, lru_cache, reduce
+from functools import lru_cache, reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ class UnfinishedSwitchWarning(UserWarning):
 
 class MissingCodesWarning(UserWarning):
     """The data to be scored lack codes that nearly every visit had in training."""
+
+
+class cached_property(functools.cached_property):
+    """As in Python 3.12: without the lock of 3.11, which takes longer than many a property of one visit."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.attrname] = self.func(instance)
+        return value
 
 
 def listed(items: Iterable[Any], most: int = 5) -> str:

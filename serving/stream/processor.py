@@ -31,7 +31,7 @@ from feature_pipeline import (
 from monitoring.log import OFF
 from serving.deployed import LAST, NOW, Deployed, moments_of
 from serving.stream.clock import OwnTime
-from serving.stream.visits import REMEMBERED, ROW, Key, Visit, mark_of
+from serving.stream.visits import REMEMBERED, ROW, Key, Visit, joined, mark_of
 
 REASONS = {
     **SET_ASIDE_REASONS,
@@ -274,7 +274,7 @@ class StreamProcessor:
     def _distinct(self, visit: Visit) -> np.ndarray:
         """All different rows of a visit."""
         if len(visit.rows) > 1:
-            together = np.concatenate(visit.rows)
+            together = joined(visit.rows)
             # bytes compare NaN with NaN as equal; -0.0 was made 0.0 by the reader
             _, first = np.unique(together.view(f"V{ROW.itemsize}"), return_index=True)
             visit.rows = [together[np.sort(first)]]
@@ -392,10 +392,7 @@ class StreamProcessor:
 
     def _observations(self, keys: Sequence[Key]) -> Observations:
         visits = [self.visits[key] for key in keys]
-        for visit in visits:
-            if len(visit.rows) > 1:
-                visit.rows = [np.concatenate(visit.rows)]
-        rows = np.concatenate([visit.rows[0] for visit in visits])
+        rows = joined([piece for visit in visits for piece in visit.rows])
         used = np.flatnonzero(np.bincount(rows["code"]))
         order = sorted(used.tolist(), key=self.codes.__getitem__)
         rank = np.empty(len(self.codes), dtype=np.int64)
@@ -404,7 +401,7 @@ class StreamProcessor:
             [(visit.client, visit.visit_id) for visit in visits],
             [self.codes[i] for i in order],
             [self._concepts[i] for i in order],
-            np.repeat(np.arange(len(visits)), [len(visit.rows[0]) for visit in visits]),
+            np.repeat(np.arange(len(visits)), [visit.n_rows for visit in visits]),
             rank[rows["code"]],
             {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")},
         )

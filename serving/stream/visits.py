@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,11 @@ class Visit:
         """What must be known of it beside its rows."""
         names = ("client", "visit_id", "full", "folded", "level")
         return json.dumps({name: getattr(self, name) for name in names}).encode()
+
+
+def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of all pieces; as bytes, since NumPy joins rows of fields field by field."""
+    return np.concatenate([piece.view(f"V{ROW.itemsize}") for piece in pieces]).view(ROW)
 
 
 def mark_of(key: Key) -> bytes:
