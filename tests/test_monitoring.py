@@ -637,6 +637,7 @@ def test_a_challenger_is_compared_on_the_same_visits_and_moments(
     pipeline, ward, tmp_path, key, config_path, model_path
 ):
     data = snapshots_of(*ward, pipeline)
+    data = data.at(np.flatnonzero(data.visit < 150))
     engine = log_of(tmp_path / "log.db", pipeline, data, days=5)
     other = ProductionPipeline(config_path, model_path)
     other.model_version, other.model.slope = "other", -other.model.slope
@@ -662,6 +663,30 @@ def test_a_challenger_is_compared_on_the_same_visits_and_moments(
     few = Findings()
     look_at_challengers(few, shown, challengers, labels[labels["sepsis"] == 0], pipeline.config)
     assert not few.challengers and "0 septic visits that both scored" in few.remarks[0]
+
+
+def in_mmol(frame):
+    factor = np.where(frame["observation_type_code"] == "Glucose", 1 / 18.016, 1.0)
+    return frame.assign(observation_value=frame["observation_value"] * factor)
+
+
+def pressures_swapped(frame):
+    return frame.assign(observation_type_code=frame["observation_type_code"].replace({"SBP": "DBP", "DBP": "SBP"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"), [(lambda frame: frame, None), (in_mmol, "Glucose__last"), (pressures_swapped, "DBP__last")]
+)
+def test_sixty_visits_show_what_an_interface_spoils(spoil, expected, pipeline, tmp_path):
+    observations, _ = make_demo_cohort(n_patients=60, seed=77)
+    read = pipeline.reproducer.read(spoil(observations))
+    visit, moments = np.arange(read.n_visits), read.last_time
+    engine = open_engine(f"sqlite:///{tmp_path}/log.db")
+    log = PredictionLog(engine, pipeline, "batch", clock=lambda: DAY - timedelta(hours=1))
+    log.record(read, visit, moments, pipeline.assess(read, visit, moments), 0.002)
+    warnings = look(engine, pipeline.config, DAY).warnings
+    engine.dispose()
+    assert not warnings if expected is None else any(f"feature {expected}" in warning for warning in warnings)
 
 
 def test_outcomes_cannot_be_joined_without_the_key(tmp_path, ward, config_path, monkeypatch, capsys):
