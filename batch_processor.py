@@ -21,11 +21,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from common.command_line import (
-    COULD_NOT_START,
     DONE,
     SOME_FAILED,
     available_cores,
-    log,
     make_parser,
     number,
     read_site_codes,
@@ -43,6 +41,9 @@ from serving.batch.directory import (
     BatchProcessor,
     BatchResult,
 )
+from serving.batch.partition import score_partition
+
+__all__ = ["BatchProcessor", "main", "score_partition"]
 
 CRONTAB = """5 * * * * set -a && . /etc/sepsis-risk.env && cd "$HOME/sepsis-risk" && \
 .venv/bin/python batch_processor.py --quiet >>data/batch.log 2>&1"""
@@ -101,21 +102,15 @@ def _parser() -> argparse.ArgumentParser:
         help="moment to score: 'last' (each visit's last observation), 'now', or an ISO 8601 time; if not given, "
         "'last', or 'now' with --watch",
     )
-    parser.add_argument("--backend", choices=("local", "dask"), default="local", help="this machine or a Dask cluster")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="address of the Dask cluster, such as tcp://host:8786")
     parser.add_argument("--monitor", metavar="URL", help="URL of the prediction log, or 'off'; or SEPSIS_MONITOR_URL")
     return parser
 
 
 def _work(arguments: argparse.Namespace) -> int:
-    if (arguments.backend == "dask") != bool(arguments.scheduler):
-        log.error("error: --backend dask and --scheduler ADDRESS belong together")
-        return COULD_NOT_START
     processor = BatchProcessor(
         arguments.config,
         arguments.model,
         jobs=arguments.jobs,
-        scheduler=arguments.scheduler,
         chunk_rows=arguments.chunk_rows,
         settle_seconds=arguments.settle_seconds,
         quiet=arguments.quiet,

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,11 +27,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import batch_processor
-from batch_processor import main, watch
+from batch_processor import main, score_partition, watch
 from common.artifacts import locked
 from common.pseudonyms import Pseudonyms
-from feature_pipeline import COLUMNS, BadObservations, ProductionPipeline
-from serving.batch import backends, directory, scoring
+from feature_pipeline import COLUMNS, BadObservations, FeaturePipelineError, ProductionPipeline
+from serving.batch import directory, scoring
 from serving.batch.backends import Processes
 from serving.batch.directory import LOCK, BadDirectories, BatchProcessor
 from serving.batch.manifest import MANIFEST, Manifest
@@ -155,7 +156,7 @@ def test_chunks_change_neither_scores_nor_counts_of_a_dirty_file(
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet"])
 def test_a_risk_that_cannot_be_told_has_its_reason(place, careful_files, evidence_cases, suffix, caplog, monkeypatch):
-    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    monkeypatch.setattr(directory.log, "propagate", True)
     caplog.set_level("INFO", "sepsis")
     rows, moment = evidence_cases
     put(rows, place / f"incoming/ward.{suffix}")
@@ -516,7 +517,7 @@ def test_a_parquet_file_of_lists_is_a_bad_file(place, rows, processor, kind, chu
 
 
 def test_a_surprise_in_one_file_stops_no_other(place, rows, processor, caplog, monkeypatch):
-    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    monkeypatch.setattr(directory.log, "propagate", True)
     for name in ("a.csv", "b.csv", "c.csv"):
         put(rows.head(200 if name == "b.csv" else 300), place / "incoming" / name)
     original = scoring.score_table
@@ -671,39 +672,57 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.slow
-def test_dask_gives_the_same_files(place, rows, pipeline, config_path, model_path, monkeypatch):
-    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
-    monkeypatch.setattr(directory, "LARGE_BYTES", 100_000)
-    put(rows.sample(frac=1, random_state=1), place / "incoming/large.csv")
-    put(rows, place / "incoming/small.parquet")
-    put(rows.head(900), place / "incoming/small.csv.gz")
-    (place / "incoming/half.csv.gz").write_bytes(_half(gzip.compress(rows.to_csv(index=False).encode())))
-    with distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster:
-        address = cluster.scheduler_address
-        # workers of another folder, without this project on their path: it is sent to them
-        command = [sys.executable, "-P", "-m", "dask", "worker", address, "--nworkers", "2", "--nthreads", "2"]
-        command += ["--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(place)]
-        workers = subprocess.Popen(
-            command, cwd=place, env={"PATH": os.environ["PATH"]}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            with distributed.Client(address, set_as_default=False) as client:
-                client.wait_for_workers(2, timeout=60)
-            arguments = ["--backend", "dask", "--scheduler", address, "--chunk-rows", "1000"]
-            assert main([*options(config_path, model_path), *arguments]) == 1
-        finally:
-            workers.terminate()
-            workers.wait(30)
-    found = place / "predictions"
-    expected = predict(pipeline, place / "incoming/large.csv")
-    assert_same_scores(predictions(found / "predictions_large.csv"), expected)
-    assert_same_scores(predictions(found / "predictions_small.parquet"), predict(pipeline, rows))
-    assert_same_scores(predictions(found / "predictions_small.csv.gz"), predict(pipeline, rows.head(900)))
-    assert (place / "failed/half.csv.gz").exists()
-    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1)
-    put(rows, place / "incoming/more.csv")
-    assert main([*options(config_path, model_path), "--backend", "dask", "--scheduler", address]) == 2
-    assert (place / "incoming/more.csv").exists()
+def test_dask_workers_read_score_and_write_by_themselves(tmp_path, rows, pipeline, models_dir):
+    """Scheduler, workers and client are processes of their own; the scheduler has no module of this project."""
+    pytest.importorskip("distributed", reason="distributed is not installed")
+    scattered = rows.sample(frac=1, random_state=1)
+    (tmp_path / "observations").mkdir()
+    for number in range(3):
+        put(scattered.iloc[number::3], tmp_path / f"observations/{number}.parquet")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    own = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-P", "-m", "dask"]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    scheduler = [*dask, "scheduler", *local, "--port", str(port)]
+    worker = [*dask, "worker", address, *local, "--nthreads", "2", "--nworkers", "2", "--local-directory", tmp_path]
+    bare = {"PATH": os.environ["PATH"]}
+    processes = [subprocess.Popen(scheduler, **own, env=bare)]
+    processes.append(subprocess.Popen(worker, **own, env={**bare, "PYTHONPATH": str(ROOT)}))
+    try:
+        client = [sys.executable, "examples/dask_cluster.py", address, f"{tmp_path}/observations/*.parquet"]
+        client += [f"{tmp_path}/scores", str(models_dir)]
+        done = subprocess.run(client, cwd=ROOT, env={**bare, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(60)
+    found = pd.read_parquet(tmp_path / "scores").sort_values("visit_id")
+    assert list(found.columns) == COLUMNS_OUT
+    assert_same_scores(found, predict(pipeline, rows).sort_values("visit_id"))
+
+
+def test_a_partition_gives_what_a_file_gives(place, rows, config_path, model_path, processor, monkeypatch):
+    put(rows, place / "incoming/ward.parquet")
+    processor.process_directory()
+    expected = predictions(place / "predictions/predictions_ward.parquet").drop(columns="processed_at")
+    files = config_path, model_path
+    texts = rows.astype(str).replace({"nan": "", "None": "", "NaT": ""})
+    for frame in (rows, texts, rows.set_index(np.arange(len(rows)) % 7)):
+        found = score_partition(frame, *files)
+        pd.testing.assert_frame_equal(found.drop(columns="processed_at"), expected)
+    empty = score_partition(rows.head(0), *files)
+    assert list(empty.columns) == COLUMNS_OUT and not len(empty)
+    assert empty.dtypes.astype(str).tolist() == found.dtypes.astype(str).tolist()
+    monkeypatch.delenv("SEPSIS_PSEUDONYM_KEY", raising=False)
+    with pytest.raises(FeaturePipelineError, match="SEPSIS_PSEUDONYM_KEY"):
+        score_partition(rows, *files, monitor=f"sqlite:///{place}/log.db")
+    monkeypatch.setenv("SEPSIS_PSEUDONYM_KEY", "0" * 64)
+    score_partition(rows, *files, monitor=f"sqlite:///{place}/log.db")
+    with contextlib.closing(sqlite3.connect(place / "log.db")) as log:
+        assert log.execute("SELECT count(*) FROM predictions").fetchone() == (len(expected),)
 
 
 # ------------------------------------------------------------------------------------------ killed anywhere
@@ -840,7 +859,7 @@ def test_the_crontab_line_works_as_it_stands(tmp_path, rows, models_dir, capsys)
 
 
 def test_a_lost_code_is_told(place, rows, processor, caplog, monkeypatch):
-    monkeypatch.setattr(batch_processor.log, "propagate", True)
+    monkeypatch.setattr(directory.log, "propagate", True)
     put(rows[rows["observation_type_code"] != "HR"], place / "incoming/ward.csv")
     processor.process_directory()
     assert "ward.csv: nearly every visit had these codes in training, none has them here: 'HR'" in caplog.text
@@ -865,7 +884,7 @@ def deployed(models_dir, tmp_path):
 
 def test_watch_takes_new_files_and_a_new_model(place, rows, deployed, tmp_path, monkeypatch):
     told: list[str] = []
-    monkeypatch.setattr(batch_processor.log, "error", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(directory.log, "error", lambda text, *values: told.append(text % values))
     config = tmp_path / "models/best_model_config.json"
     processor = BatchProcessor(config, config.with_name("best_model.pkl"), settle_seconds=0)
     stop = threading.Event()
@@ -939,9 +958,6 @@ def test_a_deployment_that_was_cut_short_is_served_from_the_archive(place, rows,
 
 
 def test_options_that_make_no_sense(config_path, model_path, place, capsys):
-    for extra in (["--backend", "dask"], ["--scheduler", "tcp://127.0.0.1:1"]):
-        assert main(options(config_path, model_path) + extra) == 2
-        assert capsys.readouterr().err.startswith("error: ")
     for extra in (["--chunk-rows", "0"], ["--watch", "-5"], ["--watch", "0"], ["--settle-seconds", "-1"]):
         with pytest.raises(SystemExit) as ended:
             main(options(config_path, model_path) + extra)

@@ -59,7 +59,6 @@ REQUIREMENTS = {  # beside requirements.txt
     "api_server": ("requirements-api.txt",),
     "gunicorn.conf": ("requirements-api.txt",),
     "sources": ("requirements-prepare.txt",),
-    "serving.batch": ("requirements-dask.txt",),
     "training": ("requirements-dask.txt",),
     "serving.db": ("requirements-database.txt",),
     "serving.stream": ("requirements-stream.txt",),

@@ -1,16 +1,13 @@
-"""Where chunks are scored: here, in processes, on a Dask cluster."""
+"""Where chunks are scored: here, or in processes."""
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import threading
-import warnings
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,14 +21,10 @@ from serving.batch.scoring import Deployment, Scores, install
 MODEL_PREFIX = ".model."
 
 
-CONNECT_SECONDS = 20  # to the Dask scheduler
-
-
 class Here:
     """Computes in this process, at once."""
 
     slots = 1
-    sends_content = False
     lost: tuple[type[Exception], ...] = ()
 
     def __init__(self, deployment: Deployment):
@@ -86,67 +79,6 @@ class Processes(Here):
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.folder.cleanup()
-
-
-class Dask(Here):
-    """A Dask cluster. Files and parts travel as bytes, so workers need no common disk; a worker without this
-    project's modules is sent them, and the model."""
-
-    sends_content = True
-    rooms = ("feature_pipeline.py", "common", "monitoring", "serving")
-
-    def __init__(self, deployment: Deployment, scheduler: str):
-        from distributed import Client, WorkerPlugin
-        from distributed.client import FutureCancelledError
-        from distributed.diagnostics.plugin import UploadFile
-        from distributed.scheduler import KilledWorker
-
-        self.lost = (KilledWorker, FutureCancelledError)
-        self.client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-        root = Path(__file__).parents[2]
-        files = [path for room in self.rooms for path in (root / room, *(root / room).rglob("*.py")) if path.is_file()]
-        expected = {
-            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)
-        }
-
-        def lacks_modules() -> bool:  # nested, so that its code travels
-            import hashlib
-            import importlib.util
-            from pathlib import Path
-
-            spec = importlib.util.find_spec("feature_pipeline")
-            here = Path(spec.origin).parent if spec and spec.origin else None
-            return not here or any(
-                not (here / name).is_file() or hashlib.sha256((here / name).read_bytes()).hexdigest() != digest
-                for name, digest in expected.items()
-            )
-
-        class LoadModel(WorkerPlugin):
-            name = f"sepsis-model-{deployment.key}"
-
-            def setup(self, worker: Any) -> None:
-                from serving.batch.scoring import install
-
-                install(deployment_there)
-
-        deployment_there = deployment
-        if any(self.client.run(lacks_modules).values()):
-            with tempfile.TemporaryDirectory(prefix="sepsis-code-") as folder:
-                archive = Path(folder, "sepsis_risk.zip")  # workers put it on their path
-                with zipfile.ZipFile(archive, "w") as code:
-                    for name in expected:
-                        code.write(root / name, name)
-                self.client.register_plugin(UploadFile(str(archive)))  # not client.upload_file: only workers need it
-        self.client.register_plugin(LoadModel())
-        self.slots = max(1, sum(self.client.nthreads().values()))
-
-    def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
-        with warnings.catch_warnings():  # that a file is large; kept with its task, it outlives a lost worker
-            warnings.filterwarnings("ignore", "Sending large graph")
-            return self.client.submit(function, *arguments, pure=False)
-
-    def close(self) -> None:
-        self.client.close()
 
 
 def in_order(backend: Here, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

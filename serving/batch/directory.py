@@ -33,21 +33,22 @@ from feature_pipeline import (
     FeaturePipelineError,
     ProductionPipeline,
     SiteCodes,
-    iso_times,
     listed,
     to_micros,
 )
 from monitoring.log import OFF
-from serving.batch.backends import MODEL_PREFIX, Dask, Here, Processes, in_order
+from serving.batch.backends import MODEL_PREFIX, Here, Processes, in_order
 from serving.batch.manifest import MANIFEST, Manifest
 from serving.batch.reading import UNPACKED, Chunks, kind_of
 from serving.batch.scoring import (
+    OUTPUT_TYPES,
     Deployment,
     Moment,
     Scores,
     described,
     install,
     models,
+    output_frame,
     score_blocks,
     score_chunks,
     score_file,
@@ -57,19 +58,6 @@ from serving.deployed import LAST, NOW, Deployed
 from serving.evidence import unused_text
 
 INPUT_DIR, OUTPUT_DIR, FAILED_DIR = "data/incoming", "data/predictions", "data/failed"
-
-
-OUTPUT_TYPES = {
-    "visit_id": pa.string(),
-    "client": pa.string(),
-    "sepsis_probability": pa.float64(),
-    "risk_level": pa.string(),
-    "reason": pa.string(),  # of UNKNOWN
-    "as_of": pa.string(),
-    "hours_since_newest": pa.float64(),  # from the newest observation that the model uses
-    "processed_at": pa.string(),
-    "model_version": pa.string(),
-}
 
 
 LOCK = ".lock"
@@ -144,10 +132,9 @@ class BatchResult:
 class BatchProcessor:
     """Scores the files of a directory with one config and model.
 
-    `jobs` processes work at once; `scheduler` is the address of a Dask cluster that does the work instead. Files that
-    changed in the last `settle_seconds` are left for the next run. `as_of` is the moment that visits are scored for:
-    ``last`` (the last observation of each), ``now``, or a time. `codes` is the site's map of codes, `clock` returns the
-    time in seconds since 1970, `monitor` is the URL of the prediction log.
+    `jobs` processes work at once. Files that changed in the last `settle_seconds` are left for the next run. `as_of` is
+    the moment that visits are scored for: ``last`` (the last observation of each), ``now``, or a time. `codes` is the
+    site's map of codes, `clock` returns the time in seconds since 1970, `monitor` is the URL of the prediction log.
     Raises `BadConfig`, `BadModel`, `BadObservations` (for `as_of`).
     """
 
@@ -157,7 +144,6 @@ class BatchProcessor:
         model_path: str | Path = DEFAULT_MODEL,
         *,
         jobs: int = 1,
-        scheduler: str | None = None,
         chunk_rows: int = CHUNK_ROWS,
         settle_seconds: float = 0.0,
         quiet: bool = True,
@@ -168,7 +154,7 @@ class BatchProcessor:
     ):
         if as_of not in (NOW, LAST):
             to_micros(as_of)  # raises `BadObservations`
-        self.jobs, self.scheduler, self.chunk_rows, self.monitor = jobs, scheduler, chunk_rows, monitor
+        self.jobs, self.chunk_rows, self.monitor = jobs, chunk_rows, monitor
         self.settle_seconds, self.quiet, self.as_of, self.clock = settle_seconds, quiet, as_of, clock
         self.deployed = Deployed(ProductionPipeline(config_path, model_path, codes), "batch", monitor)
 
@@ -280,8 +266,6 @@ class BatchProcessor:
     def _backend(
         self, deployment: Deployment, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path
     ) -> Here:
-        if self.scheduler:
-            return Dask(deployment, self.scheduler)
         work = sum(stat.st_size for _, stat in todo)
         if self.jobs > 1 and (large or (len(todo) > 1 and work > WORTH_A_POOL)):
             return Processes(deployment, self.jobs, output_dir)
@@ -309,10 +293,10 @@ class _Run:
         def advance_from(start: int) -> Callable[[int], Any]:
             return lambda position: bar.update(start + position - bar.n)
 
-        if backend.slots == 1 and not backend.sends_content:
+        if backend.slots == 1:
             for path, stat in todo:
                 done = bar.n
-                get = partial(score_file, *self._call(path, str(path)), advance_from(done))
+                get = partial(score_file, *self._call(path), advance_from(done))
                 self._finish(path, stat, get, backend.lost)
                 bar.update(done + stat.st_size - bar.n)
             return
@@ -328,13 +312,8 @@ class _Run:
             for path, stat in todo:
                 if path in large:
                     continue
-                try:
-                    source = path.read_bytes() if backend.sends_content else str(path)
-                except OSError as error:
-                    self._keep(path, error)
-                    continue
                 taken.append((path, stat))
-                yield score_file, *self._call(path, source)
+                yield score_file, *self._call(path)
 
         again = []
         for future in in_order(backend, calls()):
@@ -345,14 +324,13 @@ class _Run:
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
         for path, stat in again:
-            future = backend.submit(score_file, *self._call(path, str(path)))
+            future = backend.submit(score_file, *self._call(path))
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
 
-    def _call(self, path: Path, source: str | bytes) -> tuple[str, Moment, str | bytes, str, int, str | None]:
+    def _call(self, path: Path) -> tuple[str, Moment, str, str, int, str]:
         """The arguments of `score_file`."""
-        spill = None if isinstance(source, bytes) else str(self.output_dir)
-        return self.deployment.key, self.moment, source, path.name, self.processor.chunk_rows, spill
+        return self.deployment.key, self.moment, str(path), path.name, self.processor.chunk_rows, str(self.output_dir)
 
     def _score_large(self, path: Path, backend: Here, advance: Callable[[int], Any]) -> Scores:
         """The file is read and cut here, its parts are scored where `backend` says."""
@@ -407,12 +385,9 @@ class _Run:
         levels: Counter[str] = Counter()
         with atomic_file(output) as raw, _table_writer(raw, kind_of(path.name)) as write:
             for start in range(0, scores.visits.num_rows, 100_000):
-                frame = scores.visits.slice(start, 100_000).drop_columns("row").to_pandas()
-                frame["as_of"] = iso_times(frame["as_of"].to_numpy())
-                frame["processed_at"] = moment
-                frame["model_version"] = pipeline.model_version
+                frame = output_frame(scores.visits.slice(start, 100_000), moment, pipeline.model_version)
                 levels.update(frame["risk_level"])
-                write(frame[list(OUTPUT_TYPES)])
+                write(frame)
         return FileResult(
             path.name,
             output.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -27,6 +26,7 @@ from feature_pipeline import (
     BadObservations,
     ProductionPipeline,
     SiteCodes,
+    iso_times,
     text_places,
 )
 from monitoring.log import OFF
@@ -69,9 +69,37 @@ class Scores:
         )
 
 
+OUTPUT_TYPES = {
+    "visit_id": pa.string(),
+    "client": pa.string(),
+    "sepsis_probability": pa.float64(),
+    "risk_level": pa.string(),
+    "reason": pa.string(),  # of UNKNOWN
+    "as_of": pa.string(),
+    "hours_since_newest": pa.float64(),  # from the newest observation that the model uses
+    "processed_at": pa.string(),
+    "model_version": pa.string(),
+}
+
+
+def output_frame(visits: pa.Table, processed_at: str, model_version: str) -> pd.DataFrame:
+    """`Scores.visits` as they are written, with the columns of `OUTPUT_TYPES`."""
+    n = visits.num_rows
+    columns = {name: visits[name] for name in visits.column_names if name in OUTPUT_TYPES}
+    columns["as_of"] = pa.array(iso_times(visits["as_of"].to_numpy()), pa.string())
+    columns |= {"processed_at": pa.repeat(processed_at, n), "model_version": pa.repeat(model_version, n)}
+    table = pa.table([columns[name] for name in OUTPUT_TYPES], pa.schema(OUTPUT_TYPES))
+    # the same types whatever the rows: a column of nothing but None would be another one
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype(na_value=np.nan)}.get)
+
+
 def score_table(key: str, moment: Moment, table: pd.DataFrame, row: np.ndarray) -> Scores:
     """Scores whole visits with the deployment `key`. `row` numbers the rows of `table` in the file, ascending."""
-    model = models[key]
+    return scores_of(models[key], moment, table, row)
+
+
+def scores_of(model: ServedModel, moment: Moment, table: pd.DataFrame, row: np.ndarray) -> Scores:
+    """The same with a loaded model."""
     observations = model.read(table, moment.now)
     visit, moments = np.arange(observations.n_visits), moments_of(observations, *moment)
     block = max(1, FEATURE_CELLS // len(model.pipeline.feature_names))
@@ -219,7 +247,7 @@ class Deployment:
     model: bytes
     site_codes: SiteCodes = field(default_factory=dict)
     monitor: str = OFF  # URL of the prediction log
-    directory: Path | None = None  # of the models, for a challenger; another machine may not have it
+    directory: Path | None = None  # of the models, for a challenger
 
     @cached_property
     def version(self) -> str:
@@ -258,17 +286,16 @@ def score_blocks(key: str, moment: Moment, blocks: list[bytes]) -> Scores:
 def score_file(
     key: str,
     moment: Moment,
-    source: str | bytes,
+    path: str,
     name: str,
     chunk_rows: int,
-    spill_dir: str | None,
+    spill_dir: str,
     advance: Callable[[int], Any] = lambda position: None,
 ) -> Scores:
-    """The scores of a whole file, given by its path or its content."""
-    with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
-        size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
+    """The scores of a whole file."""
+    with open(path, "rb") as file:
         return score_chunks(
-            Chunks(file, name, size, chunk_rows),
+            Chunks(file, name, os.fstat(file.fileno()).st_size, chunk_rows),
             partial(score_table, key, moment),
             lambda parts: (score_blocks(key, moment, blocks) for blocks in parts),
             spill_dir,
