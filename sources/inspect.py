@@ -19,7 +19,7 @@ from sources.prepare import common_options, working_database
 from sources.prepare import work as prepare_work
 from sources.tables import columns_of, quoted, scan
 
-# tried in this order where times are no ISO 8601; 1/2/2024 is read as the first that reads all of them
+# where times are no ISO 8601; of two that read as many of them the first counts
 FORMATS = (
     *("%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M:%S"),
     *(
@@ -36,18 +36,28 @@ SHOWN = 25  # codes
 
 
 def time_of(con: Any, source: str, column: str) -> dict[str, str]:
-    """The [time] part of a map, from the form of the column's first times; empty where they are ISO 8601."""
-    texts = f"(SELECT CAST({quoted(column)} AS VARCHAR) AS t FROM {source} WHERE t <> '' LIMIT {LOOKED_AT})"
+    """The [time] part of a map, from the form of some of the column's times, whatever their place; empty where they are
+    ISO 8601."""
+    con.execute(
+        f"CREATE TEMP TABLE times AS SELECT DISTINCT CAST({quoted(column)} AS VARCHAR) AS t FROM {source} "
+        f"WHERE t <> '' ORDER BY hash(t), t LIMIT {LOOKED_AT}"
+    )
 
     def share(test: str) -> float:
-        return con.execute(f"SELECT coalesce(avg((({test}) IS NOT NULL)::INTEGER), 1) FROM {texts}").fetchone()[0]
+        return con.execute(f"SELECT coalesce(avg((({test}) IS NOT NULL)::INTEGER), 1) FROM times").fetchone()[0]
 
     if share("wall(t)") > 0.5:
         return {}
-    if share("try_cast(t AS BIGINT)") > 0.95:
-        return {"minutes_after": "2000-01-01"}
-    best = max(FORMATS, key=lambda form: share(f"try_strptime(t, '{form}')"))
-    return {"format": best} if share(f"try_strptime(t, '{best}')") > 0.5 else {}
+    shares = {form: share(f"try_strptime(t, '{form}')") for form in FORMATS}
+    best = max(FORMATS, key=lambda form: shares[form])
+    if shares[best] > 0.5:
+        other = best.replace("%m/%d", "%d/%m")
+        if other != best and shares.get(other) == shares[best]:
+            print(
+                f"{column}: day and month cannot be told apart; correct the format {best} in map.toml if it is {other}"
+            )
+        return {"format": best}
+    return {"minutes_after": "2000-01-01"} if share("try_cast(t AS BIGINT)") > 0.95 else {}
 
 
 def map_text(guessed: dict[str, str], time: dict[str, str], left: list[str]) -> str:

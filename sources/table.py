@@ -72,7 +72,7 @@ def mapped_query(source: str, content: dict[str, Any], have: dict[str, tuple[str
             continue
         if "minutes_after" in time:
             origin, cell = time["minutes_after"].replace("'", "''"), cells[name]
-            cells[name] = f"CAST(TIMESTAMP '{origin}' + to_minutes(try_cast({cell} AS BIGINT)) AS VARCHAR)"
+            cells[name] = f"CAST(TRY(TIMESTAMP '{origin}' + to_minutes(try_cast({cell} AS BIGINT))) AS VARCHAR)"
         elif "format" in time:
             if not re.search("%-?[HIcXs]", time["format"]):
                 raise BadConfig(f"{where}: the [time] format {time['format']!r} has no hour; a date alone is no time")
@@ -163,6 +163,11 @@ def fill(con: Any, have: dict[str, tuple[str, str]]) -> None:
         f"{cell('observation_name')} AS name, wall({cell('visit_start')}) AS visit_start, "
         f"wall_end({cell('visit_end')}) AS visit_end FROM mapped"
     )
+    n, n_timed = con.execute("SELECT count(*), count(charted) FROM mapped_rows").fetchone()
+    if not n_timed:
+        raise BadObservations(
+            f"none of the {n} rows has a time of day in observation_date; expected 2024-12-31T20:30, or [time] in a map"
+        )
     con.execute(
         # a row without a client has the one of its visit, unless there are several
         "CREATE TABLE clients AS SELECT visit_id, CASE WHEN min(client) IS NULL THEN visit_id "

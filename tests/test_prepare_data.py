@@ -432,6 +432,28 @@ def test_inspect_writes_a_map_that_table_takes(tmp_path, capsys):
     assert (again / "observations.parquet").read_bytes() == (example / "observations.parquet").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("form", "doubt"), [("%d/%m/%Y %H:%M", False), ("%m/%d/%Y %H:%M", False), ("%Y%m%d%H%M%S", False), (None, True)]
+)
+def test_inspect_finds_the_form_of_times(form, doubt, tmp_path, capsys):
+    """Not from the first ones: those of a table that is in order of time are all of the first days of a month."""
+    days = pd.date_range("2024-01-03 10:00", "2024-01-28", periods=12_000 if form else 2)
+    if doubt:
+        days = days[:1]
+    rows = [f"1,a,{day.strftime(form or '%d/%m/%Y %H:%M')},HR,80,bpm" for day in days]
+    path = table_of(tmp_path, rows, "csn,pat,time,item,value,unit")
+    run("inspect", path, out=tmp_path / "out")
+    assert f'format = "{form or "%m/%d/%Y %H:%M"}"' in (tmp_path / "out" / "map.toml").read_text()
+    assert ("day and month cannot be told apart" in capsys.readouterr().out) == doubt
+
+
+def test_a_table_without_a_time_of_day_is_one_line(tmp_path, capsys):
+    numbers = MAP + '[time]\nminutes_after = "2000-01-01"\n'
+    for text, cell in ((MAP, "2024-01-01"), (MAP, ""), (numbers, "20240103100000"), (numbers, "x")):
+        prepared_table(tmp_path, [f"1,a,{cell},HR,80,bpm"], text, status=2)
+        assert "none of the 1 rows has a time of day in observation_date" in capsys.readouterr().err
+
+
 def test_inspect_tells_which_columns_it_cannot_find(tmp_path, capsys):
     path = table_of(tmp_path, ["1,2,3"], header="csn,alpha,beta")
     run("inspect", path, out=tmp_path / "look", status=2)
