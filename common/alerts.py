@@ -3,11 +3,11 @@
 The functions need arrays only, so that past stays, live logs and random scores are judged by the same rules:
 
 - An alert starts at a score of risk level HIGH, unless an alert of the same visit started less than `cooldown` hours
-  before. A visit that stays HIGH alerts again after the silence. By this rule a higher threshold never gives more
+  before. A visit that stays HIGH alerts again after the silence. By this rule, a higher threshold never causes more
   alerts: the starts are the smallest number of silences that cover all HIGH scores.
-- An alert is true where onset follows within `window` hours, or lies at most `GRACE_HOURS` back. An alert later than
+- An alert is true where onset follows within `window` hours, or was at most `GRACE_HOURS` before. An alert later than
   that is late: the ward has to answer it, but it is neither true nor false. Every other alert is false.
-- UNKNOWN is no alert.
+- UNKNOWN is not an alert.
 """
 
 from __future__ import annotations

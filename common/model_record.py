@@ -1,4 +1,4 @@
-"""What the project says of a model: the same sentences in the model card and in the papers that a hospital fills."""
+"""What the project says about a model: the same sentences in the model card and in the papers that a hospital fills."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ _NAMES = {
     "brier": "Brier score",
     "psi": "PSI",
     "jensen_shannon": "Jensen-Shannon",
+    "by_chance": "probability by chance",
 }
 
 

@@ -8,7 +8,7 @@
     septic_visits = 50      # over the latest visits, as many as hold so many septic ones
     window_hours = 48       # of ppv and sensitivity; 48 if not given
 
-A rule is judged once there are so many septic visits with an outcome; before that it neither holds nor stops.
+A rule is judged once there are so many septic visits with an outcome; before that, the rule has no effect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What interfaces send, in the model's own terms: its code, and the unit that the code's concept is kept in.
+"""Converts what interfaces send to the model's own terms: its code, and the unit of the concept of the code.
 
 A table of observations has no units: its codes always mean one. FHIR and HL7 name a unit with every value, so that a
 value in another one can be converted, and a value in an unknown one must not be taken as a number.

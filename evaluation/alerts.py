@@ -1,4 +1,4 @@
-"""What a ward would see: the load of alerts, how many are right, how early, and how much of it chance gives as well."""
+"""The alerts of a ward: how many, how many are right, how early, and how many of them random scores also find."""
 
 from __future__ import annotations
 

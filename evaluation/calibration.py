@@ -1,4 +1,4 @@
-"""Do the probabilities mean what they say, for whom, how long after admission, in which month?"""
+"""Calibration: are the probabilities right, by hours since admission and by month?"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Net benefit at the threshold probability t is (true positives - false positives x t / (1 - t)) / n: a needless response
 costs t / (1 - t) of what a timely one is worth (Vickers and Elkin, Med Decis Making 2006;26:565,
-doi 10.1177/0272989X06295361). Unit: the judged moment. UNKNOWN is no response.
+doi 10.1177/0272989X06295361). It is computed over moments. UNKNOWN means no response.
 """
 
 from __future__ import annotations

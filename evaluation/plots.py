@@ -1,4 +1,4 @@
-"""The pictures of the page: matplotlib, no colour without a line style or a marker, so that black and white does."""
+"""The pictures of the page. Each colour has its own line style or marker, so that prints in black are readable."""
 
 from __future__ import annotations
 

@@ -47,12 +47,12 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     load = plain(_scaled(found["alerts_per_100_patient_days"], record))
     said = [f"A ward of {record['settings']['beds']} beds gets {load} alerts a day."]
     if found.get(ppv) is not None:
-        said.append(f"Of the alerts, {of(found, ppv)} are right; of as many random alerts {share(chance.get(ppv))}.")
+        said.append(f"Of the alerts, {of(found, ppv)} are right; of random alerts, {share(chance.get(ppv))} would be.")
     if found.get(caught) is not None and chance:
         when = "in time" if dated(record) else "at some time"
         said.append(
-            f"Of the septic visits, {of(found, caught)} have an alert {when}; by random alerts "
-            f"{share(chance.get(caught))}."
+            f"Of the septic visits, {of(found, caught)} have an alert {when}; with as many random alerts, "
+            f"{share(chance.get(caught))} would."
         )
     for ward in record.get("ward_scores", {}).values():
         difference = ward["differences"]["moment_sensitivity"]
@@ -60,7 +60,7 @@ def summary(record: Mapping[str, Any]) -> list[str]:
             continue
         said.append(
             f"{ward['title']} of {ward['cut']:g} or more finds {share(difference['comparator'])} of the positive "
-            f"moments; the model finds {share(difference['model'])} at the same share of called moments "
+            f"moments; the model finds {share(difference['model'])} if it flags as many moments "
             f"({share(ward['called_share'])}): {beyond(difference)}."
         )
     if worse := record.get("groups", {}).get("beyond_chance"):
@@ -77,7 +77,7 @@ def alerts(record: Mapping[str, Any]) -> list[str]:
     settings = record["settings"]
     names = {
         "alerts_per_100_patient_days": ("alerts per 100 patient-days", plain),
-        "rises_per_100_patient_days": ("of these, alerts where the level before was lower", plain),
+        "rises_per_100_patient_days": ("of these, alerts at a rise of the risk level", plain),
         "visits_alerted_per_100": ("visits with an alert, of 100", plain),
         "late_alerts_per_100_patient_days": ("alerts too late, per 100 patient-days", plain),
         "visit_ppv": ("visits with an alert that are septic", share),
@@ -107,16 +107,16 @@ def alerts(record: Mapping[str, Any]) -> list[str]:
                 }
             )
     text = (
-        f"An alert starts at a HIGH score and is silent for {settings['cooldown_hours']:g} h. A visit that stays HIGH "
-        "alerts again after that; a service that alerts only at a rise sends the alerts of the second line."
+        f"An alert starts at a HIGH score. A visit that stays HIGH alerts again after {settings['cooldown_hours']:g} h."
+        " A service that alerts only when the risk level rises sends the alerts of the second line."
     )
     out = [heading("Alerts"), paragraph(text)]
     if dated(record):
         out.append(
             paragraph(
-                f"An alert is right if onset follows within {w:g} h (or the hours in brackets), or lies at most "
-                f"{settings['grace_hours']:g} h back. Alerts later than that are too late: they are part of the load, "
-                "and neither right nor false."
+                f"An alert is right if onset follows within {w:g} h (or the hours in brackets), or was at most "
+                f"{settings['grace_hours']:g} h before. Later alerts are too late: they count in the number of alerts, "
+                "but as neither right nor false."
             )
         )
     out += [table(rows), paragraph(chance_in_words(record))]

@@ -1,4 +1,4 @@
-"""Past visits, scored at the moments of service: by the model, and by the scores that a ward calculates today."""
+"""Scores past visits as in service: by the model, and by the scores that a ward uses today."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections of the page that set the model beside something: other scores, decisions, groups, weeks, versions, sites."""
+"""Sections of the page that compare the model: with other scores, by decisions, groups, weeks, versions, sites."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
         moments.append(
             {
                 "score": name,
-                "called": share(ward["called_share"]),
-                "its sensitivity": share(gap["moment_sensitivity"]["comparator"]),
-                "the model's": share(gap["moment_sensitivity"]["model"]),
-                "difference": points(gap["moment_sensitivity"]),
-                "its PPV": share(gap["moment_ppv"]["comparator"]),
-                "the model's PPV": share(gap["moment_ppv"]["model"]),
+                "moments flagged": share(ward["called_share"]),
+                "sensitivity of the score": share(gap["moment_sensitivity"]["comparator"]),
+                "of the model": share(gap["moment_sensitivity"]["model"]),
+                "difference, points": points(gap["moment_sensitivity"]),
+                "PPV of the score": share(gap["moment_ppv"]["comparator"]),
+                "PPV of the model": share(gap["moment_ppv"]["model"]),
             }
         )
         ours, its = equal["model"], equal["comparator"]
@@ -41,21 +41,21 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
             {
                 "score": name,
                 "alerts per 100 patient-days": plain(its["alerts_per_100_patient_days"], digits=1),
-                "the model's alerts": plain(ours["alerts_per_100_patient_days"], digits=1),
-                "its PPV": share(its.get(ppv)),
-                "the model's PPV": share(ours.get(ppv)),
-                "PPV, difference": points(equal["differences"][ppv]),
-                "its septic visits alerted": share(its.get(caught)),
-                "the model's": share(ours.get(caught)),
-                "difference": points(equal["differences"][caught]),
+                "of the model": plain(ours["alerts_per_100_patient_days"], digits=1),
+                "PPV of the score": share(its.get(ppv)),
+                "PPV of the model": share(ours.get(ppv)),
+                "PPV, difference in points": points(equal["differences"][ppv]),
+                "septic visits alerted by the score": share(its.get(caught)),
+                "by the model": share(ours.get(caught)),
+                "difference in points": points(equal["differences"][caught]),
             }
         )
         leads.append(
             {
                 "score": name,
-                "the model's threshold": NOTHING if equal["threshold"] is None else f"{equal['threshold']:.4g}",
-                "its lead time": hours(its.get(f"lead_hours_{w:g}h")),
-                "the model's lead time": hours(ours.get(f"lead_hours_{w:g}h")),
+                "threshold of the model": NOTHING if equal["threshold"] is None else f"{equal['threshold']:.4g}",
+                "lead time of the score": hours(its.get(f"lead_hours_{w:g}h")),
+                "lead time of the model": hours(ours.get(f"lead_hours_{w:g}h")),
                 "hours, model minus score": signed(equal["differences"].get(f"lead_hours_{w:g}h"), digits=1),
             }
         )
@@ -64,11 +64,11 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
         )
         lacking.append(f"{ward['title']}: no input at all {share(ward['without_input'])}; by part: {parts}")
     out = [
-        heading("Against the scores that the ward has"),
+        heading("Compared with ward scores"),
         paragraph(
-            "All scores see the same visits, moments and observations of the last 24 h. A score without inputs, and "
-            "UNKNOWN, ranks lowest and gives no alert. Differences are the model minus the score, paired, with 95% "
-            "intervals: an interval without 0 is beyond chance."
+            "All scores are computed for the same visits and moments, from the observations of the last 24 h. A score "
+            "without inputs, and UNKNOWN, ranks lowest and causes no alert. Differences are the model minus the score, "
+            "paired, with 95% intervals. If an interval does not include 0, the difference is more than chance."
         ),
     ]
     if model["curves"]:
@@ -77,11 +77,12 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
     out += [
         table(ranks),
         paragraph(
-            "Moments: the score's usual cut calls a share of them; the model may call as many. Sensitivity is the "
-            "share of the positive moments that is called, PPV the share of the called moments that is positive."
+            "A moment is one score of a visit. The ward score at its usual threshold flags a share of the moments; the "
+            "model flags as many. Sensitivity is the share of the positive moments that are flagged, PPV the share of "
+            "the flagged moments that are positive."
         ),
         table(moments),
-        paragraph("Alerts as events, with a threshold of the model that gives no more alerts than the score's cut:"),
+        paragraph("Alerts, with a threshold of the model that causes at most as many alerts as the ward score:"),
         table(events),
     ]
     if dated(record):
@@ -90,10 +91,10 @@ def ward_scores(record: Mapping[str, Any]) -> list[str]:
     return [
         *out,
         paragraph(
-            "Share of the moments at which inputs were missing in the last 24 h (a missing part gives 0 points):"
+            "Share of the moments at which inputs were missing in the last 24 h (a missing part counts as 0 points):"
         ),
         listing(lacking),
-        paragraph(f"Cuts: {cuts}."),
+        paragraph(f"Thresholds: {cuts}."),
     ]
 
 
@@ -112,14 +113,14 @@ def net_benefit(record: Mapping[str, Any]) -> list[str]:
     ranges = found["model_best_between"]
     spans = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)
     said = (
-        f"The model is worth more than all other ways to decide at threshold probabilities of {spans}."
+        f"The model has the highest net benefit of all at threshold probabilities of {spans}."
         if ranges
-        else "At no threshold probability is the model worth more than all other ways to decide."
+        else "At no threshold probability does the model have the highest net benefit of all."
     )
     text = (
-        "The threshold probability says how a needless response weighs against a missed one: at 0.02 a ward accepts 49 "
-        "needless responses for one in time. Net benefit counts the positive moments that are answered, minus the "
-        "needless responses at that rate of exchange (Vickers and Elkin, Med Decis Making 2006;26:565)."
+        "The threshold probability says how many needless responses a ward accepts for one response in time: at 0.02, "
+        "49. Net benefit is the number of positive moments with a response, minus the needless responses, weighted by "
+        "this ratio (Vickers and Elkin, Med Decis Making 2006;26:565)."
     )
     alt = (
         f"Net benefit over threshold probabilities of the model, of always and never responding, of ward scores. {said}"
@@ -140,7 +141,7 @@ def calibration(record: Mapping[str, Any]) -> list[str]:
     }
     ratio = found["expected_over_observed"]
     word = "as often as" if 0.9 <= ratio <= 1.1 else ("more often than" if ratio > 1 else "less often than")
-    said = f"The probabilities announce sepsis {word} it comes: {ratio:.2f} expected for each observed positive moment."
+    said = f"The model predicts sepsis {word} it occurs: {ratio:.2f} expected for each observed positive moment."
     out = [
         heading("Are the probabilities right?"),
         paragraph(said),
@@ -175,7 +176,7 @@ def groups(record: Mapping[str, Any]) -> list[str]:
     rows = [
         {
             "group": f"{row['attribute']}: {row['group']}",
-            "visits": "held back" if row["visits"] is None else f"{row['visits']:,}",
+            "visits": "too few" if row["visits"] is None else f"{row['visits']:,}",
             "septic": f"{row.get('septic', 0):,}" if row["visits"] is not None else "",
             "alerts per 100 patient-days": of(row, "alerts_per_100_patient_days", plain),
             "septic visits alerted": of(row, "sensitivity"),
@@ -206,16 +207,16 @@ def groups(record: Mapping[str, Any]) -> list[str]:
     shown = sum(row["visits"] is not None for row in found["table"])
     alt = f"Figures of {shown} groups with intervals; a dashed line shows the whole cohort. The table has the numbers"
     text = (
-        f"At the deployed threshold. Groups of fewer than {found['held_back_below']} visits are held back. Each group "
-        f"is compared with all others; {found['comparisons']} comparisons, corrected for their number (Holm)."
+        f"At the deployed threshold. Groups of fewer than {found['held_back_below']} visits are not shown. Each group "
+        f"is compared with all other visits; {found['comparisons']} comparisons, corrected for their number (Holm)."
     )
     out = [heading("Groups"), paragraph(text), table(rows)]
     if shown:
         out.append(image(plots.groups(found["table"], overall), alt))
     if named:
-        out += [paragraph("These differences exceed chance:"), listing(named)]
+        out += [paragraph("These differences are more than chance:"), listing(named)]
     else:
-        out.append(paragraph("No difference between groups exceeds chance. Small groups may hide one."))
+        out.append(paragraph("No difference between groups is more than chance. Small groups may hide one."))
     return out
 
 
@@ -295,7 +296,7 @@ def sites(record: Mapping[str, Any]) -> list[str]:
         rows.append({"figure": title, **{site: plain(part["calibration"][name]) for site, part in shown.items()}})
     out = [heading(f"Side by side: {found['column']}"), table(rows)]
     if held := [name for name, part in found["parts"].items() if part is None]:
-        out.append(paragraph(f"{len(held)} values with too few visits are held back."))
+        out.append(paragraph(f"{len(held)} values with too few visits are not shown."))
     return out
 
 

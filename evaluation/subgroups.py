@@ -1,4 +1,4 @@
-"""For whom is it worse? Figures of each group at the deployed threshold, and the differences that exceed chance."""
+"""For whom is it worse? Figures of each group at the deployed threshold; differences that are more than chance."""
 
 from __future__ import annotations
 

@@ -53,18 +53,18 @@ def beyond(difference: Mapping[str, Any]) -> str:
     span = difference["difference_95"]
     if span is None or difference["difference"] is None:
         return "the difference is not known"
-    shown = f"difference {points(difference)}"
+    shown = f"the difference is {points(difference, ' points')}"
     if span[0] <= 0 <= span[1]:
-        return f"{shown}, within chance"
-    return f"{shown}, beyond chance, {'for' if span[0] > 0 else 'against'} the model"
+        return f"{shown}, no more than chance"
+    return f"{shown}, more than chance, {'in favour of' if span[0] > 0 else 'against'} the model"
 
 
-def points(difference: Mapping[str, Any]) -> str:
+def points(difference: Mapping[str, Any], unit: str = "") -> str:
     """A paired difference of shares in percentage points, with its 95% interval."""
     span = difference["difference_95"]
     if span is None or difference["difference"] is None:
         return NOTHING
-    return f"{100 * difference['difference']:+.1f} points ({100 * span[0]:+.1f} to {100 * span[1]:+.1f})"
+    return f"{100 * difference['difference']:+.1f}{unit} ({100 * span[0]:+.1f} to {100 * span[1]:+.1f})"
 
 
 def signed(difference: Mapping[str, Any] | None, digits: int = 3) -> str:

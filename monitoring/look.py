@@ -1,4 +1,4 @@
-"""Everything that is looked at in one period of the prediction log."""
+"""Everything that a report or a check computes from one period of the prediction log."""
 
 from __future__ import annotations
 

@@ -31,8 +31,11 @@ def report_html(findings: Findings, config: Config, until: datetime, days: int) 
         middle.plot(findings.daily["day"], findings.daily["p95_seconds"] * 1e3, "o-")
     left.set(title="Predictions a day", ylabel="predictions")
     middle.set(title="Latency", ylabel="p95 of the day, ms", ylim=(0, None))
-    left.tick_params(axis="x", rotation=60)
-    middle.tick_params(axis="x", rotation=60)
+    last = pd.Timestamp(until).normalize()
+    ticks = [last - pd.Timedelta(days=n) for n in range(0, days + 1, days // 8 + 1)]
+    for axis in (left, middle):
+        axis.set_xticks(ticks, [f"{day:%Y-%m-%d}" for day in ticks], rotation=60)
+        axis.set_xlim(last - pd.Timedelta(days=days + 0.5), last + pd.Timedelta(days=0.5))
     if findings.score:
         edges, expected, actual = findings.score
         place = np.arange(len(expected) - 1)
@@ -78,6 +81,9 @@ def quality_figure(findings: Findings) -> Any:
         known = findings.quality.dropna(subset=["roc_auc"])
         below, above = known["roc_auc"] - known["roc_auc_from"], known["roc_auc_to"] - known["roc_auc"]
         left.errorbar(known["week"], known["roc_auc"], [below.clip(0), above.clip(0)], fmt="o", capsize=3)
+    if "roc_auc" not in findings.quality or findings.quality["roc_auc"].isna().all():
+        left.text(0.5, 0.5, "too few septic visits", ha="center", transform=left.transAxes)
+        left.set_xticks([])
     left.set(title="ROC AUC by week", ylabel="ROC AUC, 95% interval")
     left.tick_params(axis="x", rotation=60)
     table = findings.calibration

@@ -1,4 +1,4 @@
-"""Looks at a table as it is: what its columns and codes are taken for, and why. Writes a map and codes to correct."""
+"""Guesses the meaning of a table's columns and codes, and shows why. Writes a map and codes to correct."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def work(arguments: argparse.Namespace) -> int:
             "prepare_data.py table"
         )
     with tempfile.TemporaryDirectory(dir=out, prefix=".inspect") as folder:
-        seen = argparse.Namespace(**vars(arguments))
+        seen = argparse.Namespace(**vars(arguments), shown=arguments.source)
         seen.reader, seen.map, seen.sql, seen.out = table.read, out / "map.toml", None, Path(folder)
         prepare_work(seen)
         for name in ("codes.csv", "report.json", "report.html"):

@@ -7,7 +7,7 @@ The challenge distributes one `.psv` file a patient: hourly rows, one column a v
   `training_setA` is visit 1 of client `A000001`).
 - `observation_date` is a made-up admission, 2019-01-01 00:00, plus the hour in the ICU (`ICULOS`): the
   challenge gives no dates.
-- One row per measured value. Age, Gender, Unit1, Unit2 and HospAdmTime stand once, at the first hour.
+- One row per measured value. Age, Gender, Unit1, Unit2 and HospAdmTime are written once, at the first hour.
 - Reference ranges are generic adult ranges, the same for everyone.
 - The challenge's hourly label turns 1 six hours before clinical onset, so `sepsis_onset` is the label's start
   plus 6 h. `first_hour` and `last_hour` bound the rows that the challenge scores.

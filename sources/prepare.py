@@ -90,7 +90,7 @@ LEFT_OUT = {
     "no_time": "no time of day, or none that can be read",
     "no_visit": "not within a visit: neither its visit_id nor its time belongs to one",
     "no_value": "no value",
-    "no_number": "its value is no number",
+    "no_number": "its value is not a number",
 }
 
 LEFT_OUT |= {reason: text for reason, text in NOT_USED.items() if reason not in LEFT_OUT}
@@ -173,7 +173,7 @@ def work(arguments: argparse.Namespace) -> int:
         steps.update()
     log.info(
         "%s: %d observations of %d visits from %d rows; left out: %s",
-        arguments.out,
+        getattr(arguments, "shown", arguments.out),
         facts["observations"],
         facts["visits_with_observations"],
         facts["rows"],

@@ -180,8 +180,9 @@ def write_report(
 
 def _first_rows(table: pd.DataFrame) -> str:
     more = len(table) - MOST_ROWS
-    return pages.frame_table(table.head(MOST_ROWS)) + (
-        pages.paragraph(f"{more} more stand in report.json.") if more > 0 else ""
+    values = {name: table[name].map("{:g}".format) for name in ("lowest", "highest") if name in table}
+    return pages.frame_table(table.assign(**values).head(MOST_ROWS)) + (
+        pages.paragraph(f"{more} more are in report.json.") if more > 0 else ""
     )
 
 

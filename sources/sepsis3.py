@@ -1,7 +1,7 @@
 """Sepsis labels from a hospital's own tables: Sepsis-3 in two forms, and the CDC's Adult Sepsis Event.
 
-The definitions stand in the SQL files beside this one, each with its sources: `suspicion.sql`, `sofa.sql`,
-`sepsis3.sql`, `ase.sql`. This file gives them their settings, and makes of their results one row for each visit.
+The definitions are in the SQL files beside this one, each with its sources: `suspicion.sql`, `sofa.sql`,
+`sepsis3.sql`, `ase.sql`. This file passes them their settings, and turns their results into one row for each visit.
 `docs/labels.md` explains all of it for clinicians.
 """
 

@@ -1,4 +1,4 @@
-"""The deployed model, adapted to the patients of this hospital: chosen, compared with its parent, deployed."""
+"""Adapts the deployed model to the patients of this hospital: chooses, compares with the parent, deploys."""
 
 from __future__ import annotations
 

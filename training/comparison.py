@@ -1,4 +1,4 @@
-"""Two versions on the same patients."""
+"""Compares two versions on the same patients, and decides which may be promoted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``best_model_config.json``: what the search writes, what training reads."""
+"""``best_model_config.json``: written by the search, read by training."""
 
 from __future__ import annotations
 

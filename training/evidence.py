@@ -1,4 +1,4 @@
-"""How little evidence still carries a score: measured on the validation part, for the config's minimum of evidence."""
+"""The minimum of evidence: how well a model performs with fewer or older measurements, on the validation part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many local patients adapting needs: the gain with more and more of them, on local patients held out."""
+"""How many local patients are needed to adapt a model: the gain with more and more of them, on held-out patients."""
 
 from __future__ import annotations
 

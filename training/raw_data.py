@@ -1,4 +1,4 @@
-"""The observations and labels that a model learned from, as they were given."""
+"""The observations and labels that a model was trained on, as they were given."""
 
 from __future__ import annotations
 

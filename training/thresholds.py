@@ -1,7 +1,7 @@
 """Risk thresholds: from the alerts that a ward can answer, or as given; set at the search, or later without training.
 
-An alert is a visit that reaches HIGH. What counts are a visit's scores before onset or its end, by models that did not
-learn from the visit.
+An alert is a visit that reaches HIGH. Only the scores of a visit before onset or its end count, by models that were not
+trained on the visit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model of one hospital for the patients of another: the candidates, and the choice among them.
+"""Adapts a model of one hospital to the patients of another: the candidates, and the choice among them.
 
 Every candidate is a weighted mean of the log-odds of parts: the parent itself, the parent with its leaf values refitted
 on local patients, a model of local patients alone, and, if the parent's data are at hand, models of both.

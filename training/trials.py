@@ -1,4 +1,4 @@
-"""Candidates on trial: every one on the same features, the winner once on the test part."""
+"""Fits and scores every candidate on the same features, and measures the winner once on the test part."""
 
 from __future__ import annotations
 

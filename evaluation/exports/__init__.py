@@ -1,1 +1,1 @@
-"""What an evaluation hands on: to seismometer, and into the papers that a hospital must fill."""
+"""Exports of an evaluation: for seismometer, and as papers that a hospital must fill in."""

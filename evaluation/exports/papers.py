@@ -1,4 +1,4 @@
-"""The papers that a hospital must fill, from what the project knows; what a person must write is left open, counted.
+"""Papers that a hospital must fill in: the project writes what it knows, and counts what is left to a person.
 
 ``source_attributes.json`` (HTI-1), ``tripod_ai.json`` and ``applied_model_card.xml`` (CHAI), and ``papers.html`` with
 all of them. A TOML file may hold what people wrote, by paper and item, and is used at the next evaluation::

@@ -1,4 +1,4 @@
-"""Reads request bodies: type, size, time, JSON."""
+"""Reads request bodies, and checks their type, size, time and JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """gunicorn's threaded worker, with connections shared evenly between the workers of a service.
 
 It overrides methods of gunicorn's `ThreadWorker` that are not part of gunicorn's documented interface, so
-requirements-api.txt pins gunicorn's version. Slow clients are the business of a proxy in front of gunicorn
+requirements-api.txt pins gunicorn's version. A proxy in front of gunicorn should handle slow clients
 (examples/deployment/nginx.conf): gunicorn gives each half-sent request a thread.
 """
 

@@ -1,14 +1,14 @@
 """Kafka: observations from one topic, results and alerts to two others, at least once, and no alert twice.
 
 Observations must be keyed by client and visit, so that one consumer sees the whole of a visit. State survives by
-replay: what is committed for a partition is the offset of the oldest observation of any open visit, and as the commit's
-metadata the offset up to which results are out. A consumer that gets the partition reads from the first, is silent up
-to the second, and goes on. A compacted changelog would write each visit's whole state at every score (some 7 kB for 200
-observations) and need a second topic to be right together with the first; the replay needs nothing but the topic's own
-retention, which must be longer than the longest stay with its idle time.
+replay. For a partition, the committed offset is that of the oldest observation of any open visit; the metadata of the
+commit hold the offset up to which results were written. A consumer that gets the partition reads from the first offset,
+writes nothing up to the second, and continues. A compacted changelog would write each visit's whole state at every
+score (some 7 kB for 200 observations), and need a second topic that agrees with the first. The replay needs only the
+topic's own retention, which must be longer than the longest stay with its idle time.
 
 Alerts are appended to a topic of their own, from which a consumer that gets partitions learns what was alerted: an
-alert that is in the topic is never given again. From another one it learns which visits were dropped: their later
+alert that is in the topic is never sent again. From another one it learns which visits were dropped: their later
 observations are set aside, since a score of a part would be a wrong number.
 """
 

@@ -1,4 +1,4 @@
-"""An open visit and what it is told by."""
+"""An open visit, and the key that identifies it."""
 
 from __future__ import annotations
 
