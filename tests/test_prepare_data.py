@@ -277,7 +277,7 @@ def test_the_report_tells_what_of_a_code_is_left_out(tmp_path):
     facts = report(out)
     assert {"reason": "no_number", "code": "220048", "n": 1} in facts["left_out_by_code"]
     page = (out / "report.html").read_text()
-    assert "its value is no number" in page and "220048" in page and "data:image/png" in page
+    assert "its value is not a number" in page and "220048" in page and "data:image/png" in page
 
 
 # -------------------------------------------------------------------------------------------- codes and units
