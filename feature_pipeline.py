@@ -616,6 +616,7 @@ def read_observations(
     else:
         raise BadObservations(f"observations must be a file, a frame or a list of records, not {type(source).__name__}")
     _check_columns(list(table), where)
+    table = {name: table[name] for name in COLUMNS if name in table}
     return _validate(table, malformed, where, codes if isinstance(codes, Codes) else Codes(codes or {}), now)
 
 
@@ -867,7 +868,7 @@ def _as_given(column: Column, rows: np.ndarray) -> np.ndarray:
 
 
 def _validate(
-    table: pd.DataFrame | dict[str, list[Any]], malformed: int, where: str, meanings: Codes, now: int | None
+    table: Mapping[str, Column], malformed: int, where: str, meanings: Codes, now: int | None
 ) -> Observations:
     n_rows = len(table["visit_id"])
     visit_index, visit_texts = _text_places(table["visit_id"])

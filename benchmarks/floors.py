@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ from serving.deployed import LAST
 from stream_processor import StreamProcessor
 
 empty = Flask("empty")
+empty.service = SimpleNamespace(pipeline=lambda: None)  # with which gunicorn.conf.py loads the model
 
 
 @empty.post("/predict")

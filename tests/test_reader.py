@@ -339,6 +339,33 @@ def test_good_and_bad_dates_in_one_column():
     assert times(observations) == ["2024-01-02T01:04:05", "2024-01-02T00:00:00", "2024-01-02T03:04:05.250000"]
 
 
+ODD_DATES = [
+    " 2024-01-05T10:00 ",
+    "2024-01-05T10:00:00Z",
+    "2024-01-05T10:00:00+02:00",
+    "2024-01-05 10:00:00.1234567",
+    "2024-02-30 10:00:00",
+    "2024-01-05",
+    "20240105",
+    "2024-01",
+    "yesterday",
+    "",
+    "  ",
+    None,
+]
+
+
+@pytest.mark.parametrize("odd", [[], ODD_DATES[:3], ODD_DATES])
+def test_a_date_means_the_same_among_few_and_many(odd):
+    plain = pd.date_range("2024-03-01", periods=fp._LONG, freq="7min").strftime("%Y-%m-%d %H:%M:%S").tolist()
+    cells = plain + odd
+    alone = [fp.parse_times([cell]) for cell in cells]
+    for column in (pd.Series(cells, dtype="str"), pd.Series(cells, dtype=object), cells):
+        micros, empty = fp.parse_times(column)
+        assert micros.tolist() == [time[0] for time, _ in alone]
+        assert empty.tolist() == [was_empty[0] for _, was_empty in alone]
+
+
 def test_dates_as_python_and_pandas_have_them():
     cells = [
         datetime(2024, 1, 2, 3, 4, 5),
