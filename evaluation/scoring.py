@@ -14,6 +14,7 @@ from common.command_line import log
 from common.labels import read_cells
 from evaluation.comparators import COMPARATORS
 from feature_pipeline import (
+    CSV_AS_TEXT,
     MICROSECONDS_PER_HOUR,
     NO_TIME,
     UNKNOWN_REASONS,
@@ -161,14 +162,13 @@ def _at_midnight(time: np.ndarray) -> np.ndarray:
 
 
 def first_cells(path: str, column: str) -> pd.Series:
-    """The first cells of a column of a file."""
+    """The first cells of a column of a file that the reader has read."""
     if path.endswith(".parquet"):
         import pyarrow.parquet as pq
 
         return next(pq.ParquetFile(path).iter_batches(1000, columns=[column])).to_pandas()[column]
-    return pd.read_csv(
-        path, usecols=[column], nrows=1000, dtype=str, keep_default_na=False, encoding="utf-8-sig", on_bad_lines="skip"
-    )[column]
+    table = pd.read_csv(path, **CSV_AS_TEXT | {"on_bad_lines": "skip"}, nrows=1000)
+    return table.iloc[1:, [as_text(name) for name in table.iloc[0]].index(column)]
 
 
 def _has_zone(cells: pd.Series) -> bool:

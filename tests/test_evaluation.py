@@ -22,7 +22,7 @@ from evaluation.evaluate import Settings, evaluate
 from evaluation.exports.papers import write_papers
 from evaluation.report import chance_in_words, report_page
 from evaluation.resampling import Clients
-from evaluation.scoring import doubts_about_times, past_of, ward_scores_of
+from evaluation.scoring import doubts_about_times, first_cells, past_of, ward_scores_of
 from evaluation.subgroups import observed_groups
 from feature_pipeline import NO_TIME, BadObservations, load_config, read_observations
 
@@ -127,6 +127,12 @@ def test_labels_without_onset_say_what_cannot_be_said(new_patients, models_dir, 
     assert found["data"]["judged_moments"] == found["data"]["visits"]
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "retrospective" in page and "Lead time of the first alert" not in page
+
+
+def test_the_first_cells_of_a_file_are_read_as_the_reader_reads_it(tmp_path):
+    path = tmp_path / "o.csv"
+    path.write_bytes("visit_id, observation_date\nä,2024-01-01\n1,2,3\n,\n".encode("latin-1"))
+    assert first_cells(str(path), "observation_date").tolist() == ["2024-01-01", ""]
 
 
 def test_labels_without_onset_are_no_events_of_seismometer(new_patients, models_dir, tmp_path, capsys):
