@@ -5,10 +5,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from multiprocessing.util import Finalize  # unlike atexit, also at the end of a worker of a pool
+from queue import SimpleQueue
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,17 +25,18 @@ _ERRORS = sa.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueErro
 Work = Callable[[sa.Connection], Any]
 
 
-@dataclass(eq=False)
 class _Job:
-    work: Work
-    n: int  # rows
-    answered: threading.Event = field(default_factory=threading.Event)
-    written: bool = False
+    __slots__ = ("answered", "n", "work", "written")
+
+    def __init__(self, work: Work, n: int):
+        self.work, self.n, self.written = work, n, False  # n: rows
+        self.answered = threading.Lock()  # several times as fast as an Event
+        self.answered.acquire()
 
 
 class Writer:
-    """Runs pieces of work, each in a transaction, in order. `open_engine` opens the database, when it is first needed
-    and after errors.
+    """Runs pieces of work, each in a transaction, in order. `open_engine` opens the database when it is first needed,
+    and again after an error; `after` is called with the rows of each transaction; `probe` is work that writes nothing.
 
     While the database is silent, locked or away, work waits for it in memory, up to `MOST_WAITING` rows, and is tried
     again and again. `lost` counts the rows that were not written and never will be. A transaction of which the answer
@@ -46,8 +46,9 @@ class Writer:
     def __init__(self, open_engine: Callable[[], sa.Engine], after: Callable[[sa.Engine, int], Any], probe: Work):
         self._open_engine, self._after, self._probe = open_engine, after, probe
         self._engine: sa.Engine | None = None
-        self._waiting: deque[_Job] = deque()
-        self._changed = threading.Condition()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._n_jobs = 0
+        self._counting = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._progress = time.monotonic()
@@ -56,53 +57,46 @@ class Writer:
 
     def open(self) -> bool:
         """Opens the database; says whether it is open within `OPENING_PATIENCE`."""
-        return self._wait(self._hand_over(self._probe, 0), OPENING_PATIENCE)
+        job = self._hand_over(self._probe, 0)
+        return job is not None and self._wait(job, OPENING_PATIENCE)
 
     def write(self, work: Work, n: int = 1, keep: bool = True) -> bool:
         """Has `work`, which writes `n` rows, done; says whether it is committed. If not, it is done later, unless
         `keep` is False. Nobody waits while earlier work is behind."""
-        job = self._hand_over(work, n, keep)
-        written = self._wait(job, PATIENCE)
-        if job is not None and not (written or keep):
-            self._withdraw(job)
+        if self.behind and not keep and self._n_jobs:  # which finds out when the database is there again
+            return False
+        job = self._hand_over(work, n)
+        if job is None:
+            return False
+        if not (written := self._wait(job, PATIENCE)) and not keep:
+            with self._counting:
+                self.waiting -= job.n
+                job.work, job.n = self._probe, 0
         return written
 
-    def _withdraw(self, job: _Job) -> None:
-        with self._changed:
-            self.waiting -= job.n
-            job.work, job.n = self._probe, 0
-            if job in self._waiting and job is not self._waiting[0]:
-                self._waiting.remove(job)  # the first one still finds out when the database is there again
-
-    def _hand_over(self, work: Work, n: int, keep: bool = True) -> _Job | None:
+    def _hand_over(self, work: Work, n: int) -> _Job | None:
         """The job, or None where there is no room for it."""
         job = _Job(work, n)
-        with self._changed:
-            while self.waiting and self.waiting + n > MOST_WAITING:
-                if self.behind or self._closing.is_set():
-                    self.lost += n if keep else 0
-                    return None
-                self._changed.wait(0.05)
-                self._judge(PATIENCE)
-            self.waiting += n
-            self._waiting.append(job)
-            if len(self._waiting) == 1:
+        with self._counting:
+            if self._closing.is_set() or (self.waiting and self.waiting + n > MOST_WAITING):
+                self.lost += n
+                return None
+            if not self._n_jobs:
                 self._progress = time.monotonic()  # it had nothing to do before
+            self.waiting += n
+            self._n_jobs += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="prediction log")
                 self._thread.start()
                 self._at_end = Finalize(None, self.close, exitpriority=0)
-            self._changed.notify_all()
+        self._jobs.put(job)
         return job
 
-    def _judge(self, patience: float) -> None:
-        if not self.behind and time.monotonic() - self._progress > patience:
-            self._tell("does not answer")
-
-    def _wait(self, job: _Job | None, patience: float) -> bool:
-        while job is not None and not self.behind and not job.answered.wait(patience / 4):
-            self._judge(patience)
-        return job is not None and job.written
+    def _wait(self, job: _Job, patience: float) -> bool:
+        while not self.behind and not job.answered.acquire(timeout=patience / 4):
+            if time.monotonic() - self._progress > patience:
+                self._tell("does not answer")
+        return job.written
 
     def _tell(self, what: str) -> None:
         """Says once that rows are not written."""
@@ -111,54 +105,52 @@ class Writer:
             log.error("error: the prediction log %s; predictions go on, and wait to be logged", what)
 
     def _run(self) -> None:
-        pause = 0.0
-        while True:
-            with self._changed:
-                while not self._waiting:
-                    if self._closing.is_set():
-                        return
-                    self._changed.wait()
-                job = self._waiting[0]
-                work = job.work
-            try:
-                if self._engine is None:
-                    self._engine = self._open_engine()
-                with self._engine.begin() as connection:
-                    work(connection)
-            except _ERRORS as error:
-                job.answered.set()
-                self._tell(f"cannot be {'opened' if self._engine is None else 'written'}: {type(error).__name__}")
-                if isinstance(error, _LOST_FOR_GOOD):
-                    self.lost += job.n
-                    self._finish(job)
-                elif self._closing.is_set():
+        while (job := self._jobs.get()) is not None:
+            pause = 0.0
+            while not self._done(job):
+                if self._closing.is_set():
                     return
-                else:
-                    self._closing.wait(pause := min(max(2 * pause, BACK_OFF[0]), BACK_OFF[1]))
-                continue
-            pause, job.written = 0.0, True
-            self._finish(job)
-            job.answered.set()
-            self._after(self._engine, job.n)
+                self._closing.wait(pause := min(max(2 * pause, BACK_OFF[0]), BACK_OFF[1]))
 
-    def _finish(self, job: _Job) -> None:
-        with self._changed:
-            self._waiting.remove(job)
+    def _done(self, job: _Job) -> bool:
+        """Does the work; says whether it need not be tried again."""
+        try:
+            if self._engine is None:
+                self._engine = self._open_engine()
+            with self._engine.begin() as connection:
+                job.work(connection)
+            job.written = True
+        except _ERRORS as error:
+            self._tell(f"cannot be {'opened' if self._engine is None else 'written'}: {type(error).__name__}")
+            if not isinstance(error, _LOST_FOR_GOOD):
+                self._answer(job)
+                return False
+        with self._counting:
             self.waiting -= job.n
+            self.lost += 0 if job.written else job.n
+            self._n_jobs -= 1
             self._progress = time.monotonic()
-            if self.behind and not self._waiting:
+            if self.behind and not self._n_jobs:
                 self.behind = False
                 log.warning("the prediction log can be written again; %d rows of this process are lost", self.lost)
-            self._changed.notify_all()
+        self._answer(job)
+        if job.written:
+            self._after(self._engine, job.n)
+        return True
+
+    @staticmethod
+    def _answer(job: _Job) -> None:
+        if job.answered.locked():
+            job.answered.release()
 
     def close(self) -> None:
         """Writes what waits, until an error and for `LAST_SECONDS` at most, and reports what is lost."""
-        if self._thread is None or self._closing.is_set():
-            return
-        self._at_end.cancel()
-        with self._changed:
+        with self._counting:
+            if self._thread is None or self._closing.is_set():
+                return
             self._closing.set()
-            self._changed.notify_all()
+        self._at_end.cancel()
+        self._jobs.put(None)
         self._thread.join(LAST_SECONDS)
         self.lost, self.waiting = self.lost + self.waiting, 0
         if self.lost:
