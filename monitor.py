@@ -14,6 +14,7 @@ import argparse
 import json
 import sqlite3
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -35,14 +36,15 @@ from monitoring.quality import read_outcomes
 from monitoring.report import report_html
 
 MOST_DAYS = 36_500
+PRUNED_AT_ONCE, PRUNE_PAUSE = 10_000, 0.02  # rows; seconds between
 
 
 def moment(text: str) -> datetime:
     """ISO 8601 as a naive UTC time, far enough from the calendar's ends to count days from."""
-    time = datetime.fromisoformat(text)
-    if not 1970 <= time.year <= 9000:
+    found = datetime.fromisoformat(text)
+    if not 1970 <= found.year <= 9000:
         raise argparse.ArgumentTypeError(f"{text} is not in the years 1970 to 9000")
-    return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+    return found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
 
 
 def web_address(text: str) -> str:
@@ -168,11 +170,22 @@ def detached(rows: pd.DataFrame, pseudonyms: Pseudonyms) -> pd.DataFrame:
     return out.assign(**times).sort_values("visit").drop(columns="id")
 
 
+def _delete(engine: sa.Engine, table: sa.Table, old: sa.ColumnElement[bool]) -> int:
+    """Deletes rows in steps, so that nobody who writes to the log waits long; returns their number."""
+    gone = 0
+    while True:
+        some = sa.select(table.c.id).where(old).order_by(table.c.id).limit(PRUNED_AT_ONCE).subquery()
+        with engine.begin() as connection:
+            last = connection.scalar(sa.select(sa.func.max(some.c.id)))
+            if last is None:
+                return gone
+            gone += connection.execute(table.delete().where(old, table.c.id <= last)).rowcount
+        time.sleep(PRUNE_PAUSE)  # SQLite's lock goes to whoever asks first
+
+
 def prune(engine: sa.Engine, arguments: argparse.Namespace) -> int:
     horizon = (arguments.until or datetime.now(UTC).replace(tzinfo=None)) - timedelta(days=arguments.older_than)
-    tables = (predictions, errors, cards)
-    with engine.begin() as connection:
-        gone = {t.name: connection.execute(t.delete().where(t.c.time <= horizon)).rowcount for t in tables}
+    gone = {table.name: _delete(engine, table, table.c.time <= horizon) for table in (predictions, errors, cards)}
     told = {"predictions_deleted": gone["predictions"], "errors_deleted": gone["prediction_errors"]}
     print(json.dumps({**told, "cards_deleted": gone["cards"]}))
     return DONE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,42 +13,162 @@ import pandas as pd
 import sqlalchemy as sa
 
 from monitoring.log import cards, errors, predictions
-from monitoring.profile import AT_END, DURING, Profile
+from monitoring.profile import AT_END, DURING, Profile, effective_size
 
 FEWEST_FAILED = 5  # failed or UNKNOWN predictions; below, they are not judged
 FEWEST_PERIODS, MOST_PERIODS = 2, 4  # of history, with which the volume is compared
 MOST_UNKNOWN = 0.5  # share of predictions
+AT_ONCE = 20_000  # rows of the log
+_DTYPES = ("i8", "u8", "M8[us]", "M8[us]", "f8", "f8", "i4", "i1", "i4")  # of the columns of `Scores`, as they are read
 
 
-def distributions(frame: pd.DataFrame, profile: Profile) -> dict[str, dict[str, Any]]:
-    """Of predictions of one model version (rows of the table `predictions`) the distribution for each kind of moments.
+@dataclass
+class Scores:
+    """What a log has of each prediction, but for the letters of its bins and codes; arrays in order of `id`, and the
+    `kinds` (source, risk level, reason, model version) that `kind` gives the place of."""
+
+    id: np.ndarray
+    visit: np.ndarray  # hash
+    as_of: np.ndarray  # datetime64[us]
+    time: np.ndarray  # datetime64[us]
+    score: np.ndarray  # NaN if UNKNOWN
+    seconds: np.ndarray
+    n: np.ndarray  # predictions that the row counts
+    at_newest: np.ndarray  # is it for the time of the newest observation?
+    has_bins: np.ndarray  # of the profile
+    kind: np.ndarray
+    kinds: pd.DataFrame
+
+    def of(self, rows: np.ndarray) -> Scores:
+        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "kinds"}
+        return Scores(**arrays, kinds=self.kinds)
+
+    def is_kind(self, name: str, value: str) -> np.ndarray:
+        return self.kinds[name].eq(value).to_numpy(dtype=bool)[self.kind]
+
+    def counted(self, name: str) -> str:
+        """The number of predictions by `name`, in words."""
+        of_kind = np.bincount(self.kind, self.n, len(self.kinds)).astype(np.int64)
+        counts = pd.Series(of_kind).groupby(self.kinds[name].to_numpy()).sum().sort_values(ascending=False)
+        return ", ".join(f"{n:,} {value}" for value, n in counts.items() if n)
+
+
+def _condition(since: datetime | None, until: datetime, version: str | None) -> sa.ColumnElement[bool]:
+    """Predictions with ``since < time <= until``: all of one model version, or those that were shown."""
+    shown = predictions.c.shadow.is_(False)
+    period = [predictions.c.time <= until, *([predictions.c.time > since] if since is not None else [])]
+    return sa.and_(*period, shown if version is None else predictions.c.model_version == version)
+
+
+def _columns(engine: sa.Engine, condition: Any, *columns: Any) -> Iterator[tuple[Sequence[Any], ...]]:
+    """The columns of the log's rows, some thousands at a time, as the driver has them: SQLAlchemy would make a
+    `datetime` of each of SQLite's texts, and its rows take longer than all the rest."""
+    query = sa.select(*(sa.type_coerce(column, sa.types.NullType()) for column in columns)).where(condition)
+    streams = engine.dialect.name == "sqlite"  # by itself
+    with engine.connect() as connection:
+        options = connection.execution_options(stream_results=not streams, max_row_buffer=AT_ONCE)
+        result = options.execute(query)
+        parts = iter(lambda: result.cursor.fetchmany(AT_ONCE), []) if streams else result.partitions(AT_ONCE)
+        for rows in parts:
+            yield tuple(zip(*rows, strict=True))
+
+
+def read_scores(
+    engine: sa.Engine, since: datetime | None, until: datetime, version: str | None = None, n_bins: int = 0
+) -> Scores:
+    """The log's predictions with ``since < time <= until``: all of one model version, or those that were shown.
+    `n_bins`: how many bins those of the profile have."""
+    c = predictions.c
+    flags = sa.case((c.as_of == c.newest, 1), else_=0) + sa.case((sa.func.length(c.bins) == n_bins, 2), else_=0)
+    columns = c.id, c.visit, c.as_of, c.time, c.score, c.seconds, c.n, flags
+    kinds: defaultdict[tuple[Any, ...], int] = defaultdict()
+    kinds.default_factory = kinds.__len__
+    parts: list[list[np.ndarray]] = [[np.empty(0, dtype)] for dtype in _DTYPES]
+    names = c.source, c.risk_level, c.reason, c.model_version
+    for id, visit, *values, flag, a, b, d, e in _columns(engine, _condition(since, until, version), *columns, *names):
+        hashes = pd.util.hash_array(np.array(visit, dtype=object), categorize=False)
+        kind = [kinds[key] for key in zip(a, b, d, e, strict=True)]
+        for part, column, dtype in zip(parts, (id, hashes, *values, flag, kind), _DTYPES, strict=True):
+            part.append(np.array(column, dtype=dtype))
+    arrays = []
+    while parts:  # each goes when it was joined
+        arrays.append(np.concatenate(parts.pop(0)))
+    flag = arrays.pop(7)
+    arrays[7:7] = [(flag & 1).astype(bool), (flag & 2).astype(bool)]
+    found = Scores(*arrays, pd.DataFrame(list(kinds), columns=["source", "risk_level", "reason", "model_version"]))
+    return found if (np.diff(found.id) > 0).all() else found.of(np.argsort(found.id))
+
+
+def distributions(
+    engine: sa.Engine, since: datetime | None, until: datetime, version: str, scores: Scores, profile: Profile
+) -> dict[str, dict[str, Any]]:
+    """Of predictions of one model version the distribution for each kind of moments; `scores` has those of the period.
 
     A visit that was scored once, for the time of its newest observation, was scored at its end; others were scored
     during the stay. There every visit-hour with a score counts once: however often a visit is scored, and however long
     the period, these are shares of patient-hours, as the snapshots of training are.
     """
-    usable = frame["score"].notna() & frame["bins"].str.len().eq(len(profile.features))
-    frame = frame[usable].drop_duplicates(["visit", "as_of"])
-    once = frame.groupby("visit")["as_of"].transform("size").eq(1) & frame["as_of"].eq(frame["newest"])
-    weights = 1 / frame.groupby(["visit", frame["as_of"].dt.floor("h")])["as_of"].transform("size")
-    parts = {DURING: frame[~once], AT_END: frame[once]}
-    return {
-        moments: profile.distribution({name: part[name].tolist() for name in part}, weights[part.index].to_numpy())
-        for moments, part in parts.items()
-        if len(part)
-    }
+    own = scores.of(~np.isnan(scores.score) & scores.has_bins & scores.is_kind("model_version", version))
+    order = np.lexsort((own.as_of, own.visit))
+    visit, hour = own.visit[order], own.as_of[order]
+    other = _first(visit)
+    kept = other | _first(hour)  # of one moment only the first
+    order, visit, other = order[kept], visit[kept], other[kept]
+    hour = hour[kept].astype("datetime64[h]")
+
+    def size(first: np.ndarray) -> np.ndarray:
+        """Of each row the number of rows of its group; `first` says where groups begin."""
+        n = np.diff(np.append(np.flatnonzero(first), len(first)))
+        return np.repeat(n, n)
+
+    weight = 1 / size(other | _first(hour))
+    once = (size(other) == 1) & own.at_newest[order]
+    weights = {DURING: np.zeros(len(own.id)), AT_END: np.zeros(len(own.id))}
+    n_visits = {}
+    for moments, chosen in ((DURING, ~once), (AT_END, once)):
+        weights[moments][order[chosen]] = weight[chosen]
+        if chosen.any():
+            of_visit = np.add.reduceat(weight[chosen], np.flatnonzero(_first(visit[chosen])))
+            n_visits[moments] = effective_size(of_visit)
+    if not n_visits:
+        return {}
+    shares = {moments: profile.shares() for moments in n_visits}
+    c = predictions.c
+    for id, bins, codes, unknown in _columns(
+        engine, _condition(since, until, version), c.id, c.bins, c.codes, c.unknown
+    ):
+        place = np.searchsorted(own.id, id)
+        place[place == len(own.id)] = 0
+        known = own.id[place] == id
+        for moments, part in shares.items():
+            w = np.where(known, weights[moments][place], 0.0)
+            rows = np.flatnonzero(w).tolist()
+            if rows:
+                letters = {"bins": [bins[i] for i in rows], "codes": [codes[i] for i in rows]}
+                part.add(own.score[place[rows]], **letters, unknown=[unknown[i] for i in rows], weights=w[rows])
+    return {moments: part.distribution(n_visits[moments]) for moments, part in shares.items()}
 
 
-def read_rows(engine: sa.Engine, since: datetime | None, until: datetime, version: str | None = None) -> pd.DataFrame:
-    """The log's predictions with ``since < time <= until``: all of one model version, or those that were shown."""
-    query = sa.select(predictions).where(predictions.c.time <= until).order_by(predictions.c.id)
-    if since is not None:
-        query = query.where(predictions.c.time > since)
-    shown = predictions.c.shadow.is_(False)
-    query = query.where(shown if version is None else predictions.c.model_version == version)
+def _first(values: np.ndarray) -> np.ndarray:
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
+
+
+def read_rows(
+    engine: sa.Engine,
+    since: datetime | None,
+    until: datetime,
+    version: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """The log's predictions with ``since < time <= until``: all of one model version, or those that were shown. All
+    `columns`, if not some are named."""
+    chosen = [predictions.c[name] for name in columns] if columns else [predictions]
+    query = sa.select(*chosen).where(_condition(since, until, version)).order_by(predictions.c.id)
     with engine.connect() as connection:
-        rows = pd.read_sql(query, connection)
-    return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))  # also where there are none
+        parts = pd.read_sql(query, connection.execution_options(stream_results=True), chunksize=AT_ONCE)
+        rows = pd.concat(parts, ignore_index=True)
+    times = [name for name in ("time", "as_of", "newest") if name in rows]
+    return rows.astype(dict.fromkeys(times, "datetime64[us]"))  # also where there are none
 
 
 def read_challengers(engine: sa.Engine, since: datetime, until: datetime) -> pd.DataFrame:
@@ -81,7 +203,8 @@ def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) 
     """What failed in ``since < time <= until``, and (predictions, visits) of each of the periods of `days` before,
     at most `MOST_PERIODS`, that the log covers wholly. All model versions."""
     failed = sa.select(sa.func.coalesce(sa.func.sum(errors.c.n), 0))
-    counts = sa.select(sa.func.count(), sa.func.count(predictions.c.visit.distinct()))
+    sums = sa.func.coalesce(sa.func.sum(predictions.c.n), 0)
+    counts = sa.select(sums, sa.func.count(predictions.c.visit.distinct()))
     counts = counts.where(predictions.c.shadow.is_(False))
     with engine.connect() as connection:
         n = connection.scalar(failed.where((errors.c.time > since) & (errors.c.time <= until)))
@@ -91,7 +214,7 @@ def read_counts(engine: sa.Engine, since: datetime, until: datetime, days: int) 
         for k in range(min(covered, MOST_PERIODS)):
             end = since - timedelta(days=k * days)
             period = (predictions.c.time > end - timedelta(days=days)) & (predictions.c.time <= end)
-            earlier.append(tuple(connection.execute(counts.where(period)).one()))
+            earlier.append(tuple(map(int, connection.execute(counts.where(period)).one())))
     return int(n), earlier
 
 
@@ -120,42 +243,42 @@ def look_at_answers(findings: Findings, engine: sa.Engine, since: datetime, unti
 
 
 def look_at_service(
-    findings: Findings, rows: pd.DataFrame, failed: int, earlier: list[tuple[int, int]], days: int, most_seconds: float
+    findings: Findings, rows: Scores, failed: int, earlier: list[tuple[int, int]], days: int, most_seconds: float
 ) -> None:
     """Volume, latency, errors of all model versions; `failed` and `earlier` as `read_counts` gives them."""
-    p95 = float(rows["seconds"].quantile(0.95)) if len(rows) else float("nan")
-    rate = failed / max(len(rows) + failed, 1)
-    unknown, visits = rows["score"].isna(), rows["visit"].nunique()
-    alerted = rows.loc[rows["risk_level"].eq("HIGH"), "visit"].nunique()
-
-    def counted(name: str) -> str:
-        return ", ".join(f"{n:,} {value}" for value, n in rows[name].value_counts().items())
+    n = int(rows.n.sum())
+    median, p95 = np.quantile(rows.seconds, [0.5, 0.95]).tolist() if n else (float("nan"),) * 2
+    rate = failed / max(n + failed, 1)
+    unknown, visits = int(rows.n[np.isnan(rows.score)].sum()), len(pd.unique(rows.visit))
+    alerted = len(pd.unique(rows.visit[rows.is_kind("risk_level", "HIGH")]))
 
     findings.service = {
-        "predictions": f"{len(rows):,} of {visits:,} visits in {days} days",
-        "risk levels": counted("risk_level"),
-        "reasons of UNKNOWN": counted("reason"),
+        "predictions": f"{n:,} of {visits:,} visits in {days} days",
+        "risk levels": rows.counted("risk_level"),
+        "reasons of UNKNOWN": rows.counted("reason"),
         "visits alerted (HIGH)": f"{alerted:,} ({alerted / max(visits, 1):.1%})",
-        "sources": counted("source"),
-        "model versions": counted("model_version"),
-        "latency": f"median {rows['seconds'].median() * 1e3:.1f} ms, p95 {p95 * 1e3:.1f} ms" if len(rows) else "",
+        "sources": rows.counted("source"),
+        "model versions": rows.counted("model_version"),
+        "latency": f"median {median * 1e3:.1f} ms, p95 {p95 * 1e3:.1f} ms" if n else "",
         "errors": f"{failed:,} ({rate:.2%})",
     }
-    if not len(rows):
+    if not n:
         findings.warnings.append(f"no prediction in {days} days")
     elif len(earlier) >= FEWEST_PERIODS:
         usual, usual_visits = np.median(np.array(earlier), axis=0)
         # visits come by chance, each with several predictions
         by_chance = 5 * np.sqrt(usual * (usual / max(usual_visits, 1)) * (1 + 1 / len(earlier)))
-        if usual >= 20 and abs(len(rows) - usual) > max(0.5 * usual, by_chance):
-            findings.warnings.append(f"volume: {len(rows):,} predictions, usually {usual:,.0f} in {days} days")
-    if unknown.sum() >= FEWEST_FAILED and unknown.mean() > MOST_UNKNOWN:
-        why = f": {reasons}" if (reasons := counted("reason")) else ""
-        findings.warnings.append(f"the risk is UNKNOWN in {unknown.sum():,} of {len(rows):,} predictions{why}")
+        if usual >= 20 and abs(n - usual) > max(0.5 * usual, by_chance):
+            findings.warnings.append(f"volume: {n:,} predictions, usually {usual:,.0f} in {days} days")
+    if unknown >= FEWEST_FAILED and unknown / n > MOST_UNKNOWN:
+        why = f": {reasons}" if (reasons := rows.counted("reason")) else ""
+        findings.warnings.append(f"the risk is UNKNOWN in {unknown:,} of {n:,} predictions{why}")
     if p95 > most_seconds:
         findings.warnings.append(f"latency: p95 is {p95:.2f} s, allowed {most_seconds:g} s")
     if failed >= FEWEST_FAILED and rate > 0.05:
         findings.warnings.append(f"errors: {rate:.1%} of the requests, files and visits could not be scored")
-    if len(rows):
-        by_day = rows.groupby(rows["time"].dt.floor("D").rename("day"))
-        findings.daily = by_day["seconds"].agg(predictions="size", p95_seconds=lambda x: x.quantile(0.95)).reset_index()
+    if n:
+        day = rows.time.astype("datetime64[D]").astype("datetime64[us]")
+        by_day = pd.DataFrame({"day": day, "n": rows.n, "seconds": rows.seconds}).groupby("day")
+        daily = {"predictions": by_day["n"].sum(), "p95_seconds": by_day["seconds"].quantile(0.95)}
+        findings.daily = pd.DataFrame(daily).reset_index()

@@ -17,6 +17,7 @@ from monitoring.findings import (
     read_challengers,
     read_counts,
     read_rows,
+    read_scores,
 )
 from monitoring.log import predictions
 from monitoring.profile import Profile
@@ -36,21 +37,23 @@ def look(
     version."""
     findings, version = Findings(), config.model_version or "unversioned"
     since = until - timedelta(days=days)
-    everything = read_rows(engine, since, until)
-    look_at_service(findings, everything, *read_counts(engine, since, until, days), days, most_seconds)
+    profile = Profile(config)
+    scores = read_scores(engine, since, until, n_bins=len(profile.features))
+    look_at_service(findings, scores, *read_counts(engine, since, until, days), days, most_seconds)
     look_at_answers(findings, engine, since, until)
-    rows = everything[everything["model_version"] == version]
     reference = config.reference_profile
     if not reference:
         findings.remarks.append("the config has no reference profile; train again to watch drift")
-    elif not (current := distributions(rows, profile := Profile(config))):
+    elif not (current := distributions(engine, since, until, version, scores, profile)):
         findings.remarks.append(f"drift is not judged: model {version} has no score in {days} days")
     else:
         if baseline_days:
             own = predictions.c.model_version == version
             with engine.connect() as connection:
                 first = connection.scalar(sa.select(sa.func.min(predictions.c.time)).where(own))
-            reference = distributions(read_rows(engine, None, first + timedelta(days=baseline_days), version), profile)
+            end = first + timedelta(days=baseline_days)
+            earlier = read_scores(engine, None, end, version, len(profile.features))
+            reference = distributions(engine, None, end, version, earlier, profile)
         most = max(current, key=lambda moments: current[moments]["n_visits"])
         for moments, now in current.items():
             before = reference.get(moments, {"n_visits": 0})
@@ -58,13 +61,13 @@ def look(
                 look_for_drift(findings, before, now, moments)
             if moments == most and "score" in before:
                 findings.score = (profile.score_edges, before["score"], now["score"])
-        promised = expected_quality(rows["score"].to_numpy())
+        promised = expected_quality(scores.score[scores.is_kind("model_version", version)])
         findings.service["estimate without outcomes"] = (
             f"ROC AUC {promised['expected_roc_auc']:.3f}, share of positives {promised['expected_share']:.2%} "
             "(from the scores alone; right only if they are calibrated)"
         )
     if labels is not None:
-        rows = read_rows(engine, None, until, version)
+        rows = read_rows(engine, None, until, version, ("visit", "time", "as_of", "score", "risk_level", "shadow"))
         look_at_quality(findings, rows, labels, config, since)
         shown = rows[~rows["shadow"].astype(bool)]
         look_at_challengers(findings, shown, read_challengers(engine, since, until), labels, config)

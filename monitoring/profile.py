@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -62,32 +62,65 @@ class Profile:
         unknown = np.bincount(snapshot[own < 0], weights=length, minlength=len(visit)).astype(int)
         return has.view(f"S{has.shape[1]}").ravel().astype(str).tolist(), unknown.tolist()
 
-    def distribution(self, rows: Mapping[str, Sequence[Any]], weights: np.ndarray) -> dict[str, Any]:
+    def shares(self) -> Shares:
+        """Nothing yet, to which snapshots are added."""
+        return Shares(self)
+
+
+class Shares:
+    """Weighted counts of snapshots, which come in parts."""
+
+    def __init__(self, profile: Profile):
+        self._profile, self._total = profile, 0.0
+        self._score = np.zeros(len(profile.score_edges) + 2)
+        self._features = [np.zeros(n + 1) for n in profile.n_bins]
+        self._codes, self._unknown = np.zeros(len(profile.codes)), 0.0
+
+    def add(
+        self,
+        score: np.ndarray,
+        bins: Sequence[str],
+        codes: Sequence[str],
+        unknown: Sequence[int],
+        weights: np.ndarray,
+    ) -> None:
+        """Adds snapshots: their scores, the texts of `Profile.bins` and `Profile.present`, their weights."""
+        profile = self._profile
+        self._total += weights.sum()
+        place = np.searchsorted(profile.score_edges, score, side="right")
+        self._score += np.bincount(place, weights, len(self._score))
+        letters = letters_of(bins, len(profile.features))
+        for counts, column in zip(self._features, letters.T, strict=True):
+            n = len(counts) - 1
+            counts += np.bincount(np.where(column == ord("-"), n, column.astype(np.int64) - ord("a")), weights, n + 1)
+        self._codes += weights @ (letters_of(codes, len(profile.codes)) == ord("1"))
+        self._unknown += weights[np.asarray(unknown) > 0].sum()
+
+    def distribution(self, n_visits: float) -> dict[str, Any]:
         """Weighted shares of scores and features by bin (the last share is that of empty ones), of snapshots with each
-        code, and of snapshots with codes that the model does not use.
+        code, and of snapshots with codes that the model does not use; ``n_visits`` is the `effective_size`."""
 
-        `rows` has ``visit``, ``score``, ``bins``, ``codes`` and ``unknown`` of at least one snapshot. Snapshots of one
-        visit are alike, so that they count as fewer than they are: ``n_visits`` is Kish's effective sample size of
-        clusters (Kish, Survey Sampling, Wiley 1965), the number of visits where all have the same weight.
-        """
+        def shares(counts: np.ndarray | float) -> Any:
+            return np.round(counts / self._total, 6).tolist()
 
-        def shares(place: np.ndarray, n: int) -> list[float]:
-            return (np.bincount(place, weights=weights, minlength=n) / weights.sum()).round(6).tolist()
-
-        letters = letters_of(rows["bins"], len(self.features))
-        places = {
-            name: np.where(column == ord("-"), n, column.astype(np.int64) - ord("a"))
-            for name, column, n in zip(self.features, letters.T, self.n_bins, strict=True)
-        }
-        has = letters_of(rows["codes"], len(self.codes)) == ord("1")
-        of_visit = np.bincount(np.unique(rows["visit"], return_inverse=True)[1], weights=weights)
+        profile = self._profile
         return {
-            "n_visits": round(float(of_visit.sum() ** 2 / (of_visit**2).sum()), 1),
-            "score": shares(np.searchsorted(self.score_edges, rows["score"], side="right"), len(self.score_edges) + 2),
-            "features": {name: shares(places[name], n + 1) for name, n in zip(self.features, self.n_bins, strict=True)},
-            "codes": {code: shares(column.astype(int), 2)[1] for code, column in zip(self.codes, has.T, strict=True)},
-            "unknown": shares((np.asarray(rows["unknown"]) > 0).astype(int), 2)[1],
+            "n_visits": n_visits,
+            "score": shares(self._score),
+            "features": dict(zip(profile.features, map(shares, self._features), strict=True)),
+            "codes": dict(zip(profile.codes, shares(self._codes), strict=True)),
+            "unknown": shares(self._unknown),
         }
+
+
+def effective_size(of_visit: np.ndarray) -> float:
+    """Snapshots of one visit are alike, so that they count as fewer than they are: Kish's effective sample size of
+    clusters (Kish, Survey Sampling, Wiley 1965) of the weights of visits, the number of visits where all have the same.
+
+    >>> effective_size(np.array([30.0, 10.0]))
+    1.6
+    """
+    return round(float(of_visit.sum() ** 2 / (of_visit**2).sum()), 1)
 
 
 def letters_of(texts: Sequence[str], width: int) -> np.ndarray:
@@ -137,6 +170,7 @@ def make_profile(config: Config, observations: Observations, during: Scored, at_
     own = Profile(replace(config, reference_profile=reference))
     for moments, (features, probability, visit, as_of) in ((DURING, during), (AT_END, at_end)):
         codes, unknown = own.present(observations, visit, as_of)
-        rows = {"visit": visit, "score": probability, "bins": own.bins(features.T), "codes": codes, "unknown": unknown}
-        reference[moments] = own.distribution(rows, np.ones(len(visit)))
+        shares, of_visit = own.shares(), np.unique(visit, return_counts=True)[1]
+        shares.add(probability, own.bins(features.T), codes, unknown, np.ones(len(visit)))
+        reference[moments] = shares.distribution(effective_size(of_visit))
     return reference

@@ -33,7 +33,7 @@ from monitor import main
 from monitoring import log as prediction_log
 from monitoring import writer
 from monitoring.drift import psi, psi_by_chance, share_by_chance
-from monitoring.findings import Findings, distributions, read_challengers, read_rows
+from monitoring.findings import Findings, distributions, read_challengers, read_rows, read_scores
 from monitoring.log import PredictionLog, open_engine, predictions
 from monitoring.look import look
 from monitoring.profile import AT_END, DURING, Profile
@@ -100,7 +100,22 @@ def test_a_row_holds_no_name_and_no_value(pipeline, ward, tmp_path, key):
     assert (tmp_path / "log.db").stat().st_mode & 0o077 == 0
 
 
-def test_the_reference_is_what_service_sees(pipeline, cohort):
+def distributed(path, profile, frame):
+    """The distributions of a log with these rows."""
+    engine, until = open_engine(f"sqlite:///{path}"), datetime(2100, 1, 1)
+    same = {"time": DAY, "source": "api", "model_version": "v", "risk_level": "LOW", "seconds": 0.1, "shadow": False}
+    rows = frame.assign(visit=frame["visit"].astype(str)).astype(object)
+    rows = rows.where(frame.notna(), None).to_dict("records")
+    with engine.begin() as connection:
+        connection.execute(predictions.delete())
+        connection.execute(predictions.insert(), [{**same, **row} for row in rows])
+    scores = read_scores(engine, None, until, "v", len(profile.features))
+    found = distributions(engine, None, until, "v", scores, profile)
+    engine.dispose()
+    return found
+
+
+def test_the_reference_is_what_service_sees(pipeline, cohort, tmp_path):
     """The patients of training at their last observations have the shares that the profile holds, and nearly so at
     random times during their stays."""
     data = snapshots_of(*cohort, pipeline)
@@ -117,7 +132,8 @@ def test_the_reference_is_what_service_sees(pipeline, cohort):
                 **{"codes": codes, "unknown": unknown, "as_of": as_of.astype("datetime64[us]")},
             }
         )
-        current = distributions(frame.assign(newest=pd.NaT if moments == DURING else frame["as_of"]), profile)
+        frame["newest"] = pd.NaT if moments == DURING else frame["as_of"]
+        current = distributed(tmp_path / "log.db", profile, frame)
         assert set(current) == {moments}
         tolerance = 0.0 if moments == AT_END else 0.03
         for name in ("features", "codes"):
@@ -126,7 +142,7 @@ def test_the_reference_is_what_service_sees(pipeline, cohort):
         assert current[moments]["n_visits"] == pytest.approx(reference[moments]["n_visits"], rel=0.02)
 
 
-def test_visits_count_by_their_hours(pipeline):
+def test_visits_count_by_their_hours(pipeline, tmp_path):
     """Two visits of 30 h and 10 h: patient-hours count, not how often a visit was scored in an hour."""
     profile = Profile(pipeline.config)
     hours = [*range(30), *range(10)]
@@ -143,7 +159,7 @@ def test_visits_count_by_their_hours(pipeline):
     )
     often = pd.concat([frame, frame[frame["visit"] == "b"].assign(as_of=frame["as_of"] + timedelta(minutes=20))])
     for rows in (frame, often.reset_index(drop=True)):
-        found = distributions(rows, profile)[DURING]
+        found = distributed(tmp_path / "log.db", profile, rows)[DURING]
         assert found["score"][0] == 0.75 and found["score"][-2] == 0.25
         assert found["n_visits"] == 1.6  # 40^2 / (30^2 + 10^2)
 
@@ -910,6 +926,22 @@ def test_report_check_export_prune(pipeline, ward, tmp_path, key, capsys, config
     assert 0 < deleted < len(data.label) and left == len(data.label) - deleted
     assert main(["check", "--monitor", common[1], "--config", str(config_path), "--until", "2027-01-01"]) == 1
     assert "no prediction in 7 days" in capsys.readouterr().out
+
+
+def test_old_rows_are_deleted_in_steps(url, pipeline, ward, monkeypatch, capsys):
+    data = snapshots_of(ward[0].head(3000), ward[1], pipeline)
+    engine, now = open_engine(url), [DAY]
+    log = PredictionLog(engine, pipeline, "api", clock=lambda: now[0])
+    assert log.record(*logged(pipeline, data, 25))
+    now[0] = DAY + timedelta(days=2)
+    assert log.record(*logged(pipeline, data, 5)) and log.record_error("bad_file")
+    log.close()
+    steps = []
+    monkeypatch.setattr("monitor.PRUNED_AT_ONCE", 10)
+    monkeypatch.setattr("monitor.time.sleep", lambda seconds: steps.append(count(url, predictions)))
+    assert main(["prune", "--monitor", url, "--older-than", "1", "--until", (DAY + timedelta(days=2)).isoformat()]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions_deleted"] == 25
+    assert steps == [20, 10, 5] and count(url, prediction_log.errors) == 1
 
 
 def test_slow_and_failing_services_are_told(pipeline, ward, tmp_path, key):
