@@ -16,6 +16,8 @@ from feature_pipeline import BadConfig, listed
 EXAMPLE = '{"visit": ["PV1-19", "PID-18"], "client": ["PID-3:MR"], "zone": "Europe/Berlin", "events": ["R01", "R30"]}'
 # of results: R01, from the point of care R30 to R32, waveforms and alarms R40; version 2.1 names none
 EVENTS = frozenset({"", "R01", "R30", "R31", "R32", "R40"})
+# OBX-11: deleted, pending, not asked, not verified, no result obtained, wrong patient or sample
+NOT_RESULTS = frozenset({"D", "I", "N", "O", "R", "W", "X"})
 _PLACE = re.compile(r"(PID|PV1)-(\d{1,2})(?:\.(\d{1,2}))?(?::(\w+))?")
 
 
@@ -44,12 +46,14 @@ class Place:
 @dataclass(frozen=True)
 class Hl7Mapping:
     """`visit` and `client` are looked for in these places, in their order. `zone` is that of times which name none,
-    neither themselves nor in MSH-7. `events` are the values of MSH-9.2 that are taken."""
+    neither themselves nor in MSH-7. `events` are the values of MSH-9.2 that are taken, `not_results` those of OBX-11
+    that are left out: monitors send every value as not verified (R)."""
 
     visit: tuple[Place, ...] = (Place("PV1", 19),)
     client: tuple[Place, ...] = (Place("PID", 3),)
     zone: tzinfo | None = None
     events: frozenset[str] = EVENTS
+    not_results: frozenset[str] = NOT_RESULTS
 
     def in_zone(self, iso: str) -> str:
         """A wall-clock time with the offset of `zone`."""
@@ -69,13 +73,14 @@ def read_hl7_mapping(path: str | Path | None) -> Hl7Mapping:
         "client": lambda names: tuple(map(Place.parse, names)),
         "zone": _zone,
         "events": lambda names: frozenset(str(name).upper() for name in names),
+        "not_results": lambda names: frozenset(str(name).upper() for name in names),
     }
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(given, dict) or set(given) - set(readers):
             raise ValueError(f"expected an object with some of {listed(readers)}")
         if not all(isinstance(given[name], list) and given[name] for name in set(given) - {"zone"}):
-            raise ValueError("visit, client and events must be lists")
+            raise ValueError("visit, client, events and not_results must be lists")
         return Hl7Mapping(**{name: readers[name](value) for name, value in given.items()})
     except (OSError, ValueError, KeyError) as error:
         raise BadConfig(f"{where}: {' '.join(str(error).split())[:200]}; expected a file such as {EXAMPLE}") from None

@@ -21,9 +21,17 @@ LAST_ANSWERS_SECONDS = 5.0  # for senders that are slow to take them, at a stop
 FRAME_BYTES = 16 << 20  # at the most: results with a PDF beside them have some megabytes
 HEAD_BYTES = 4096  # in which MSH ends
 START, END = b"\x0b", b"\x1c\r"
-# OBX-11: deleted, pending, not asked, not verified, no result obtained, wrong patient or sample
-NOT_A_RESULT = {"D", "I", "N", "O", "R", "W", "X"}
 NUMERIC = {"NM", "SN", "ST", ""}
+# units of medical devices (ISO/IEEE 11073, as IHE PCD-01 sends them) -> UCUM
+DEVICE_UNITS = {
+    "MDC_DIM_BEAT_PER_MIN": "/min",
+    "MDC_DIM_RESP_PER_MIN": "/min",
+    "MDC_DIM_MMHG": "mm[Hg]",
+    "MDC_DIM_KILO_PASCAL": "kPa",
+    "MDC_DIM_PERCENT": "%",
+    "MDC_DIM_DEGC": "Cel",
+    "MDC_DIM_FAHR": "[degF]",
+}
 # MSH-18 (HL7 table 0211) -> Python's name
 CHARSETS = {
     **{f"8859/{n}": f"iso8859-{n}" for n in range(1, 16)},
@@ -52,9 +60,9 @@ def observations_of(
 
     Client and visit are where `mapping` says, in the patient's own group: a message may hold several patients. Time is
     OBX-14 or else OBR-7, in the zone that it names, else that of MSH-7, else the mapping's, else UTC; code OBX-3.1 (or
-    the alternative OBX-3.4 where the model uses only that); unit OBX-6; range OBX-7. Results that are pending, wrong or
-    deleted (OBX-11) are left out. A corrected one (C) counts as one more observation: what it corrects stays, as it
-    does in a table.
+    the alternative OBX-3.4 where the model uses only that; the name OBX-3.2 where there is no code); unit OBX-6; range
+    OBX-7. Results that are pending, wrong or deleted (OBX-11, the mapping's `not_results`) are left out. A corrected
+    one (C) counts as one more observation: what it corrects stays, as it does in a table.
     """
     event = _text(message, "MSH", 9, 2).upper()
     if _text(message, "MSH", 9, 1).upper() != "ORU" or event not in mapping.events:
@@ -125,6 +133,11 @@ def _part(segment: Any, field: int, component: int = 1, repetition: int = 0) -> 
     return "" if text == '""' else text
 
 
+def _parts(segment: Any, field: int, *components: int) -> list[str]:
+    """The components that are not empty."""
+    return [text for component in components if (text := _part(segment, field, component))]
+
+
 def _unescaped(segment: Any, text: str) -> str:
     """With the characters that separate elsewhere; the library's own way logs what it cannot read."""
     escape = segment.esc
@@ -138,15 +151,14 @@ def _unescaped(segment: Any, text: str) -> str:
 def _observation(
     segment: Any, asked: str, zone: str, pipeline: ProductionPipeline, mapping: Hl7Mapping
 ) -> dict[str, Any] | str:
-    if _part(segment, 11).upper() in NOT_A_RESULT:
+    if _part(segment, 11).upper() in mapping.not_results:
         return "its status (OBX-11) says that it is no result"
     if _part(segment, 2) not in NUMERIC:
         return "its type (OBX-2) is no number"
-    code, other = _part(segment, 3, 1), _part(segment, 3, 4)
-    if other and not _is_used(pipeline, code) and _is_used(pipeline, other):
-        code = other
-    if not code:
+    codes = _parts(segment, 3, 1, 4) or _parts(segment, 3, 2)
+    if not codes:
         return "no code (OBX-3)"
+    code = next((code for code in codes if _is_used(pipeline, code)), codes[0])
     time = iso_time(_part(segment, 14) or asked, zone)
     if time is None:
         return "no time of day (OBX-14, OBR-7)"
@@ -164,7 +176,10 @@ def _observation(
     if value is None:
         return "its value (OBX-5) is not a number"
     low, high = reference_range(_part(segment, 7))
-    unit, concept = _part(segment, 6), pipeline.reproducer.codes.meaning(code)[0]
+    concept = pipeline.reproducer.codes.meaning(code)[0]
+    names = _parts(segment, 6, 1, 2, 4, 5)  # code, text, alternatives; 10^3/uL, not escaped, is in two components
+    units = [DEVICE_UNITS.get(name, name) for name in (*names, "^".join(names[:2]))]
+    unit = next((name for name in units if concept and concept.unit_named(name)), units[0])
     if unit and concept and concept.unit_named(unit) is None:
         return f"its unit (OBX-6) is not one that {concept.name.replace('_', ' ')} can be converted from"
     return {
