@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import hmac
 import json
 import re
@@ -327,6 +328,16 @@ def test_a_large_request_is_scored_in_pieces_and_alike(client, monkeypatch, tmp_
         assert sum(pieces) == 8 and ((n is None and 1 < len(pieces) < 8) or pieces == n)
     logged = sqlite3.connect(tmp_path / "log.db").execute("select count(*), count(distinct score) from predictions")
     assert logged.fetchone() == (32, 8)
+
+
+def test_no_full_collection_stops_all_threads_during_a_large_request(client, monkeypatch):
+    seen, parse = [], app_module.parse_json
+    monkeypatch.setattr(app_module, "parse_json", lambda *a: seen.append(gc.isenabled()) or parse(*a))
+    for body, status in ((json.dumps(EXAMPLE), 200), ("[" * 1000, 400)):
+        for size in (len(body), LARGE_BYTES + 1):
+            answer = client.post(PREDICT, data=body.ljust(size), content_type="application/json")
+            assert answer.status_code == status and gc.isenabled()
+    assert seen == [True, False, True, False]
 
 
 @pytest.mark.parametrize("path", ["/predict", "/fhir/predict", "/cds-services/sepsis-risk"])
@@ -1102,8 +1113,7 @@ def test_cds_feedback_is_kept_beside_the_cards_and_reported(viewed, tmp_path, co
 
 def test_cds_feedback_that_cannot_be_stored_is_to_be_sent_again(viewed, monkeypatch):
     (card,) = viewed.post(CDS, json=cds_call(fhir_observation())).get_json()["cards"]
-    log_of_cards = viewed.application.service.model().log
-    monkeypatch.setattr(log_of_cards._engine, "begin", lambda: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(PredictionLog, "record_answers", lambda *_: None)
     answer = viewed.post(f"{CDS}/feedback", json=answer_to(card))
     assert answer.status_code == 503 and "Retry-After" in answer.headers
 

@@ -388,12 +388,11 @@ def cds_feedback() -> Response:
     body = parse_json(_read_body(), current_app.settings.max_visits)
     service = current_app.service
     answers = feedback.answers_of(body, datetime.fromtimestamp(service.clock(), UTC))
-    log_of_cards = service.model().log
-    known = log_of_cards.record_answers(answers)
+    known = service.model().log.record_answers(answers)
     if known is None:
-        if not log_of_cards.works:
+        if url_of(current_app.settings.monitor_url) != OFF:
             raise Unlogged("feedback cannot be stored now")
-        known = [False] * len(answers)  # there is no log
+        known = [False] * len(answers)
     for answer, is_known in zip(answers, known, strict=True):
         metrics.CARD_ANSWERS.labels(answer.outcome if is_known else "unknown card").inc()
     _audit("feedback")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -105,12 +106,16 @@ class Service:
             self._wait(own)
         elif not self._lane.acquire(blocking=False):
             raise Busy("the service works on another large request; ask again, or send fewer visits")
+        else:
+            # a full collection goes through all that was parsed, and all threads wait for it
+            gc.disable()
         return own
 
     def leave(self, own: Waiting) -> None:
         """Passes the turn on. Whoever has it should keep it until the answer is made: meanwhile others come, and are
         scored together."""
         if own.large:
+            gc.enable()
             self._lane.release()
         else:
             self._pass_on()
