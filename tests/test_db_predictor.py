@@ -1065,13 +1065,47 @@ def test_killed_before_any_statement_nothing_is_half_done(url, rows, config_path
     engine.dispose()
 
 
+def copy_visits(engine: sa.Engine, times: int) -> None:
+    """Copies of all visits, made by the database itself."""
+    mysql = engine.dialect.name in MYSQL
+    numbers = f"(SELECT seq AS n FROM seq_1_to_{times}) AS s" if mysql else f"generate_series(1, {times}) AS s(n)"
+    columns = "client, observation_date, observation_type_code, observation_value, reference_range_min"
+    columns += ", reference_range_max"
+    with engine.begin() as connection:
+        for table, others in (("visits", "client"), ("patient_observations", columns)):
+            copies = f"SELECT {others}, concat(visit_id, '-', n) FROM {table}, {numbers}"
+            connection.execute(sa.text(f"INSERT INTO {table} ({others}, visit_id) {copies}"))
+        connection.execute(sa.text("ANALYZE TABLE visits, patient_observations" if mysql else "ANALYZE"))
+
+
+def cut(admin: sa.Engine, rng: random.Random) -> bool:
+    """Ends the session of somebody else in the same database; says whether there was one."""
+    mysql = admin.dialect.name in MYSQL
+    others = (
+        "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+        if mysql
+        else "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with admin.connect() as connection:
+        sessions = connection.execute(sa.text(others)).scalars().all()
+        if sessions:
+            chosen = rng.choice(sorted(sessions))
+            with contextlib.suppress(sa.exc.DBAPIError):  # it has ended by itself
+                connection.execute(sa.text(f"KILL {chosen}" if mysql else f"SELECT pg_terminate_backend({chosen})"))
+    return bool(sessions)
+
+
 @pytest.mark.slow
-def test_four_predictors_killed_at_random_score_20_000_visits_once(
-    postgres, rows, config_path, model_path, fork, pipeline
+@pytest.mark.parametrize(("server", "copies"), [("postgres", 499), ("pgbouncer", 149), ("mariadb", 149)])
+def test_four_predictors_killed_and_cut_at_random_score_every_visit_once(
+    server, copies, request, rows, config_path, model_path, fork, pipeline
 ):
-    engine = connect(postgres)
+    """20,000 or 6,000 visits."""
+    url = request.getfixturevalue(server)
+    direct = request.getfixturevalue("postgres") if server == "pgbouncer" else url
+    engine, admin = connect(direct), connect(direct)
     make_tables(engine)
-    arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", postgres, "--batch-size", "200"]
+    arguments = ["--config", str(config_path), "--model", str(model_path), "--db-url", url, "--batch-size", "200"]
     arguments += ["--as-of", "last"]
 
     def start() -> multiprocessing.Process:
@@ -1083,64 +1117,55 @@ def test_four_predictors_killed_at_random_score_20_000_visits_once(
     began = time.monotonic()
     start().join(60)
     usual = time.monotonic() - began  # with nothing to do
-    # 500 copies of 40 short visits, made by the database itself
     short = rows.groupby("visit_id").head(10)
     load(engine, short)
-    with engine.begin() as connection:
-        connection.execute(
-            sa.text(
-                "INSERT INTO visits (client, visit_id) SELECT client, visit_id || '-' || i FROM visits, "
-                "generate_series(1, 499) i"
-            )
-        )
-        connection.execute(
-            sa.text(
-                "INSERT INTO patient_observations (visit_id, client, observation_date, observation_type_code, "
-                "observation_value, reference_range_min, reference_range_max) SELECT visit_id || '-' || i, client, "
-                "observation_date, observation_type_code, observation_value, reference_range_min, reference_range_max "
-                "FROM patient_observations, generate_series(1, 499) i"
-            )
-        )
-        connection.execute(sa.text("ANALYZE"))
+    copy_visits(engine, copies)
+    engine.dispose()  # so that no session of the test is cut
     rng = random.Random(5)
 
     def doom() -> float:
         return time.monotonic() + usual * rng.uniform(0.7, 3)
 
     running = {number: (start(), doom()) for number in range(4)}
-    kills = 0
+    kills = cuts = failed = 0
+    next_cut = doom()
     deadline = time.monotonic() + 240
     while running and time.monotonic() < deadline:
         time.sleep(0.02)
+        if time.monotonic() > next_cut and cuts < 8:
+            cuts += cut(admin, rng)
+            next_cut = time.monotonic() + usual * rng.uniform(0.3, 1)
         for number, (process, moment) in list(running.items()):
             if process.exitcode is not None:
-                assert process.exitcode == 0
                 del running[number]
+                if process.exitcode != 0:  # its session was cut: cron starts it again
+                    failed += 1
+                    running[number] = start(), doom()
             elif time.monotonic() > moment and kills < 16:
                 process.kill()
                 process.join()
                 kills += 1
                 running[number] = start(), doom()
     assert not running, "not done in time"
-    assert kills >= 4
-    predictor = Predictor(postgres, config_path, model_path)
+    assert kills >= 2 and cuts >= 2 and failed <= cuts
+    predictor = Predictor(url, config_path, model_path)
     assert predictor.count_pending() == 0
-    visits = frame(engine, "SELECT count(*) AS n, count(sepsis_score) AS scored FROM visits").iloc[0]
-    assert (visits["n"], visits["scored"]) == (20_000, 20_000)
-    rows_of = frame(
-        engine,
-        "SELECT count(*) AS n, count(DISTINCT (client, visit_id, model_version)) AS keys FROM sepsis_predictions",
-    ).iloc[0]
-    assert (rows_of["n"], rows_of["keys"]) == (20_000, 20_000)
-    differ = "SELECT count(*) AS n FROM visits v JOIN sepsis_predictions p USING (client, visit_id) WHERE "
-    assert frame(engine, differ + "v.sepsis_score <> p.sepsis_score OR v.scored_at <> p.scored_at")["n"][0] == 0
-    expected = predict(pipeline, short).set_index(["client", "visit_id"])["sepsis_probability"]
-    found = frame(engine, "SELECT client, split_part(visit_id, '-', 1) AS visit_id, sepsis_score FROM visits")
+    visits = frame(engine, "SELECT client, visit_id, sepsis_score, scored_at FROM visits")
+    logged = frame(engine, "SELECT client, visit_id, sepsis_score, scored_at, model_version FROM sepsis_predictions")
+    assert len(visits) == len(logged) == 40 * (copies + 1) and visits["sepsis_score"].notna().all()
+    key = ["client", "visit_id"]
+    assert not logged.duplicated([*key, "model_version"]).any()
+    pd.testing.assert_frame_equal(
+        visits.sort_values(key, ignore_index=True), logged[visits.columns].sort_values(key, ignore_index=True)
+    )
+    expected = predict(pipeline, short).set_index(key)["sepsis_probability"]
+    original = visits["visit_id"].str.split("-").str[0]
     np.testing.assert_array_equal(
-        found["sepsis_score"], expected.loc[list(zip(found["client"], found["visit_id"], strict=True))]
+        visits["sepsis_score"], expected.loc[list(zip(visits["client"], original, strict=True))]
     )
     predictor.close()
     engine.dispose()
+    admin.dispose()
 
 
 # ------------------------------------------------------------------------------------------------ the script
