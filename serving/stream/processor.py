@@ -242,7 +242,7 @@ class StreamProcessor:
             if visit.full:
                 self._count({"visit_full": len(own_rows)})
                 continue
-            visit.rows.append(own_rows.copy())
+            visit.rows.append(joined([own_rows]))
             visit.changed = True
             if self.journaled:
                 visit.fresh.append(visit.rows[-1])
@@ -412,7 +412,7 @@ class StreamProcessor:
             kept[name] = getattr(observations, name)
         bounds = observations.group_start[observations.visit_group_start].tolist()
         for visit, (start, end) in zip(visits, pairwise(bounds), strict=True):
-            visit.rows = [kept[start:end].copy()]
+            visit.rows = [joined([kept[start:end]])]
         return observations
 
     # --------------------------------------------------------------------------------------------- the end

@@ -48,7 +48,7 @@ class Visit:
 
 
 def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """The rows of all pieces; as bytes, since NumPy joins rows of fields field by field."""
+    """A copy of the rows of all pieces; as bytes, since NumPy copies rows of fields field by field."""
     return np.concatenate([piece.view(f"V{ROW.itemsize}") for piece in pieces]).view(ROW)
 
 
