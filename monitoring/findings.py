@@ -108,9 +108,10 @@ def distributions(
     during the stay. There every visit-hour with a score counts once: however often a visit is scored, and however long
     the period, these are shares of patient-hours, as the snapshots of training are.
     """
-    own = scores.of(~np.isnan(scores.score) & scores.has_bins & scores.is_kind("model_version", version))
-    order = np.lexsort((own.as_of, own.visit))
-    visit, hour = own.visit[order], own.as_of[order]
+    usable = ~np.isnan(scores.score) & scores.has_bins & scores.is_kind("model_version", version)
+    order = np.lexsort((scores.as_of, scores.visit))
+    order = order[usable[order]]
+    visit, hour = scores.visit[order], scores.as_of[order]
     other = _first(visit)
     kept = other | _first(hour)  # of one moment only the first
     order, visit, other = order[kept], visit[kept], other[kept]
@@ -122,8 +123,8 @@ def distributions(
         return np.repeat(n, n)
 
     weight = 1 / size(other | _first(hour))
-    once = (size(other) == 1) & own.at_newest[order]
-    weights = {DURING: np.zeros(len(own.id)), AT_END: np.zeros(len(own.id))}
+    once = (size(other) == 1) & scores.at_newest[order]
+    weights = {DURING: np.zeros(len(scores.id)), AT_END: np.zeros(len(scores.id))}
     n_visits = {}
     for moments, chosen in ((DURING, ~once), (AT_END, once)):
         weights[moments][order[chosen]] = weight[chosen]
@@ -137,15 +138,15 @@ def distributions(
     for id, bins, codes, unknown in _columns(
         engine, _condition(since, until, version), c.id, c.bins, c.codes, c.unknown
     ):
-        place = np.searchsorted(own.id, id)
-        place[place == len(own.id)] = 0
-        known = own.id[place] == id
+        place = np.searchsorted(scores.id, id)
+        place[place == len(scores.id)] = 0
+        known = scores.id[place] == id
         for moments, part in shares.items():
             w = np.where(known, weights[moments][place], 0.0)
             rows = np.flatnonzero(w).tolist()
             if rows:
                 letters = {"bins": [bins[i] for i in rows], "codes": [codes[i] for i in rows]}
-                part.add(own.score[place[rows]], **letters, unknown=[unknown[i] for i in rows], weights=w[rows])
+                part.add(scores.score[place[rows]], **letters, unknown=[unknown[i] for i in rows], weights=w[rows])
     return {moments: part.distribution(n_visits[moments]) for moments, part in shares.items()}
 
 

@@ -856,6 +856,7 @@ def hl7_text(**change):
     return "\r".join(segment for segment in segments if segment) + "\r"
 
 
+ACCOUNT = {"visit": ["PV1-19", "PID-18"]}
 FORMS = {  # changes, mapping -> (client, visit, code, value in the model's unit, time), or why it was not taken
     "version 2.1 names no event": ({"kind": "ORU"}, {}, ("A", "v", "HR", 90.0, "08:30")),
     "point of care": ({"kind": "ORU^R30^ORU_R30"}, {}, ("A", "v", "HR", 90.0, "08:30")),
@@ -892,6 +893,72 @@ FORMS = {  # changes, mapping -> (client, visit, code, value in the model's unit
     "Fahrenheit": ({"obx": "NM|8310-5||100.4|[degF]"}, {}, ("A", "v", "Temp", 38.0)),
     "two pressures in one": ({"obx": "ST|85354-9||120/80|mm[Hg]"}, {}, ("A", "v", "DBP", 80.0)),  # and SBP
     "a ratio": ({"obx": "ST|HR||120/80"}, {}, "left out"),
+    "version 2.1, visit in the account": (
+        {"kind": "ORU", "pv1": "", "pid": f"PID|1||A{'|' * 15}acc"},
+        ACCOUNT,
+        ("A", "acc"),
+    ),
+    "point of care, visit in the account": (
+        {"kind": "ORU^R32", "pv1": "", "pid": f"PID|1||A{'|' * 15}acc"},
+        ACCOUNT,
+        ("A", "acc", "HR", 90.0, "08:30"),
+    ),
+    "an account with its assigner": ({"pv1": "", "pid": f"PID|1||A{'|' * 15}acc^^^H^AN"}, ACCOUNT, ("A", "acc")),
+    "an empty account": ({"pv1": "", "pid": f"PID|1||A{'|' * 15}^^^H"}, ACCOUNT, "AE"),
+    "alternate visit after an empty one": (
+        {"pv1": f"PV1|1|I{'|' * 17}^^^H{'|' * 31}alt"},
+        {"visit": ["PV1-19", "PV1-50"]},
+        ("A", "alt"),
+    ),
+    "alternate visit by its type": (
+        {"pv1": f"PV1|1|I{'|' * 48}x^^^H^PI~alt^^^H^VN"},
+        {"visit": ["PV1-50:VN"]},
+        ("A", "alt"),
+    ),
+    "null in quotes is empty": ({"pv1": f'PV1|1|I{"|" * 17}""'}, {}, "AE"),
+    "structure of messages named": ({"kind": "ORU^R01^ORU_R01"}, {}, ("A", "v", "HR", 90.0)),
+    "lower case": ({"kind": "oru^r01"}, {}, ("A", "v", "HR", 90.0)),
+    "an event of others": ({"kind": "ORU^W01"}, {}, "AR"),
+    "orders": ({"kind": "ORM^O01"}, {}, "AR"),
+    "documents": ({"kind": "MDM^T02"}, {}, "AR"),
+    "a query's answer": ({"kind": "ORF^R04"}, {}, "AR"),
+    "seconds and fractions": ({"time": "20240301083059.1234"}, {}, ("A", "v", "HR", 90.0, "08:30")),
+    "an hour alone": ({"time": "2024030108"}, {}, ("A", "v", "HR", 90.0, "08:00")),
+    "a date alone": ({"time": "20240301"}, {}, "left out"),
+    "no time at all": ({"time": ""}, {}, "left out"),
+    "an hour that does not exist, in spring": (
+        {"time": "202403310230"},
+        {"zone": "Europe/Berlin"},
+        ("A", "v", "HR", 90.0),
+    ),
+    "the day before, by the zone": ({"time": "202403010030"}, {"zone": "+0200"}, ("A", "v", "HR", 90.0, "22:30")),
+    "SN with equals": ({"obx": "SN|HR||=^90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "SN without a comparator": ({"obx": "SN|HR||^90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "SN at most": ({"obx": "SN|HR||<=^90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "SN as a range": ({"obx": "SN|HR||^80^-^90"}, {}, "left out"),
+    "SN with a plus": ({"obx": "SN|HR||^2^+"}, {}, "left out"),
+    "NM above the limit of the method": ({"obx": "NM|HR||>90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "ST with a number": ({"obx": "ST|HR||90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "ST with words": ({"obx": "ST|HR||see below"}, {}, "left out"),
+    "text": ({"obx": "TX|HR||90"}, {}, "left out"),
+    "formatted text": ({"obx": "FT|HR||90"}, {}, "left out"),
+    "a coded result": ({"obx": "CE|HR||P^positive"}, {}, "left out"),
+    "a document beside": ({"obx": "ED|HR||^application^pdf^Base64^JVBERi0="}, {}, "left out"),
+    "no type": ({"obx": "|HR||90|/min"}, {}, ("A", "v", "HR", 90.0)),
+    "no code": ({"obx": "NM|||90|/min"}, {}, "left out"),
+    "no value": ({"obx": "NM|HR|||/min"}, {}, "left out"),
+    "several values": ({"obx": "NM|HR||90~95|/min"}, {}, "left out"),
+    "a decimal comma": ({"obx": "NM|HR||90,5|/min"}, {}, "left out"),
+    "the code of the system beside": (
+        {"obx": "NM|xyz^Pulse^L^8867-4^Heart rate^LN||90|/min"},
+        {},
+        ("A", "v", "HR", 90.0),
+    ),
+    "cells, escaped": ({"obx": r"NM|WBC||8.5|10\S\3/uL"}, {}, ("A", "v", "WBC", 8.5)),
+    "cells, in UCUM": ({"obx": "NM|WBC||8.5|10*3/uL"}, {}, ("A", "v", "WBC", 8.5)),
+    "cells, to the ninth": ({"obx": "NM|WBC||8.5|10*9/L"}, {}, ("A", "v", "WBC", 8.5)),
+    "cells by the thousand": ({"obx": "NM|Platelets||250|K/uL"}, {}, ("A", "v", "Platelets", 250.0)),
+    "cells, one by one": ({"obx": "NM|Platelets||250000|/mm3"}, {}, ("A", "v", "Platelets", 250.0)),
     "a unit of something else": ({"obx": "NM|HR||90|mmol/L"}, {}, "left out"),
 }
 
