@@ -1564,9 +1564,9 @@ def clinical_inputs(name: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Clinical:
-    function: Callable[
-        [Any], np.ndarray
-    ]  # of `Concepts`; (n_snapshots,), or (n_rows, n_snapshots) for several features
+    """A feature: one row of what a function of `Concepts` returns, (n_snapshots,) or (n_rows, n_snapshots)."""
+
+    function: Callable[[Any], np.ndarray]
     row: int = 0
 
 
