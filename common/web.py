@@ -58,7 +58,7 @@ def ask(
     request = urllib.request.Request(url, body, dict(headers or {}), method=method)
     end = time.monotonic() + seconds
     # a timeout of the socket is for each byte: one now and then would go on for ever
-    timer = threading.Timer(seconds, lambda: [_shut(connection) for connection in connections])
+    timer = threading.Timer(seconds, _shut, [connections])
     timer.daemon = True
     timer.start()
     try:
@@ -87,9 +87,10 @@ def ask(
     return Answer(status, given, value, len(content))
 
 
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # also under TLS, whose own state is the reader's
+def _shut(connections: list[socket.socket]) -> None:
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # also under TLS, whose own state is the reader's
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
