@@ -8,7 +8,6 @@ import json
 import socket
 import ssl
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -56,9 +55,9 @@ def ask(
     """One request. Follows no redirect. Raises `Unreachable` after `seconds` in all, and for longer bodies."""
     connections: list[socket.socket] = []
     request = urllib.request.Request(url, body, dict(headers or {}), method=method)
-    end = time.monotonic() + seconds
+    late = threading.Event()
     # a timeout of the socket is for each byte: one now and then would go on for ever
-    timer = threading.Timer(seconds, _shut, [connections])
+    timer = threading.Timer(seconds, _shut, [connections, late])
     timer.daemon = True
     timer.start()
     try:
@@ -73,10 +72,12 @@ def ask(
                 content = b""
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL
         why = getattr(error, "reason", error)
+        if late.is_set() or isinstance(why, TimeoutError):
+            raise Unreachable("the answer comes too slowly") from None
         raise Unreachable(type(why if isinstance(why, Exception) else error).__name__) from None
     finally:
         timer.cancel()
-    if time.monotonic() > end:
+    if late.is_set():
         raise Unreachable("the answer comes too slowly")
     if len(content) > most_bytes:
         raise Unreachable("the answer is too large")
@@ -87,7 +88,8 @@ def ask(
     return Answer(status, given, value, len(content))
 
 
-def _shut(connections: list[socket.socket]) -> None:
+def _shut(connections: list[socket.socket], late: threading.Event) -> None:
+    late.set()
     for connection in connections:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(connection, socket.SHUT_RDWR)  # also under TLS, whose own state is the reader's
