@@ -969,7 +969,9 @@ def test_watch_goes_on_with_the_old_model_where_the_new_one_cannot_be_loaded(
 
     predictor.watch(0.01, stop, told=told)
     assert results == [40, 0]
-    assert len(lines) == 1 and lines[0].endswith(f"; model {predictor.pipeline.model_version} stays in use")
+    # a database that was busy for a moment is told too, and tried again
+    told_once = [line for line in lines if line.endswith(f"; model {predictor.pipeline.model_version} stays in use")]
+    assert len(told_once) == 1, lines
     predictor.close()
 
 
