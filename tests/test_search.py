@@ -464,7 +464,7 @@ def test_an_interrupted_search_keeps_its_log_and_says_how_to_go_on(cohort_files,
         first = searched(cohort_files, tmp_path, "--quiet", status=130)
     assert [e["model"] for e in first] == ["lightgbm_shallow"]
     assert capsys.readouterr().err == (
-        "interrupted; finished work is kept; run the same command with --resume to go on\n"
+        "interrupted; finished work is kept; run the same command with --resume to continue\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["optimization_log.json"]
     after = searched(cohort_files, tmp_path, "--quiet", "--resume")
@@ -489,7 +489,7 @@ sys.exit(generate_features.main({options(cohort_files, tmp_path, sets=SETS, jobs
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1].endswith("run the same command with --resume to go on")
+    assert done.stderr.splitlines()[-1].endswith("run the same command with --resume to continue")
     assert "Traceback" not in done.stderr
     finished = log_of(tmp_path)
     assert 1 <= len(finished) < 4

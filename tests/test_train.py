@@ -16,7 +16,7 @@ import train_best_model
 import training.check
 import training.train
 from common import artifacts
-from feature_pipeline import BadModel, ProductionPipeline, UnknownRiskWarning, load_config, read_observations
+from feature_pipeline import BadModel, Codes, ProductionPipeline, UnknownRiskWarning, load_config, read_observations
 from training import versions
 from training.model_card import groups_of
 from training.snapshots import TEST, load_training_data, split_parts
@@ -360,7 +360,7 @@ def test_the_card_knows_groups_by_the_hospitals_own_codes(cohort):
         observation_type_code=observations["observation_type_code"].map(lambda code: own.get(code, code))
     )
     groups = [
-        {attribute for attribute, _, _ in groups_of(load_training_data(table, labels, synonyms=synonyms))}
+        {attribute for attribute, _, _ in groups_of(load_training_data(table, labels, codes=Codes(synonyms)))}
         for table, synonyms in ((observations, {}), (renamed, {"own age": "age", "own sex": "sex"}), (renamed, {}))
     ]
     assert groups[0] == groups[1] >= {"age", "sex"}
@@ -465,10 +465,10 @@ def test_the_check_sees_features_that_depend_on_the_company(models_dir, cohort):
 def test_the_check_misses_no_prediction(models_dir):
     pipeline = pipeline_of(models_dir)
     lost = training.check.own_visits(pipeline.config, 30)
-    lost.loc[lost["visit_id"].isin([f"v{i}" for i in range(20)]), "observation_value"] = np.nan
+    lost.loc[lost["visit_id"].isin([f"v{i}" for i in range(25)]), "observation_value"] = np.nan
     with (
         pytest.warns(UnknownRiskWarning),
-        pytest.raises(AssertionError, match="30 visits, 10 with a number"),
+        pytest.raises(AssertionError, match="30 visits, 5 with a number"),
     ):
         training.check.check_predictions(pipeline, lost)
 
