@@ -12,12 +12,14 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import confluent_kafka
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
 from feature_pipeline import resolve_snapshots
+from serving.stream.kafka import PartitionFeed
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
@@ -316,3 +318,58 @@ def test_a_dropped_visit_is_not_scored_from_a_part_after_a_restart(stream, pipel
     stream.send(first[5:])
     stream.until(lambda: "was dropped before" in second.log.read_text(), "it is told")
     assert stream.stop()[-1] == 1 and stream.last_scores() == before
+
+
+@pytest.mark.slow
+def test_visits_of_a_log_that_lost_observations_are_unknown(stream, pipeline):
+    """The metadata of the commits are beyond the log's end, as after a truncation or a restored backup."""
+    records = visits(2)
+    late = {record["visit_id"]: record for record in records}.values()
+    stream.send([record for record in records if record not in late])
+    stream.start()
+    keys = {(str(record["client"]), str(record["visit_id"])) for record in records}
+    stream.until(lambda: set(stream.last_scores()) == keys, "first scores")
+    assert stream.stop() == [0]
+    group = Consumer({"bootstrap.servers": stream.brokers, "group.id": stream.group})
+    partitions = group.list_topics(stream.topics[0], timeout=10).topics[stream.topics[0]].partitions
+    places = group.committed([TopicPartition(stream.topics[0], partition) for partition in partitions], 10)
+    group.close()
+    stream.group += "-restored"
+    beyond = [TopicPartition(p.topic, p.partition, p.offset, "999999") for p in places if p.offset >= 0]
+    group = Consumer({"bootstrap.servers": stream.brokers, "group.id": stream.group})
+    group.commit(offsets=beyond, asynchronous=False)
+    group.close()
+    second = stream.start()
+    stream.until(lambda: "it has lost observations" in second.log.read_text(), "the loss is told")
+    stream.send(late)
+    stream.until(lambda: set(stream.last_scores().values()) == {None}, "all are UNKNOWN")
+    second.terminate()
+    assert second.wait(PATIENCE) == 1  # something was set aside
+    third = stream.start()  # and it is known after a restart
+    stream.send([{**record, "visit_id": f"new-{record['visit_id']}"} for record in late])
+    stream.until(lambda: len(stream.last_scores()) == 2 * len(keys), "new visits")
+    third.terminate()
+    assert third.wait(PATIENCE) == 1
+    results = stream.read(stream.topics[1])[-len(keys) :]
+    assert {(result["risk_level"], result["reason"]) for result in results} == {("UNKNOWN", "incomplete")}
+    assert len(stream.read(stream.topics[3])) == 2 * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "low", "losses"),
+    [
+        ([5, 6, 7], 0, 0),
+        ([5, 6, 9], 0, 0),  # the mark of a transaction
+        ([5, 6, 9], 9, 1),  # the retention was faster
+        ([5, 6, 3, 4], 0, 1),  # the log was truncated, and is read again
+    ],
+)
+def test_offsets_tell_what_was_lost_during_the_run(offsets, low, losses):
+    feed, told = PartitionFeed.__new__(PartitionFeed), []
+    feed._next, feed.arguments, feed._stopped = {}, SimpleNamespace(topic="t"), lambda: False
+    feed._consumer = SimpleNamespace(get_watermark_offsets=lambda place, seconds: (low, 100))
+    feed.processor = SimpleNamespace(visits={("a", "1"): SimpleNamespace(origin=(0, 2), client="a", visit_id="1")})
+    feed._note_loss, feed._give_up = lambda partition, what: None, told.append
+    for offset in offsets:
+        feed._look_for_loss(0, offset)
+    assert told == [[("a", "1")]] * losses

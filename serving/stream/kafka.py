@@ -10,6 +10,11 @@ topic's own retention, which must be longer than the longest stay with its idle 
 Alerts are appended to a topic of their own, from which a consumer that gets partitions learns what was alerted: an
 alert that is in the topic is never sent again. From another one it learns which visits were dropped: their later
 observations are set aside, since a score of a part would be a wrong number.
+
+Where the topic has lost observations of open visits (a retention shorter than the stay, a log that was truncated or
+restored), nobody knows which visits these were. So every visit that is first seen in the next `idle_hours` (after which
+the lost ones would have been dropped) is UNKNOWN, ``incomplete``, and is dropped. The metadata of the commit hold until
+when.
 """
 
 from __future__ import annotations
@@ -125,6 +130,8 @@ class PartitionFeed:
         self._taken: dict[int, int] = {}  # partition -> offset up to which observations were taken
         self._done: dict[int, int] = {}  # partition -> offset up to which results are out
         self._replaying: dict[int, int] = {}  # partition -> offset at which its replay ends
+        self._next: dict[int, int] = {}  # partition -> offset of the next message
+        self._lossy: dict[int, float] = {}  # partition -> until when its visits may lack observations, since 1970
         self._committed = self._looked = time.monotonic()
         self._moved = False
         self._ended: float | None = None  # when it was first seen that the work should stop
@@ -187,6 +194,7 @@ class PartitionFeed:
         old, new = [], []
         for message in messages:
             partition = message.partition()
+            self._look_for_loss(partition, message.offset())
             ends = self._replaying.get(partition)
             (old if ends is not None and message.offset() < ends else new).append(message)
         self._add(old, known=True)
@@ -209,6 +217,8 @@ class PartitionFeed:
                 if known and self.processor.was_dropped(key):
                     continue
                 visit = self.processor.visits.get(key)
+                if visit is None and self._lossy.get(message.partition(), 0.0) > self.processor.time.now():
+                    self._give_up([(record["client"], record["visit_id"])])
             except (ValueError, RecursionError):
                 self._trouble("not JSON")
                 continue
@@ -218,6 +228,48 @@ class PartitionFeed:
                 self._trouble("of a visit that comes in several partitions: key them by client and visit")
             self.processor.add_observation(record, origin=(message.partition(), message.offset()))
         self.processor.settle()
+
+    def _look_for_loss(self, partition: int, offset: int) -> None:
+        """Says where messages are missing that were there, and gives up the visits that were open then."""
+        expected, self._next[partition] = self._next.get(partition, offset), offset + 1
+        if offset == expected:
+            return
+        place = TopicPartition(self.arguments.topic, partition)
+        if offset > expected:  # markers of transactions take places too
+            low, _ = self._asked(lambda: self._consumer.get_watermark_offsets(place, STOP_PATIENCE))
+            if low <= expected:
+                return
+        self._note_loss(partition, f"goes on at {offset} where {expected} was due")
+        theirs = [visit for visit in self.processor.visits.values() if visit.origin[0] == partition]
+        self._give_up([(visit.client, visit.visit_id) for visit in theirs])
+
+    def _note_loss(self, partition: int, what: str) -> None:
+        log.error(
+            "error: partition %d of %s %s: it has lost observations (its retention is shorter than the stays, or its "
+            "log was truncated or restored); visits that begin in the next %g hours are UNKNOWN",
+            partition,
+            self.arguments.topic,
+            what,
+            self.processor.idle_hours,
+        )
+        self._lossy[partition] = self.processor.time.now() + self.processor.idle_hours * 3600
+        self._replaying.pop(partition, None)
+
+    def _give_up(self, visits: Sequence[tuple[Any, Any]]) -> None:
+        """Says of visits that may lack observations that their risk is unknown, and drops them."""
+        for client, visit_id in visits:
+            about = {"visit_id": visit_id, "client": client}
+            key = visit_of(about)
+            if self.processor.was_dropped(key):
+                continue
+            self.processor.forget([key])
+            self.processor.remember_dropped([mark_of(key)])
+            self._produce(self.arguments.dropped_topic, {"client": client, "visit_id": visit_id})
+            unknown = {"sepsis_probability": None, "risk_level": "UNKNOWN", "reason": "incomplete", "missing": []}
+            nothing = {"num_observations": 0, "unused_codes": {}, "timestamp": None, "as_of": None}
+            nothing |= {"hours_since_newest": None, "model_version": self.processor.pipeline.model_version}
+            self._produce(self.arguments.out, {**about, **unknown, **nothing})
+            self.book.forget([key])
 
     def _trouble(self, what: str) -> None:
         self.trouble[what] += 1
@@ -292,7 +344,9 @@ class PartitionFeed:
             partition, offset = visit.origin
             oldest[partition] = min(offset, oldest.get(partition, offset))
         offsets = [
-            TopicPartition(self.arguments.topic, p, min(oldest.get(p, done), done), str(done))
+            TopicPartition(
+                self.arguments.topic, p, min(oldest.get(p, done), done), f"{done} {self._lossy.get(p, 0):.0f}"
+            )
             for p, done in self._done.items()
             if p in partitions and p not in self._replaying
         ]
@@ -309,11 +363,22 @@ class PartitionFeed:
             for committed in self._asked(lambda: _sound(consumer.committed(partitions, STOP_PATIENCE))):
                 place = next(p for p in partitions if p.partition == committed.partition)
                 place.offset = committed.offset if committed.offset >= 0 else OFFSET_BEGINNING
-                ends = int(committed.metadata or 0) if (committed.metadata or "0").isdigit() else 0
+                told = [int(word) for word in (committed.metadata or "").split() if word.isdigit()]
+                ends = told[0] if told else 0
+                self._lossy[committed.partition] = told[1] if len(told) > 1 else 0.0
                 if committed.offset >= 0:
                     self._done[committed.partition] = max(ends, committed.offset)
-                if committed.offset >= 0 and ends > committed.offset:
-                    self._replaying[committed.partition] = ends
+                    low, high = self._asked(lambda p=place: consumer.get_watermark_offsets(p, STOP_PATIENCE))
+                    if low > committed.offset or high < self._done[committed.partition]:
+                        needed = f"{committed.offset} to {self._done[committed.partition]}"
+                        self._note_loss(committed.partition, f"holds {low} to {high} where {needed} was read")
+                        place.offset = min(max(ends, committed.offset, low), high)
+                        self._done[committed.partition] = place.offset
+                        self._moved = True
+                    elif ends > committed.offset:
+                        self._replaying[committed.partition] = ends
+                if place.offset >= 0:
+                    self._next[committed.partition] = place.offset
             self._learn(self.arguments.alerts_topic, self.book.note_alert)
             self._learn(self.arguments.dropped_topic, self._note_dropped)
             log.info("partitions taken: %s", ", ".join(str(p.partition) for p in partitions))
@@ -357,7 +422,8 @@ class PartitionFeed:
         self.book.forget(leaving)  # whoever gets the partitions learns their alerts from the topic
         for partition in partitions:
             self._done.pop(partition, None)
-            self._replaying.pop(partition, None)
+            for by_partition in (self._replaying, self._next, self._lossy):
+                by_partition.pop(partition, None)
         if partitions:
             log.info("partitions given up: %s", ", ".join(map(str, partitions)))
 
