@@ -12,9 +12,8 @@ alert that is in the topic is never sent again. From another one it learns which
 observations are set aside, since a score of a part would be a wrong number.
 
 Where the topic has lost observations of open visits (a retention shorter than the stay, a log that was truncated or
-restored), nobody knows which visits these were. So every visit that is first seen in the next `idle_hours` (after which
-the lost ones would have been dropped) is UNKNOWN, ``incomplete``, and is dropped. The metadata of the commit hold until
-when.
+restored), nobody knows which visits these were. So every visit first seen in the next `idle_hours` (by then the lost
+ones would have been dropped) is UNKNOWN, ``incomplete``, and dropped. The metadata of the commit hold until when.
 """
 
 from __future__ import annotations
