@@ -198,3 +198,12 @@ def _normal_range(part: Mapping[str, Any], unit: str | None) -> tuple[Any, Any]:
         (_float(bound["value"]), _unit(bound) or unit) if bound and bound.get("value") is not None else None
         for bound in bounds
     )
+
+
+def next_page(bundle: Mapping[str, Any]) -> str | None:
+    """The address of the next page of a search's Bundle, if there is one."""
+    links = bundle.get("link")
+    for link in links if isinstance(links, list) else []:
+        if isinstance(link, dict) and link.get("relation") == "next" and isinstance(link.get("url"), str):
+            return link["url"]
+    return None

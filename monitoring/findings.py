@@ -165,6 +165,10 @@ def read_rows(
     `columns`, if not some are named."""
     chosen = [predictions.c[name] for name in columns] if columns else [predictions]
     query = sa.select(*chosen).where(_condition(since, until, version)).order_by(predictions.c.id)
+    return _frame(engine, query)
+
+
+def _frame(engine: sa.Engine, query: sa.Select[Any]) -> pd.DataFrame:
     with engine.connect() as connection:
         parts = pd.read_sql(query, connection.execution_options(stream_results=True), chunksize=AT_ONCE)
         rows = pd.concat(parts, ignore_index=True)
@@ -176,9 +180,7 @@ def read_challengers(engine: sa.Engine, since: datetime, until: datetime) -> pd.
     """The predictions in the shadow of all versions that ran there with ``since < time <= until``, and before."""
     shadow = sa.select(predictions).where(predictions.c.shadow.is_(True), predictions.c.time <= until)
     recent = sa.select(predictions.c.model_version).where(predictions.c.shadow.is_(True), predictions.c.time > since)
-    with engine.connect() as connection:
-        rows = pd.read_sql(shadow.where(predictions.c.model_version.in_(recent)), connection)
-    return rows.astype(dict.fromkeys(("time", "as_of", "newest"), "datetime64[us]"))
+    return _frame(engine, shadow.where(predictions.c.model_version.in_(recent)))
 
 
 @dataclass

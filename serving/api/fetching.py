@@ -9,6 +9,7 @@ from typing import Any
 
 from werkzeug.exceptions import BadRequest, PreconditionFailed
 
+from common.fhir import next_page
 from common.web import Unreachable, ask
 from serving.api.service import Busy
 from serving.api.settings import Settings
@@ -81,11 +82,3 @@ def _resource(url: str, base: str, token: str, end: float, most_bytes: int) -> t
             raise Unreachable("its next page is on another server")
         url = following
     return whole, size
-
-
-def next_page(bundle: dict[str, Any]) -> str | None:
-    links = bundle.get("link")
-    for link in links if isinstance(links, list) else []:
-        if isinstance(link, dict) and link.get("relation") == "next" and isinstance(link.get("url"), str):
-            return link["url"]
-    return None

@@ -149,8 +149,7 @@ class FhirFeed:
         parameters = {"_lastUpdated": f"ge{since.isoformat(timespec='milliseconds')}", "_count": PAGE}
         for entry in self.server.search("Observation", parameters):
             resource = entry["resource"]
-            meta = resource.get("meta")
-            number, version = str(resource.get("id")), str(meta.get("versionId") if isinstance(meta, dict) else "")
+            number, version = str(resource.get("id")), version_of(resource)
             if self.state.is_new(number, version):
                 versions[number] = version
                 changed.add(self._local(resource.get("encounter"), "Encounter"))
@@ -182,9 +181,10 @@ class FhirFeed:
         rows = [
             row
             for row in found.rows
-            if row.visit[1] and encounters.get(row.visit[1].value) in (None, row.visit[0].value)
+            if row.visit[1]
+            and row.visit[1].value in encounters
+            and encounters[row.visit[1].value] in (None, row.visit[0].value)
         ]
-        rows = [row for row in rows if row.visit[1].value in encounters]
         if len(rows) < len(found.rows):
             found.set_aside("Bundle", "other_patient", n=len(found.rows) - len(rows))
         found.rows = rows
@@ -279,9 +279,7 @@ class FhirFeed:
             resource = entry["resource"]
             own = {(i.get("system"), i.get("value")) for i in _dicts(resource.get("identifier"))}
             if (SYSTEM, encounter) in own and isinstance(resource.get("id"), str):
-                meta = resource.get("meta")
-                version = meta.get("versionId") if isinstance(meta, dict) else ""
-                return Written(resource["id"], str(version or ""))
+                return Written(resource["id"], version_of(resource))
         return None
 
     def _withdraw(self, known: Written) -> bool:
@@ -298,15 +296,20 @@ class FhirFeed:
         raise FhirError("others change a RiskAssessment of this service without end", 412)
 
 
+def version_of(resource: dict[str, Any]) -> str:
+    """What the server calls this version of a resource; empty where it does not say."""
+    meta = resource.get("meta")
+    return str(meta.get("versionId") or "") if isinstance(meta, dict) else ""
+
+
 def written_of(answer: Answer) -> Written | None:
     """Id and version of the resource that an answer is about: in its body, or in Location and ETag."""
     body = answer.body if isinstance(answer.body, dict) and answer.body.get("resourceType") == "RiskAssessment" else {}
-    meta = body.get("meta") if isinstance(body.get("meta"), dict) else {}
     _, _, after = (answer.headers.get("Location") or "").partition("RiskAssessment/")
     number, _, version = after.partition("/_history/")
     etag = (answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
     number = body.get("id") or number
-    return Written(str(number), str(meta.get("versionId") or etag or version)) if number else None
+    return Written(str(number), version_of(body) or etag or version) if number else None
 
 
 def _dicts(value: Any) -> Sequence[dict[str, Any]]:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from common.artifacts import read_toml
+from common.fhir import next_page
 from common.web import Answer, Unreachable, ask, is_safe
 from feature_pipeline import BadConfig, FeaturePipelineError
 
@@ -170,7 +171,7 @@ class FhirServer:
                 if isinstance(resource, dict) and resource.get("resourceType") == kind:
                     yield entry
             seen.add(url)
-            url = _next(bundle)
+            url = next_page(bundle)
             if url is None:
                 return
             if not url.startswith((f"{self.base}/", f"{self.base}?")):  # the token is for this server
@@ -229,14 +230,6 @@ class FhirServer:
 def _kind(url: str, base: str) -> str:
     """The type of resource that a URL is about, without any id."""
     return url.removeprefix(base).strip("/").partition("?")[0].partition("/")[0] or "its base"
-
-
-def _next(bundle: dict[str, Any]) -> str | None:
-    links = bundle.get("link")
-    for link in links if isinstance(links, list) else []:
-        if isinstance(link, dict) and link.get("relation") == "next" and isinstance(link.get("url"), str):
-            return link["url"]
-    return None
 
 
 def _date(answer: Answer) -> float | None:
