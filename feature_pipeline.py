@@ -2526,6 +2526,7 @@ class ScoreModel:
 
 INSUFFICIENT_EVIDENCE, STALE, NOTHING_USABLE = "insufficient_evidence", "stale", "nothing_usable"
 # Why a risk is unknown, in words.
+RISK_LEVELS = ("HIGH", "MEDIUM", "LOW", "UNKNOWN")
 UNKNOWN_REASONS = {
     INSUFFICIENT_EVIDENCE: "too little of what the model needs was measured recently",
     STALE: "the newest observation that the model uses is too old",

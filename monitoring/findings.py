@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
+from feature_pipeline import RISK_LEVELS
 from monitoring.log import cards, errors, predictions
 from monitoring.profile import AT_END, DURING, Profile, effective_size
 
@@ -228,7 +229,7 @@ def look_at_answers(findings: Findings, engine: sa.Engine, since: datetime, unti
     with engine.connect() as connection:
         rows = pd.read_sql(query.where(cards.c.time > since, cards.c.time <= until), connection)
     table = []
-    for level in [name for name in ("HIGH", "MEDIUM", "LOW", "UNKNOWN") if name in set(rows["risk_level"])]:
+    for level in [name for name in RISK_LEVELS if name in set(rows["risk_level"])]:
         own = rows[rows["risk_level"] == level]
         overridden = own[own["outcome"] == "overridden"]
         reasons = overridden["reason"].fillna("none given").value_counts()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS, UNIT_COLUMN, UNKNOWN_REASONS
+from feature_pipeline import RANGE_COLUMNS, REQUIRED_COLUMNS, RISK_LEVELS, UNIT_COLUMN, UNKNOWN_REASONS
 from serving.api.cds_hooks import HOOKS
 from serving.api.conformance import OPERATION, TYPES
 from serving.api.feedback import MOST_ANSWERS, OUTCOMES
@@ -244,7 +244,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         visit_id=name,
         client=name,
         sepsis_probability=probability,
-        risk_level={"enum": ["LOW", "MEDIUM", "HIGH", "UNKNOWN"]},
+        risk_level={"enum": [*RISK_LEVELS]},
         reason=why,
         reason_text={**time_, "description": "the same in words"},
         missing={"type": "array", "items": text, "description": "quantities that were not measured recently"},

@@ -29,6 +29,7 @@ from common.command_line import (
 from feature_pipeline import (
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
+    RISK_LEVELS,
     BadObservations,
     FeaturePipelineError,
     ProductionPipeline,
@@ -399,7 +400,7 @@ class _Run:
         )
 
     def _told(self, result: FileResult) -> str:
-        levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in ("HIGH", "MEDIUM", "LOW", "UNKNOWN"))
+        levels = ", ".join(f"{result.risk_levels.get(name, 0)} {name}" for name in RISK_LEVELS)
         aside = described(Counter(result.set_aside))
         told = f"{result.visits:,} visits ({levels}), {result.observations:,} observations"
         told += f"; set aside: {aside}" if aside else ""

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import mysql
 from feature_pipeline import (
     COLUMNS,
     RANGE_COLUMNS,
+    RISK_LEVELS,
     UNIT_COLUMN,
     listed,
 )
@@ -56,7 +57,6 @@ DEFAULT_MAPPING: dict[str, dict[str, Any]] = {
 OPTIONAL_COLUMNS = (*RANGE_COLUMNS, UNIT_COLUMN, "newest_observation", "reason", "as_of", "hours_since_newest")
 
 
-RISK_LEVELS = ("LOW", "MEDIUM", "HIGH", "UNKNOWN")
 _WHEN = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 
 

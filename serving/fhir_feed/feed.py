@@ -23,7 +23,15 @@ from common.artifacts import locked
 from common.command_line import log, run_every
 from common.fhir import identity
 from common.web import Answer
-from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, BadConfig, BadObservations, ProductionPipeline, SiteCodes
+from feature_pipeline import (
+    MICROSECONDS_PER_HOUR,
+    NO_TIME,
+    RISK_LEVELS,
+    BadConfig,
+    BadObservations,
+    ProductionPipeline,
+    SiteCodes,
+)
 from monitoring.log import OFF
 from serving.deployed import NOW, Deployed, moments_of
 from serving.fhir.assessment import assessments
@@ -55,7 +63,7 @@ class FeedResult:
     dry_run: bool = False
 
     def __str__(self) -> str:
-        levels = ", ".join(f"{self.risk_levels[level]:,} {level}" for level in ("HIGH", "MEDIUM", "LOW", "UNKNOWN"))
+        levels = ", ".join(f"{self.risk_levels[level]:,} {level}" for level in RISK_LEVELS)
         text = (
             f"{'would assess' if self.dry_run else 'assessed'} {self.risk_levels.total():,} of {self.in_progress:,} "
             f"encounters in progress ({levels}) with model {self.model_version} in {self.seconds:.1f} s; "
