@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import jwt
 import pytest
@@ -556,7 +557,33 @@ def test_too_many_requests_are_told_when_to_come_back(make_client):
     client = make_client(rate_limit="2/hour")
     answers = [client.post(PREDICT, json=EXAMPLE) for _ in range(3)]
     assert [a.status_code for a in answers] == [200, 200, 429]
+    assert [a.headers["X-RateLimit-Remaining"] for a in answers] == ["1", "0", "0"]
     assert int(answers[2].headers["Retry-After"]) > 0 and answers[2].get_json()["status"] == 429
+
+
+def test_of_several_limits_the_one_that_is_exceeded_is_named(make_client):
+    client = make_client(rate_limit="100/minute;2/hour")
+    answers = [client.post(PREDICT, json=EXAMPLE) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200, 200, 429]
+    assert "2 per 1 hour" in answers[2].get_json()["detail"] and int(answers[2].headers["Retry-After"]) > 60
+
+
+def test_while_the_store_of_counts_is_away_the_machine_counts_alone(make_client):
+    class Store(SharedCounts):
+        STORAGE_SCHEME: ClassVar[list[str]] = ["faulty"]
+        away = True
+
+        def incr(self, *arguments, **options):
+            if Store.away:
+                raise ConnectionError("the store of counts is away")
+            return super().incr(*arguments, **options)
+
+    client = make_client(rate_limit="2/hour", rate_storage="faulty://")
+    assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200, 200, 429]
+    Store.away = False
+    assert client.post(PREDICT, json=EXAMPLE).status_code == 429  # it is not asked again at once
+    client.application.limits._away_until = 0.0
+    assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200, 200, 429]
 
 
 def test_counts_of_requests_are_exact_among_threads():

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, current_app, g, jsonify, request, send_from_directory
-from flask_limiter import Limiter
-from flask_limiter.util import get_remote_address
-from limits import parse
-from werkzeug.exceptions import BadRequest, RequestURITooLarge, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, RequestURITooLarge, TooManyRequests, UnprocessableEntity
 
 from common.command_line import log
 from common.pseudonyms import Pseudonyms
@@ -25,10 +22,10 @@ from monitoring.log import OFF, url_of
 from serving.api import cds_hooks, conformance, feedback, fetching, fhir, metrics
 from serving.api.bodies import FHIR_TYPES, JSON_TYPES, parse_json, read_body
 from serving.api.errors import explained, problem
-from serving.api.limits import SharedCounts, check_rate_limit
+from serving.api.limits import Limits, check_rate_limit
 from serving.api.openapi import document
 from serving.api.records import Lines
-from serving.api.security import WRONG_KEYS, Gate
+from serving.api.security import Gate
 from serving.api.service import Service, Waiting
 from serving.api.settings import Settings
 from serving.api.stages import Stages, otlp_provider, trace_of
@@ -60,25 +57,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.pseudonyms = Pseudonyms.from_environment()
     if settings.insecure and not settings.api_keys:
         log.warning("warning: SEPSIS_INSECURE is set: this service answers everybody who can reach it")
-    app.after_request(_finish)  # the first that is registered runs last: behind the limiter, which has a Retry-After
-    limiter = Limiter(
-        _who,
-        app=app,
-        storage_uri=settings.rate_storage or f"{SharedCounts.STORAGE_SCHEME[0]}://",
-        headers_enabled=True,
-        in_memory_fallback_enabled=bool(settings.rate_storage),
-        swallow_errors=True,  # a fault of the limit costs the limit, not a prediction
-        strategy="fixed-window",
-    )
-    # one count for all routes, and for wrong keys
-    wrong_keys = parse(WRONG_KEYS)
-    app.gate = Gate(settings, lambda address: not limiter.limiter.hit(wrong_keys, "wrong-key", address))
+    app.limits = Limits(settings)
+    app.gate = Gate(settings, app.limits.too_many_wrong_keys)
     app.before_request(_begin)
+    app.after_request(_finish)
     app.teardown_request(_end)
     app.register_error_handler(Exception, _error)
 
-    limit = limiter.shared_limit(settings.rate_limit, scope="all")
-    limited = {view: limit(view) for view in (predict, fhir_predict, cds_card, cds_feedback)}
     for rule, view, method in (
         ("/predict", predict, "POST"),
         ("/fhir/predict", fhir_predict, "POST"),
@@ -86,7 +71,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         *((f"/cds-services/{name}", cds_card, "POST") for name in cds_hooks.HOOKS),
         *((f"/cds-services/{name}/feedback", cds_feedback, "POST") for name in cds_hooks.HOOKS),
     ):
-        app.add_url_rule(rule, view_func=limited[view], methods=[method])
+        app.add_url_rule(rule, view_func=view, methods=[method])
     for rule, view in (
         ("/", page),
         ("/docs", docs),
@@ -116,8 +101,7 @@ PROTECTED = {
 
 def _who() -> str:
     """Whom a rate limit counts for."""
-    client = getattr(g, "client", None)
-    return f"key:{client}" if client not in (None, "local", "anyone") else f"address:{get_remote_address()}"
+    return f"key:{g.client}" if g.client not in ("local", "anyone") else f"address:{request.remote_addr or '127.0.0.1'}"
 
 
 def _begin() -> None:
@@ -135,6 +119,10 @@ def _begin() -> None:
     if request.endpoint in PROTECTED and request.method != "OPTIONS":  # a browser asks with it whether it may ask
         signed = current_app.gate.signed(request) if request.endpoint.startswith("cds_") else None
         g.client = signed or current_app.gate.client(request, PROTECTED[request.endpoint])
+        if PROTECTED[request.endpoint] == "score":
+            g.headers, exceeded = current_app.limits.count(_who())
+            if exceeded:
+                raise TooManyRequests(f"more than {exceeded}; ask again later")
 
 
 def _finish(response: Response) -> Response:
@@ -239,7 +227,7 @@ def _error(error: Exception) -> Response:
         response = fhir.outcome_response(status, message, more)
     else:
         response = problem(status, message, more)
-    g.headers = headers
+    g.headers = {**g.get("headers", {}), **headers}
     return response
 
 

@@ -41,9 +41,6 @@ def explained(error: Exception) -> tuple[int, str, dict[str, Any], dict[str, str
         aside = described_set_aside(error.set_aside, error.set_aside_rows)
         return 422, str(error), {"set_aside": aside, "expected": list(COLUMNS)}, {}
     if isinstance(error, HTTPException):
-        if error.code == 429:
-            # Flask-Limiter adds Retry-After
-            return 429, f"more than {error.description}; ask again later", {}, {}
         headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
         return error.code or 500, error.description or error.name, {}, headers
     log.error("error: request %s failed: %s", g.get("request_id"), code_places(error))

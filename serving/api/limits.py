@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from limits import parse_many
+from limits import RateLimitItem, parse, parse_many
 from limits.errors import ConfigurationError
 from limits.storage import Storage, storage_from_string
 
+from common.command_line import log
 from feature_pipeline import BadConfig
 from serving.api.settings import Settings
 
@@ -35,6 +36,60 @@ def check_rate_limit(settings: Settings) -> None:
             missing = "prerequisite" in str(error)
             why = "needs a library that is not installed (pip install redis)" if missing else "is no storage's URL"
             raise BadConfig(f"SEPSIS_RATE_STORAGE {why}; expected redis://HOST:6379") from None
+
+
+WRONG_KEYS = parse("20/minute")  # from one address; beyond them wrong keys are not even looked at
+AWAY_SECONDS = 10  # until a store of counts that failed is asked again
+
+
+class Limits:
+    """Counts requests, and refuses those of a client that are too many.
+
+    A store of counts that fails costs no request: until it is back, this machine counts alone.
+    """
+
+    def __init__(self, settings: Settings):
+        self._limits = sorted(parse_many(settings.rate_limit))
+        self._own = SharedCounts()
+        self._store = storage_from_string(settings.rate_storage) if settings.rate_storage else None
+        self._away_until = 0.0  # by the monotonic clock
+
+    def count(self, who: str) -> tuple[dict[str, str], RateLimitItem | None]:
+        """Counts a request. Returns the headers that tell a client its limit, and a limit that is exceeded, if any."""
+        headers: dict[str, str] = {}
+        for limit in self._limits:
+            n, end = self._hit(limit, who)
+            exceeded = n > limit.amount
+            if exceeded or not headers:
+                headers = {
+                    "X-RateLimit-Limit": str(limit.amount),
+                    "X-RateLimit-Remaining": str(max(limit.amount - n, 0)),
+                    "X-RateLimit-Reset": str(int(end) + 1),
+                }
+            if exceeded:
+                return {**headers, "Retry-After": str(max(int(end - time.time()) + 1, 1))}, limit
+        return headers, None
+
+    def too_many_wrong_keys(self, address: str) -> bool:
+        """Counts a wrong key that came from this address."""
+        return self._hit(WRONG_KEYS, f"wrong-key:{address}")[0] > WRONG_KEYS.amount
+
+    def _hit(self, limit: RateLimitItem, who: str) -> tuple[int, float]:
+        """(requests of the window with this one, the window's end); 0 requests if nothing can be counted."""
+        key = limit.key_for(who)
+        if self._store is not None and time.monotonic() >= self._away_until:
+            try:
+                return self._store.incr(key, limit.get_expiry()), self._store.get_expiry(key)
+            except Exception as error:  # each kind of store has its own
+                self._away_until = time.monotonic() + AWAY_SECONDS
+                log.warning(
+                    "the store of counts for rate limits fails: %s; this machine counts alone", type(error).__name__
+                )
+        try:
+            return self._own.incr(key, limit.get_expiry()), self._own.get_expiry(key)
+        except OSError as error:
+            log.error("error: requests cannot be counted: %s", type(error).__name__)
+            return 0, time.time()
 
 
 class SharedCounts(Storage):

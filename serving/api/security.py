@@ -27,7 +27,6 @@ HOW_TO_SET_A_KEY = (
 SEND_THE_KEY = "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 EXPECTED = "name:sha256[:scopes[:expires]], a line as `python api_server.py --new-key NAME` prints"
 SCOPES = ("score", "metrics")  # what a key may be for; a line that names none is for both
-WRONG_KEYS = "20/minute"  # from one address; beyond them wrong keys are not even looked at
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
