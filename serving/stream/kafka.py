@@ -12,8 +12,13 @@ alert that is in the topic is never sent again. From another one it learns which
 observations are set aside, since a score of a part would be a wrong number.
 
 Where the topic has lost observations of open visits (a retention shorter than the stay, a log that was truncated or
-restored), nobody knows which visits these were. So every visit first seen in the next `idle_hours` (by then the lost
-ones would have been dropped) is UNKNOWN, ``incomplete``, and dropped. The metadata of the commit hold until when.
+restored, a compacted topic), nobody knows which visits these were. So every visit that begins in the next `idle_hours`
+(by then the lost ones would have been dropped) is UNKNOWN, ``incomplete``, and dropped. Until when this lasts is
+written to the topic of dropped visits, since not every broker keeps the metadata of commits.
+
+Offsets that are missing in the middle of a log are a loss where Kafka deletes single messages (a topic with
+``cleanup.policy=compact``), and else the marks of transactions or messages of a transaction that was aborted. Where the
+broker does not tell its policy they count as a loss.
 """
 
 from __future__ import annotations
@@ -21,38 +26,40 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 
 from common.command_line import log
 from feature_pipeline import BadConfig
 from serving.evidence import unused_text
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
+from serving.stream.kafka_client import (
+    BATCH,
+    STOP_PATIENCE,
+    WAIT,
+    Outbox,
+    Questions,
+    Unanswered,
+    library_log,
+    settings_of,
+)
 from serving.stream.processor import StreamProcessor
 from serving.stream.visits import Visit, mark_of
 
-BATCH = 5000  # messages at once
-WAIT = 0.05  # seconds for the first of them
 COMMIT_EVERY = 1.0
 IDLE_EVERY = 60.0
-PATIENCE = 30.0  # for answers of a broker
-STOP_PATIENCE = 10.0  # once it was told to stop
-LIBRARY_LOG_EVERY = 60.0  # seconds between lines of a kind
-Answer = TypeVar("Answer")
-
-
-class Undelivered(OSError):
-    """Results could not be brought to Kafka; nothing of them is committed, a restart gives them again."""
-
-
-class Unanswered(OSError):
-    """A broker does not tell what must be known before a partition is read."""
 
 
 def consume(
@@ -77,36 +84,6 @@ def consume(
     return bool(processor.set_aside or partition_feed.trouble)
 
 
-def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """librdkafka's settings for this broker and the file of --kafka-config."""
-    settings: dict[str, Any] = {"bootstrap.servers": arguments.kafka}
-    if arguments.kafka_config:
-        try:
-            settings |= json.loads(Path(arguments.kafka_config).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
-            raise BadConfig(f"--kafka-config cannot be read as a JSON object: {error}") from None
-    return settings
-
-
-class Sparing(logging.Filter):
-    """Lets one line of each kind through a minute: librdkafka says at every attempt that a broker is away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        kind = str(record.args[0]) if record.args else record.getMessage()
-        if record.created - self._last.get(kind, -LIBRARY_LOG_EVERY) < LIBRARY_LOG_EVERY:
-            return False
-        self._last[kind] = record.created
-        return True
-
-
-library_log = log.getChild("kafka")  # takes facility, client, text
-library_log.addFilter(Sparing())
-
-
 class PartitionFeed:
     """One member of the consumer group, with the open visits of its partitions."""
 
@@ -124,16 +101,15 @@ class PartitionFeed:
         self._settings = settings_of(arguments)
         self._settings["error_cb"] = self._report
         self._out_of_reach = False
-        self._undelivered: list[str] = []  # why
         self._abandoned = False
         self._taken: dict[int, int] = {}  # partition -> offset up to which observations were taken
         self._done: dict[int, int] = {}  # partition -> offset up to which results are out
         self._replaying: dict[int, int] = {}  # partition -> offset at which its replay ends
         self._next: dict[int, int] = {}  # partition -> offset of the next message
-        self._lossy: dict[int, float] = {}  # partition -> until when its visits may lack observations, since 1970
+        self._policy: str | None = None  # of the topic, since it was asked last
+        self._lossy: dict[int, float] = {}  # partition -> visits that begin before may lack observations, since 1970
         self._committed = self._looked = time.monotonic()
         self._moved = False
-        self._ended: float | None = None  # when it was first seen that the work should stop
         group = {
             "group.id": arguments.group,
             "enable.auto.commit": False,
@@ -141,9 +117,8 @@ class PartitionFeed:
             "partition.assignment.strategy": "cooperative-sticky",
         }
         try:
-            self._producer = Producer(
-                {"enable.idempotence": True, "linger.ms": 5, **self._settings}, logger=library_log
-            )
+            self._outbox = Outbox(self._settings, stopped)
+            self._questions = Questions(self._settings, arguments.group, stopped)
             self._consumer = Consumer({"session.timeout.ms": 10_000, **self._settings, **group}, logger=library_log)
         except KafkaException as error:
             raise BadConfig(f"Kafka's settings are not usable: {error.args[0].str()}") from None
@@ -191,9 +166,10 @@ class PartitionFeed:
 
     def _take(self, messages: Sequence[Message]) -> None:
         old, new = [], []
+        self._policy = None  # may have been changed
         for message in messages:
             partition = message.partition()
-            self._look_for_loss(partition, message.offset())
+            self._look_for_loss(message)
             ends = self._replaying.get(partition)
             (old if ends is not None and message.offset() < ends else new).append(message)
         self._add(old, known=True)
@@ -216,7 +192,7 @@ class PartitionFeed:
                 if known and self.processor.was_dropped(key):
                     continue
                 visit = self.processor.visits.get(key)
-                if visit is None and self._lossy.get(message.partition(), 0.0) > self.processor.time.now():
+                if visit is None and self._lossy.get(message.partition(), 0.0) > self._arrived(message):
                     self._give_up([(record["client"], record["visit_id"])])
             except (ValueError, RecursionError):
                 self._trouble("not JSON")
@@ -228,30 +204,60 @@ class PartitionFeed:
             self.processor.add_observation(record, origin=(message.partition(), message.offset()))
         self.processor.settle()
 
-    def _look_for_loss(self, partition: int, offset: int) -> None:
+    def _look_for_loss(self, message: Message) -> None:
         """Says where messages are missing that were there, and gives up the visits that were open then."""
+        partition, offset = message.partition(), message.offset()
         expected, self._next[partition] = self._next.get(partition, offset), offset + 1
         if offset == expected:
             return
-        place = TopicPartition(self.arguments.topic, partition)
-        if offset > expected:  # markers of transactions take places too
-            low, _ = self._asked(lambda: self._consumer.get_watermark_offsets(place, STOP_PATIENCE))
-            if low <= expected:
+        if offset > expected:
+            low, _ = self._questions.bounds(self._consumer, self.arguments.topic, partition)
+            if low <= expected and not self._may_be_compacted():
                 return
-        self._note_loss(partition, f"goes on at {offset} where {expected} was due")
+        self._note_loss(partition, f"goes on at {offset} where {expected} was due", self._arrived(message))
         theirs = [visit for visit in self.processor.visits.values() if visit.origin[0] == partition]
         self._give_up([(visit.client, visit.visit_id) for visit in theirs])
 
-    def _note_loss(self, partition: int, what: str) -> None:
+    def _may_be_compacted(self) -> bool:
+        """Does Kafka delete single messages of the topic, or not tell?"""
+        self._policy = self._policy or self._questions.cleanup_policy(self.arguments.topic) or "unknown"
+        return self._policy == "unknown" or "compact" in self._policy
+
+    def _arrived(self, message: Message) -> float:
+        """When a message came to the topic, in seconds since 1970."""
+        kind, milliseconds = message.timestamp()
+        now = self.processor.time.now()
+        return now if kind == TIMESTAMP_NOT_AVAILABLE else min(milliseconds / 1000, now)
+
+    def _tell_policy(self) -> None:
+        topic = self.arguments.topic
+        if self._may_be_compacted() and self._policy == "unknown":
+            log.warning(
+                "Kafka does not tell how it cleans up the topic %s (allow DescribeConfigs): missing offsets, such as "
+                "those of transactions, count as lost observations",
+                topic,
+            )
+        elif self._may_be_compacted():
+            log.error(
+                "error: the topic %s has cleanup.policy=%s, by which Kafka deletes observations of open visits; visits "
+                "that it deleted some of are UNKNOWN: set cleanup.policy=delete",
+                topic,
+                self._policy,
+            )
+
+    def _note_loss(self, partition: int, what: str, when: float) -> None:
         log.error(
             "error: partition %d of %s %s: it has lost observations (its retention is shorter than the stays, or its "
-            "log was truncated or restored); visits that begin in the next %g hours are UNKNOWN",
+            "log was truncated, restored or compacted); visits that begin in the next %g hours are UNKNOWN",
             partition,
             self.arguments.topic,
             what,
             self.processor.idle_hours,
         )
-        self._lossy[partition] = self.processor.time.now() + self.processor.idle_hours * 3600
+        until = when + self.processor.idle_hours * 3600
+        self._lossy[partition] = max(until, self._lossy.get(partition, 0.0))
+        loss = {"partition": partition, "incomplete_until": self._lossy[partition]}
+        self._outbox.send(self.arguments.dropped_topic, loss, json.dumps(partition))
         self._replaying.pop(partition, None)
 
     def _give_up(self, visits: Sequence[tuple[Any, Any]]) -> None:
@@ -277,8 +283,6 @@ class PartitionFeed:
 
     def _give(self, results: Sequence[Mapping[str, Any]]) -> None:
         dropped = self.processor.newly_dropped()
-        if not results and not dropped:
-            return
         alerts = self.book.rises(results)
         self.sinks.send(alerts)
         self.sinks.sent.clear()
@@ -290,50 +294,10 @@ class PartitionFeed:
         for client, visit_id in dropped:
             self._produce(self.arguments.dropped_topic, {"client": client, "visit_id": visit_id})
         self.book.forget(dropped)
-        self._delivered()
+        self._outbox.deliver()
 
     def _produce(self, topic: str, content: Mapping[str, Any]) -> None:
-        key = json.dumps(visit_of(content))
-        while True:
-            try:
-                self._producer.produce(topic, json.dumps(content), key, on_delivery=self._on_delivery)
-                return
-            except BufferError:
-                self._producer.poll(0.1)
-                self._look_whether_out_of_time()
-            except KafkaException as error:  # it knows at once that it cannot be
-                raise self._undeliverable(error.args[0].str()) from None
-
-    def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
-        if error is not None:
-            self._undelivered.append(error.str())
-
-    def _delivered(self) -> None:
-        """Waits until everything is out."""
-        told = time.monotonic()
-        while self._producer.flush(1.0):
-            if time.monotonic() - told > PATIENCE:
-                told = time.monotonic()
-                log.warning("Kafka does not accept the results; trying again")
-            self._look_whether_out_of_time()
-        self._ended = None
-        if self._undelivered:
-            raise self._undeliverable(self._undelivered[0])
-
-    def _undeliverable(self, why: str) -> Undelivered:
-        return Undelivered(
-            f"{len(self._undelivered) or 'some'} results could not be brought to Kafka ({why}); "
-            "nothing of them is committed: start again to go on"
-        )
-
-    def _look_whether_out_of_time(self) -> None:
-        if not self._stopped():
-            return
-        self._ended = self._ended or time.monotonic()
-        if time.monotonic() - self._ended > STOP_PATIENCE:
-            raise Undelivered(
-                "Kafka does not take the last results; nothing of them is committed: start again to go on"
-            )
+        self._outbox.send(topic, content, json.dumps(visit_of(content)))
 
     # -------------------------------------------------------------------------------- offsets, partitions
 
@@ -343,9 +307,7 @@ class PartitionFeed:
             partition, offset = visit.origin
             oldest[partition] = min(offset, oldest.get(partition, offset))
         offsets = [
-            TopicPartition(
-                self.arguments.topic, p, min(oldest.get(p, done), done), f"{done} {self._lossy.get(p, 0):.0f}"
-            )
+            TopicPartition(self.arguments.topic, p, min(oldest.get(p, done), done), str(done))
             for p, done in self._done.items()
             if p in partitions and p not in self._replaying
         ]
@@ -359,42 +321,28 @@ class PartitionFeed:
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         if partitions:
-            for committed in self._asked(lambda: _sound(consumer.committed(partitions, STOP_PATIENCE))):
-                place = next(p for p in partitions if p.partition == committed.partition)
-                place.offset = committed.offset if committed.offset >= 0 else OFFSET_BEGINNING
-                told = [int(word) for word in (committed.metadata or "").split() if word.isdigit()]
-                ends = told[0] if told else 0
-                self._lossy[committed.partition] = told[1] if len(told) > 1 else 0.0
-                if committed.offset >= 0:
-                    self._done[committed.partition] = max(ends, committed.offset)
-                    low, high = self._asked(lambda p=place: consumer.get_watermark_offsets(p, STOP_PATIENCE))
-                    if low > committed.offset or high < self._done[committed.partition]:
-                        needed = f"{committed.offset} to {self._done[committed.partition]}"
-                        self._note_loss(committed.partition, f"holds {low} to {high} where {needed} was read")
-                        place.offset = min(max(ends, committed.offset, low), high)
-                        self._done[committed.partition] = place.offset
-                        self._moved = True
-                    elif ends > committed.offset:
-                        self._replaying[committed.partition] = ends
-                if place.offset >= 0:
-                    self._next[committed.partition] = place.offset
+            topic = self.arguments.topic
+            self._tell_policy()
             self._learn(self.arguments.alerts_topic, self.book.note_alert)
             self._learn(self.arguments.dropped_topic, self._note_dropped)
+            for committed in self._questions.committed(consumer, partitions):
+                partition, start = committed.partition, max(committed.offset, 0)
+                done = int(committed.metadata) if (committed.metadata or "").isdigit() else start
+                if committed.offset >= 0:
+                    low, high = self._questions.bounds(consumer, topic, partition)
+                    if low > start or high < done:
+                        what = f"holds {low} to {high} where {start} to {done} was read"
+                        self._note_loss(partition, what, self.processor.time.now())
+                        start = done = min(max(done, low), high)
+                        self._moved = True
+                    elif done > start:
+                        self._replaying[partition] = done
+                    self._done[partition] = done
+                self._next[partition] = start
+                place = next(p for p in partitions if p.partition == partition)
+                place.offset = start or OFFSET_BEGINNING
             log.info("partitions taken: %s", ", ".join(str(p.partition) for p in partitions))
         consumer.incremental_assign(partitions)
-
-    def _asked(self, ask: Callable[[], Answer]) -> Answer:
-        """What a broker answers, asked for a while."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return ask()
-            except KafkaException as error:
-                if self._stopped() or time.monotonic() > end:
-                    raise Unanswered(
-                        f"Kafka does not tell where to go on ({error.args[0].str()}); start again to go on"
-                    ) from None
-                time.sleep(0.5)
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         leaving = [p.partition for p in partitions]
@@ -421,42 +369,21 @@ class PartitionFeed:
         self.book.forget(leaving)  # whoever gets the partitions learns their alerts from the topic
         for partition in partitions:
             self._done.pop(partition, None)
-            for by_partition in (self._replaying, self._next, self._lossy):
+            for by_partition in (self._replaying, self._next):
                 by_partition.pop(partition, None)
         if partitions:
             log.info("partitions given up: %s", ", ".join(map(str, partitions)))
 
     def _note_dropped(self, record: Mapping[str, Any]) -> None:
+        if "incomplete_until" in record:
+            partition, until = int(record["partition"]), float(record["incomplete_until"])
+            self._lossy[partition] = max(until, self._lossy.get(partition, 0.0))
+            return
         self.processor.remember_dropped([mark_of(visit_of(record))])
 
     def _learn(self, topic: str, note: Callable[[Any], None]) -> None:
         """Reads a topic of this program's own up to its present end."""
-        reader = Consumer(
-            {**self._settings, "group.id": f"{self.arguments.group}-reader", "enable.auto.commit": False},
-            logger=library_log,
-        )
-        try:
-            ends = self._asked(lambda: _ends(reader, topic))
-            reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in ends])
-            last = time.monotonic()
-            while ends:
-                messages = [message for message in reader.consume(BATCH, WAIT) if message.error() is None]
-                for message in messages:
-                    if message.value() is None:
-                        continue  # deleted
-                    try:
-                        note(json.loads(message.value()))
-                    except (ValueError, TypeError, KeyError, RecursionError):
-                        self._trouble(f"of {topic} are not of this program")
-                for place in reader.position([TopicPartition(topic, partition) for partition in ends]):
-                    if place.offset >= ends[place.partition]:
-                        del ends[place.partition]
-                if messages:
-                    last = time.monotonic()
-                elif self._stopped() or time.monotonic() - last > PATIENCE:
-                    raise Unanswered(f"the topic {topic} cannot be read to its end; start again to go on")
-        finally:
-            reader.close()
+        self._questions.read_whole(topic, note, lambda: self._trouble(f"of {topic} are not of this program"))
 
     def close(self) -> None:
         """Gives what is due, commits, leaves the group: the others take over at once."""
@@ -464,7 +391,7 @@ class PartitionFeed:
         self._commit(list(self._done))
         n_open = len(self.processor.visits)
         self._consumer.close()
-        self._producer.flush(STOP_PATIENCE)
+        self._outbox.flush(STOP_PATIENCE)
         unused = self.processor.unused_codes
         log.info("%d visits were open; %d observations set aside", n_open, self.set_aside)
         if unused:
@@ -473,28 +400,10 @@ class PartitionFeed:
     def abandon(self) -> None:
         """Leaves the group and commits nothing: whoever takes the partitions gives what is not out."""
         self._abandoned = True
-        self._producer.purge()
+        self._outbox.purge()
         with contextlib.suppress(RuntimeError, KafkaException):  # closed already, or not in a state to be
             self._consumer.close()
 
     @property
     def set_aside(self) -> int:
         return sum(self.processor.set_aside.values()) + sum(self.trouble.values())
-
-
-def _sound(places: list[TopicPartition]) -> list[TopicPartition]:
-    """The places, where no partition of them has an error."""
-    for place in places:
-        if place.error is not None:
-            raise KafkaException(place.error)
-    return places
-
-
-def _ends(reader: Consumer, topic: str) -> dict[int, int]:
-    """The end of each partition of a topic that is not empty."""
-    ends = {}
-    for partition in reader.list_topics(topic, timeout=STOP_PATIENCE).topics[topic].partitions:
-        low, high = reader.get_watermark_offsets(TopicPartition(topic, partition), STOP_PATIENCE)
-        if high > low:
-            ends[partition] = high
-    return ends
