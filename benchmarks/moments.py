@@ -23,7 +23,7 @@ from common.metrics import ranking_scores
 from feature_pipeline import MICROSECONDS_PER_HOUR, NO_TIME, SnapshotSettings
 from sources.demo_cohort import make_demo_cohort
 from training.candidates import CONFIGURATION, FEATURE_SETS, feature_set_names
-from training.fitting import FeatureTable, cross_validate, filled, fit_calibrated
+from training.fitting import FeatureTable, calibrated, cross_validate, filled, fit_model
 from training.snapshots import TrainingData, load_training_data
 
 
@@ -85,8 +85,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
     columns = np.arange(len(names))
     for kind, data in trained.items():
         table, rows = FeatureTable.of(data, names), np.arange(len(data.label))
-        [out_of_fold] = cross_validate([(configuration, columns)], table, data, rows)
-        model, _ = fit_calibrated(configuration, table, columns, data, rows, out_of_fold)
+        [out_of_fold], _ = cross_validate([(configuration, columns)], table, data, rows)
+        model = fit_model(configuration, table, rows, columns, data.label)
+        calibrated(model, out_of_fold, data.label)
         for other, (test, features) in tables.items():
             p = model.probability(filled(features, configuration.fill_value))
             scores = ranking_scores(test.label, p)

@@ -40,7 +40,7 @@ from feature_pipeline import (
 )
 from sources.physionet2019 import ADMISSION
 from training.candidates import CONFIGURATION, FEATURE_SETS, part_names
-from training.fitting import FeatureTable, judge_candidate
+from training.fitting import FeatureTable, judge_candidates
 from training.snapshots import TrainingData, grouped_folds, in_order_of_names
 
 EARLIEST, OPTIMAL, LATEST = -12, -6, 3  # hours from onset
@@ -142,11 +142,11 @@ def fitted_scores(
 ) -> np.ndarray:
     """Log-odds of the held-out snapshots of each (training rows, held-out rows); NaN elsewhere."""
     results = joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(judge_candidate)(CONFIGURATION[model], table, columns, data.label, fit, held_out, seed)
+        joblib.delayed(judge_candidates)([CONFIGURATION[model]], table, columns, data.label, fit, held_out, seed)
         for fit, held_out in splits
     )
     score = np.full(len(data.label), np.nan)
-    for (_, held_out), result in zip(splits, results, strict=True):
+    for (_, held_out), [result] in zip(splits, results, strict=True):
         if "error" in result:
             raise RuntimeError(result["error"])
         score[held_out] = result["log_odds"]

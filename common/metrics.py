@@ -23,24 +23,31 @@ def resampled_scores(
     """(n_resamples, 2) ROC AUC and average precision, whole groups (clients) resampled; NaN where a resample lacks one
     of the labels. The same groups and seed give the same resamples: differences of two scores are paired.
 
-    Every resample weights the rows sorted once, instead of sorting anew.
+    Every resample weights the rows sorted once, instead of sorting anew; what it adds up are equal scores with a
+    positive row.
     """
     _, group = np.unique(group, return_inverse=True)
     order = np.argsort(-score, kind="stable")
-    y, own = label[order].astype(np.float64), group[order]
-    last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
+    own, score = group[order], score[order]
+    positive = np.flatnonzero(label[order])
+    tie = np.unique(np.searchsorted(-score, -score[positive]))  # where the equal scores begin
+    end_of_tie = np.searchsorted(-score, -score[tie], side="right")
+    last_positive = np.searchsorted(positive, end_of_tie)
     generator = np.random.default_rng(seed)
     n_groups = group.max() + 1
     scores = np.full((n_resamples, 2), np.nan)
     for k in range(n_resamples):
         weight = np.bincount(generator.integers(0, n_groups, n_groups), minlength=n_groups)[own]
-        true = np.cumsum(weight * y)[last_of_tie]
-        called = np.cumsum(weight)[last_of_tie]
-        false = called - true
-        if true[-1] == 0 or false[-1] == 0:
+        total = np.append(0, np.cumsum(weight))
+        true = np.append(0, np.cumsum(weight[positive]))[last_positive]
+        more, false = np.diff(true, prepend=0), total[end_of_tie] - true
+        positives = true[-1] if len(true) else 0
+        negatives = total[-1] - positives
+        if positives == 0 or negatives == 0:
             continue
-        auc = np.sum(np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))) / (2 * true[-1] * false[-1])
-        precision = np.sum(np.diff(true, prepend=0) * true / np.maximum(called, 1)) / true[-1]
+        false_before = total[tie] - (true - more)
+        auc = np.sum(more * (2 * negatives - false - false_before)) / (2 * positives * negatives)
+        precision = np.sum(more * true / np.maximum(total[end_of_tie], 1)) / positives
         scores[k] = auc, precision
     return scores
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -75,13 +76,13 @@ def results(entries) -> list[dict]:
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the model configurations that are fitted while a test runs, in order."""
-    fitted, original = [], fitting.fit_model
+    fitted, original = [], fitting.Fits.model
 
-    def fit(configuration, *rest):
+    def model(self, configuration):
         fitted.append(configuration.name)
-        return original(configuration, *rest)
+        return original(self, configuration)
 
-    monkeypatch.setattr(fitting, "fit_model", fit)
+    monkeypatch.setattr(fitting.Fits, "model", model)
     return fitted
 
 
@@ -359,15 +360,16 @@ def test_the_test_part_has_no_say_in_any_choice(cohort_files, tmp_path, change):
 def test_candidates_are_fitted_on_training_rows_alone(cohort_files, tmp_path, monkeypatch):
     """First the training part; then, for the winner, folds of training and validation parts, and both parts whole."""
     part = split_parts(load_training_data(*cohort_files))
-    seen, original = [], fitting.fit_model
+    seen, original = [], fitting.Fits.model
 
-    def fit(configuration, table, rows, *rest):
-        seen.append(rows)
-        return original(configuration, table, rows, *rest)
+    def model(self, configuration):
+        seen.append(self.rows)
+        return original(self, configuration)
 
-    monkeypatch.setattr(fitting, "fit_model", fit)
+    monkeypatch.setattr(fitting.Fits, "model", model)
     searched(cohort_files, tmp_path, "--quiet", models=MODELS[:1])
-    train, *folds, winner = seen
+    train, *folds, winner, again = seen
+    assert np.array_equal(again, train)  # for the minimum of evidence
     assert np.array_equal(train, np.flatnonzero(part == TRAIN))
     assert np.array_equal(winner, np.flatnonzero(part != TEST))
     assert np.array_equal(np.sort(np.concatenate(folds)), winner)  # of two folds, each row trains one
@@ -384,7 +386,7 @@ def test_resume_keeps_what_was_finished_and_fits_the_rest(cohort_files, tmp_path
     counted.clear()
     after = searched(cohort_files, tmp_path, "--resume", sets=SETS)
     assert counted[0] == "logistic_regression"
-    assert counted[1:] == [winner.model["name"]] * 3  # two folds and the winner itself
+    assert counted[1:] == [winner.model["name"]] * 4  # two folds, the winner, and on the training part alone
     assert after[:3] == entries  # not even their seconds
     assert without_times(after) == without_times(before)
     assert "resumed: 3 of 4 candidates were finished before" in capsys.readouterr().err
@@ -695,14 +697,14 @@ def test_a_name_that_stands_twice_is_searched_once(cohort_files, tmp_path):
 
 
 def test_a_finalist_that_fails_is_dropped_and_the_others_go_on(cohort_files, tmp_path, monkeypatch, capsys):
-    original = fitting.judge_candidate
+    original = fitting.judge_candidates
 
-    def judge(configuration, *rest, hide=True, **more):
-        if not hide and configuration.name in failing:
-            return {"error": "ValueError: too little", "seconds": 0.0}
-        return original(configuration, *rest, hide=hide, **more)
+    def judge(configurations, *rest, hide=True, **more):
+        if not hide and configurations[0].name in failing:
+            return [{"error": "ValueError: too little", "seconds": 0.0}]
+        return original(configurations, *rest, hide=hide, **more)
 
-    monkeypatch.setattr(fitting, "judge_candidate", judge)
+    monkeypatch.setattr(fitting, "judge_candidates", judge)
     failing = {"lightgbm_shallow"}
     assert len(searched(cohort_files, tmp_path, "--finalists", "2", "--quiet", status=1)) == 2
     assert "lightgbm_shallow failed in cross-validation: ValueError: too little" in capsys.readouterr().err
@@ -718,13 +720,14 @@ def test_histogram_boosting_bears_a_column_that_training_never_saw():
     label = (features[:, 0] + generator.normal(size=400) > 0).astype(int)
     never = np.column_stack([features, np.full(400, np.nan)])
     params = {**CONFIGURATION["hist_gradient_boosting"].params, "max_features": 1.0}
-    with_it, without = (fitting._FIT["hist_gradient_boosting"](params, x, label, None, 0) for x in (never, features))
+    samples = (SimpleNamespace(features=x.copy, label=label, weight=None) for x in (never, features))
+    with_it, without = (fitting._FIT["hist_gradient_boosting"](params, sample, 0) for sample in samples)
     measured = np.column_stack([features, generator.normal(size=400)])
     assert np.array_equal(with_it.log_odds(measured), without.log_odds(features))
 
 
 def test_a_killed_worker_is_one_line_that_says_how_to_go_on(cohort_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trials, "_candidate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(trials, "_candidates", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     line = refused(capsys, options(cohort_files, tmp_path, jobs=2))
     assert "ended a worker process" in line and "--resume" in line
 

@@ -181,14 +181,14 @@ def test_the_model_file_names_no_class_of_the_training_scripts(models_dir):
 
 def test_probabilities_are_calibrated_out_of_fold(directory, cohort_files, monkeypatch):
     seen = {}
-    original = training.train.fit_calibrated
+    original = training.train.calibrated
 
-    def fit_calibrated(configuration, table, columns, data, rows, out_of_fold, seed):
-        model, probability = original(configuration, table, columns, data, rows, out_of_fold, seed)
-        seen.update(model=model, probability=probability, label=data.label[rows], out_of_fold=out_of_fold)
-        return model, probability
+    def calibrated(model, out_of_fold, label):
+        probability = original(model, out_of_fold, label)
+        seen.update(model=model, probability=probability, label=label, out_of_fold=out_of_fold)
+        return probability
 
-    monkeypatch.setattr(training.train, "fit_calibrated", fit_calibrated)
+    monkeypatch.setattr(training.train, "calibrated", calibrated)
     trained(directory, "--full")
     assert len(seen["probability"]) == len(load_training_data(*cohort_files).label)  # every snapshot was held out once
     assert seen["probability"].mean() == pytest.approx(seen["label"].mean(), rel=0.1)

@@ -21,8 +21,8 @@ from feature_pipeline import (
     clinical_inputs,
 )
 from training.candidates import ModelConfiguration
-from training.fitting import filled, fit_model
-from training.snapshots import TRAIN, VALIDATION, TrainingData
+from training.fitting import filled
+from training.snapshots import VALIDATION, TrainingData
 from training.trials import Search
 
 VITAL_SIGNS = ("heart_rate", "respiratory_rate", "spo2", "temperature", "systolic_bp", "mean_bp", "diastolic_bp")
@@ -96,9 +96,9 @@ def alone(data: TrainingData, rows: np.ndarray, hours: float = 0.0) -> Observati
 
 
 def measure_evidence(
-    search: Search, feature_set: str, configuration: ModelConfiguration, calibrated: ScoreModel
+    search: Search, feature_set: str, configuration: ModelConfiguration, model: ScoreModel
 ) -> tuple[MinimumEvidence, list[dict[str, Any]]]:
-    """(the minimum of evidence, how the model does with less), for a model that is fitted on the training part only.
+    """(the minimum of evidence, how `model` does with less), which is fitted on the training part only.
 
     Measured on snapshots of the validation part: with all inputs of the minimum (the vital signs) hidden but for
     0, 1, 2, ... of them at random, with everything else known and hidden; and with nothing new for some hours. The
@@ -106,10 +106,6 @@ def measure_evidence(
     """
     data, columns = search.data, search.columns(feature_set)
     names = [search.names[i] for i in columns]
-    model = fit_model(
-        configuration, search.table, np.flatnonzero(search.part == TRAIN), columns, data.label, search.seed
-    )
-    model.slope, model.intercept = calibrated.slope, calibrated.intercept
     generator = np.random.default_rng([search.seed, 3])
     rows, weights = [], []
     for label, share in ((1, SEPTIC_SHARE), (0, 1 - SEPTIC_SHARE)):

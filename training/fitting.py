@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from feature_pipeline import (
     FeaturePipelineError,
     FeaturePlan,
     LinearModel,
+    Observations,
     ScoreModel,
 )
 from training.candidates import ModelConfiguration
@@ -41,50 +43,86 @@ class FeatureTable:
     """
 
     plain: np.ndarray
-    hidden: np.ndarray
+    hidden: np.ndarray | None  # where it is asked for
     copied: np.ndarray  # (n_snapshots,) whose copy with codes hidden is learned from: all septic, a third of the others
 
     @classmethod
-    def of(cls, data: TrainingData, names: Sequence[str], seed: int = 0, folder: str | Path | None = None):
+    def of(
+        cls,
+        data: TrainingData,
+        names: Sequence[str],
+        seed: int = 0,
+        folder: str | Path | None = None,
+        hidden: bool = True,
+    ) -> FeatureTable:
         """Evaluates the features `names`; with a `folder` into files there that processes can share."""
-        tables = []
-        for name, observations in (("plain", data.observations), ("hidden", hide_codes(data.observations, seed))):
+
+        def evaluated(name: str, observations: Observations) -> np.ndarray:
             shape = (len(names), len(data.label))
             if folder is None:
                 table = np.empty(shape)
             else:
                 table = np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float64, shape)
             FeaturePlan(names).evaluate(observations, data.visit, data.as_of, out=table)
-            tables.append(table)
+            return table
+
         septic = np.isin(data.group, data.group[data.label == 1])
-        return cls(*tables, copied=septic | (data.group % 3 == 0))
+        return cls(
+            evaluated("plain", data.observations),
+            evaluated("hidden", hide_codes(data.observations, seed)) if hidden else None,
+            copied=septic | (data.group % 3 == 0),
+        )
 
     def at(self, rows: np.ndarray) -> FeatureTable:
         """The table of some of the snapshots."""
-        return FeatureTable(self.plain[:, rows], self.hidden[:, rows], self.copied[rows])
+        hidden = None if self.hidden is None else self.hidden[:, rows]
+        return FeatureTable(self.plain[:, rows], hidden, self.copied[rows])
 
-    def rows(self, rows: np.ndarray, columns: np.ndarray, hidden: bool = False) -> np.ndarray:
-        """(n_rows, n_columns) of some snapshots and features."""
-        return self._stack([(self.hidden if hidden else self.plain, rows)], columns)
+    def rows(
+        self, rows: np.ndarray, columns: np.ndarray, hidden: bool = False, fill_value: float | None = None
+    ) -> np.ndarray:
+        """(n_rows, n_columns) of some snapshots and features; `fill_value` in place of NaN."""
+        parts = (rows[:0], rows) if hidden else (rows, rows[:0])
+        return self.stacked(*parts, columns, fill_value)
 
-    def with_copy(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(features, their rows) of the snapshots `rows` as they are, then of those `copied`, with codes hidden."""
-        again = rows[self.copied[rows]]
-        features = self._stack([(self.plain, rows), (self.hidden, again)], columns)
-        return features, np.concatenate([rows, again])
-
-    @staticmethod
-    def _stack(parts: Sequence[tuple[np.ndarray, np.ndarray]], columns: np.ndarray) -> np.ndarray:
-        out = np.empty((len(columns), sum(len(rows) for _, rows in parts)))
-        for i, column in enumerate(columns):
-            start = 0
-            for table, rows in parts:
-                np.take(table[column], rows, out=out[i, start : start + len(rows)])
-                start += len(rows)
+    def stacked(
+        self, rows: np.ndarray, hidden_rows: np.ndarray, columns: np.ndarray, fill_value: float | None = None
+    ) -> np.ndarray:
+        """The features of `rows` as they are, then of `hidden_rows` with codes hidden."""
+        out = np.empty((len(columns), len(rows) + len(hidden_rows)))
+        for values, column in zip(out, columns, strict=True):
+            np.take(self.plain[column], rows, out=values[: len(rows)])
+            if len(hidden_rows):
+                np.take(self.hidden[column], hidden_rows, out=values[len(rows) :])
+            if fill_value is not None:
+                values[np.isnan(values)] = fill_value
         return out.T
 
 
-_FIT = {}  # kind of model -> function(params, features, label, weight, seed) that gives one fitted member
+class Sample:
+    """What members learn from: some snapshots and features, with `hide_codes` also copies with codes hidden."""
+
+    def __init__(self, fits: Fits, hide_codes: bool, fill_value: float | None):
+        again = fits.rows[fits.table.copied[fits.rows]] if hide_codes else fits.rows[:0]
+        rows = np.append(fits.rows, again)
+        # gigabytes: made when they are asked for, and not kept
+        self.features = lambda: fits.table.stacked(fits.rows, again, fits.columns, fill_value)
+        self.label = fits.label[rows]
+        self.weight = None if fits.weight is None else fits.weight[rows]
+        self._bins: dict[tuple[Any, ...], Any] = {}
+
+    def bins(self, settings: dict[str, Any]) -> Any:
+        """LightGBM's Dataset. `lightgbm.train` refuses one that was made with other settings of bins."""
+        import lightgbm
+
+        key = settings.get("max_bin"), settings.get("min_data_in_leaf")
+        if key not in self._bins:
+            made = lightgbm.Dataset(self.features(), self.label, weight=self.weight, params=settings)
+            self._bins[key] = made.construct()
+        return self._bins[key]
+
+
+_FIT: dict[str, Any] = {}  # kind of model -> function(params, sample, seed) that gives one fitted member
 
 
 def fits(kind: str):
@@ -93,6 +131,39 @@ def fits(kind: str):
         return function
 
     return declare
+
+
+class Fits:
+    """Fits uncalibrated models on the snapshots `rows`, each on one core; `label` and `weight` (None: all count alike)
+    are of all snapshots. What models have in common is made once: LightGBM's bins, members that are alike."""
+
+    def __init__(
+        self,
+        table: FeatureTable,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        label: np.ndarray,
+        seed: int = 0,
+        weight: np.ndarray | None = None,
+    ):
+        self.table, self.rows, self.columns, self.label = table, rows, columns, label
+        self.seed, self.weight = seed, weight
+        self._samples: dict[tuple[bool, float | None], Sample] = {}
+        self._members: dict[str, Any] = {}
+
+    def model(self, configuration: ModelConfiguration) -> ScoreModel:
+        with threadpool_limits(1):  # scikit-learn's histogram boosting would take every core
+            return ScoreModel([self._member(configuration, k) for k in range(len(configuration.members))])
+
+    def _member(self, configuration: ModelConfiguration, k: int) -> Any:
+        params = {**configuration.params, **configuration.members[k]}
+        of = params.pop("hide_codes", False), configuration.fill_value
+        sample = self._samples.setdefault(of, Sample(self, *of))
+        params, seed = scaled(params, int(sample.label.sum())), self.seed + 1000 * k
+        key = repr((configuration.kind, sorted(params.items()), of, seed))
+        if key not in self._members:
+            self._members[key] = _FIT[configuration.kind](params, sample, seed)
+        return self._members[key]
 
 
 def fit_model(
@@ -104,26 +175,11 @@ def fit_model(
     seed: int = 0,
     weight: np.ndarray | None = None,
 ) -> ScoreModel:
-    """Fits an uncalibrated model on the snapshots `rows`, on one core; `label` and `weight` (None: all count alike) are
-    of all snapshots."""
-    with threadpool_limits(1):  # scikit-learn's histogram boosting would take every core
-        return _fit_members(configuration, table, rows, columns, label, seed, weight)
-
-
-def _fit_members(configuration, table, rows, columns, label, seed, weight) -> ScoreModel:
-    members = []
-    for k, member in enumerate(configuration.members):
-        params = {**configuration.params, **member}
-        if params.pop("hide_codes", False):
-            features, used = table.with_copy(rows, columns)
-        else:
-            features, used = table.rows(rows, columns), rows
-        features = filled(features, configuration.fill_value)
-        weights = None if weight is None else weight[used]
-        params = scaled(params, int(label[used].sum()))
-        members.append(_FIT[configuration.kind](params, features, label[used], weights, seed + 1000 * k))
-        del features  # gigabytes: gone before the next member's are made
-    return ScoreModel(members)
+    """One model of `Fits`. Raises `FeaturePipelineError` where it cannot be fitted."""
+    try:
+        return Fits(table, rows, columns, label, seed, weight).model(configuration)
+    except Exception as error:
+        raise FeaturePipelineError(f"{configuration.name} failed: {type(error).__name__}: {error}") from error
 
 
 ENOUGH_POSITIVES = 400  # snapshots; the configurations were chosen on more
@@ -149,7 +205,7 @@ def scaled(params: dict[str, Any], n_positive: int) -> dict[str, Any]:
 
 
 @fits("lightgbm")
-def _fit_lightgbm(params, features, label, weight, seed):
+def _fit_lightgbm(params, sample, seed):
     import lightgbm
 
     settings = {
@@ -159,46 +215,52 @@ def _fit_lightgbm(params, features, label, weight, seed):
         "deterministic": True,
         "force_col_wise": True,
         "seed": seed,
+        "data_random_seed": 0,  # the rows that bins are chosen by: the same for all members
         **params,
     }
-    return BoostedTrees(lightgbm.train(settings, lightgbm.Dataset(features, label, weight=weight)))
+    return BoostedTrees(lightgbm.train(settings, sample.bins(settings)))
 
 
 @fits("logistic_regression")
-def _fit_logistic_regression(params, features, label, weight, seed):
+def _fit_logistic_regression(params, sample, seed):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean = features.mean(axis=0)
-    scale = features.std(axis=0)
-    scale[scale < 1e-12] = 1.0
+    features = sample.features()
+    mean, scale = np.empty((2, features.shape[1]))
+    standard = np.empty(features.shape)  # row-major, as scikit-learn wants it; without copies of everything
+    for start in range(0, len(mean), 64):
+        some = slice(start, start + 64)
+        mean[some], scale[some] = features[:, some].mean(axis=0), features[:, some].std(axis=0)
+        scale[some][scale[some] < 1e-12] = 1.0
+        standard[:, some] = LinearModel.standardise(features[:, some], mean[some], scale[some])
+    del features
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
-        model = LogisticRegression(random_state=seed, **params).fit(
-            LinearModel.standardise(features, mean, scale), label, weight
-        )
+        model = LogisticRegression(random_state=seed, **params).fit(standard, sample.label, sample.weight)
     return LinearModel(mean, scale, model.coef_[0].copy(), float(model.intercept_[0]))
 
 
 @fits("extra_trees")
-def _fit_extra_trees(params, features, label, weight, seed):
+def _fit_extra_trees(params, sample, seed):
     from sklearn.ensemble import ExtraTreesClassifier
 
-    # one thread sums the trees in one order
-    return Classifier(ExtraTreesClassifier(random_state=seed, n_jobs=1, **params).fit(features, label, weight))
+    model = ExtraTreesClassifier(random_state=seed, n_jobs=1, **params)  # one thread sums the trees in one order
+    return Classifier(model.fit(sample.features(), sample.label, sample.weight))
 
 
 @fits("hist_gradient_boosting")
-def _fit_hist_gradient_boosting(params, features, label, weight, seed):
+def _fit_hist_gradient_boosting(params, sample, seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
+    features = sample.features()
+    features[:, np.isnan(features).all(axis=0)] = 0.0  # scikit-learn cannot bin a column without a number
     model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **params)
-    never = np.isnan(features).all(axis=0)  # scikit-learn cannot bin a column without a number; it splits no constant
-    return Classifier(model.fit(np.where(never, 0.0, features) if never.any() else features, label, weight))
+    return Classifier(model.fit(features, sample.label, sample.weight))
 
 
-def judge_candidate(
-    configuration: ModelConfiguration,
+def judge_candidates(
+    configurations: Sequence[ModelConfiguration],
     table: FeatureTable,
     columns: np.ndarray,
     label: np.ndarray,
@@ -206,28 +268,38 @@ def judge_candidate(
     held_out: np.ndarray,
     seed: int = 0,
     hide: bool = True,
-) -> dict[str, Any]:
-    """Fits on the rows `train`, scores the rows `held_out`. A failure is a result too: ``{"error": ...}``.
+) -> list[dict[str, Any]]:
+    """Fits each on the rows `train`, scores the rows `held_out`. A failure is a result too: ``{"error": ...}``.
 
     Gives ``roc_auc, average_precision, score``, with `hide` the ``hidden_score`` on the held-out visits with codes
     hidden, ``seconds`` and the held-out ``log_odds``.
     """
-    start = time.perf_counter()
-    try:
-        model = fit_model(configuration, table, train, columns, label, seed)
+    fits = Fits(table, train, columns, label, seed)
+    features = lru_cache(2)(lambda hidden, fill_value: table.rows(held_out, columns, hidden, fill_value))
+
+    def judged(configuration: ModelConfiguration) -> dict[str, Any]:
+        model = fits.model(configuration)
 
         def score(hidden: bool) -> np.ndarray:
-            return model.log_odds(filled(table.rows(held_out, columns, hidden), configuration.fill_value))
+            return model.log_odds(features(hidden, configuration.fill_value))
 
         log_odds = score(hidden=False)
         if not np.isfinite(log_odds).all():
             raise ValueError("the model gives scores that are not finite")
-        scores = ranking_scores(label[held_out], log_odds)
+        scores: dict[str, Any] = ranking_scores(label[held_out], log_odds)
         if hide:
             scores["hidden_score"] = ranking_scores(label[held_out], score(hidden=True))["score"]
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "seconds": round(time.perf_counter() - start, 2)}
-    return {**scores, "seconds": round(time.perf_counter() - start, 2), "log_odds": log_odds}
+        return {**scores, "log_odds": log_odds}
+
+    results = []
+    for configuration in configurations:
+        start = time.perf_counter()
+        try:
+            result = judged(configuration)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        results.append({**result, "seconds": round(time.perf_counter() - start, 2)})
+    return results
 
 
 MOST_FOLDS, FEWEST_POSITIVE_IN_A_FOLD = 5, 3
@@ -247,19 +319,23 @@ def cross_validate(
     n_folds: int | None = None,
     seed: int = 0,
     jobs: int = 1,
-) -> list[np.ndarray | None]:
-    """For each contender (a configuration with its columns) the out-of-fold log-odds of the snapshots `rows`.
+    also: Sequence[Any] = (),
+) -> tuple[list[np.ndarray | None], list[Any]]:
+    """(for each contender, a configuration with its columns, the out-of-fold log-odds of the snapshots `rows`; what the
+    calls `also`, made by `joblib.delayed`, give).
 
     Groups (clients) are never on both sides; `n_folds` is by default `folds_for` the data. All folds of all contenders
-    share the processes. A contender of which a fold fails gives None, and the log says why; raises
-    `FeaturePipelineError` when all do.
+    share the processes, and `also` comes first, as it may take longer. A contender of which a fold fails gives None,
+    and the log says why; raises `FeaturePipelineError` when all do.
     """
     folds = list(grouped_folds(data, rows, n_folds or folds_for(data, rows), seed))
-    results = joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(judge_candidate)(configuration, table, columns, data.label, train, held_out, seed, hide=False)
+    judged = [
+        joblib.delayed(judge_candidates)([configuration], table, columns, data.label, train, held_out, seed, hide=False)
         for configuration, columns in contenders
         for train, held_out in folds
-    )
+    ]
+    results = joblib.Parallel(n_jobs=jobs)([*also, *judged])
+    others, results = results[: len(also)], [result for [result] in results[len(also) :]]
     scores: list[np.ndarray | None] = []
     failures = []
     for k, (configuration, _) in enumerate(contenders):
@@ -276,19 +352,10 @@ def cross_validate(
         raise FeaturePipelineError("; ".join(dict.fromkeys(failures)))
     for failure in failures:
         log.warning("%s", failure)
-    return scores
+    return scores, others
 
 
-def fit_calibrated(
-    configuration: ModelConfiguration,
-    table: FeatureTable,
-    columns: np.ndarray,
-    data: TrainingData,
-    rows: np.ndarray,
-    out_of_fold: np.ndarray,
-    seed: int = 0,
-) -> tuple[ScoreModel, np.ndarray]:
-    """(model fitted on `rows`, calibrated on their out-of-fold log-odds; the calibrated probabilities of these)."""
-    model = fit_model(configuration, table, rows, columns, data.label, seed)
-    model.slope, model.intercept = fit_platt(out_of_fold, data.label[rows])
-    return model, model.calibrate(out_of_fold)
+def calibrated(model: ScoreModel, out_of_fold: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Calibrates the model on out-of-fold log-odds; gives their calibrated probabilities."""
+    model.slope, model.intercept = fit_platt(out_of_fold, label)
+    return model.calibrate(out_of_fold)

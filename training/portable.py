@@ -35,7 +35,7 @@ def cost_of_portable(
     search = prepare_search(data, folder, options.seed, options.folds, [feature_set], options.synonyms)
     rows = np.flatnonzero(search.part != TEST)
     contender = configuration, search.columns(feature_set)
-    [score] = cross_validate([contender], search.table, data, rows, options.folds, options.seed, options.jobs)
+    [score], _ = cross_validate([contender], search.table, data, rows, options.folds, options.seed, options.jobs)
     by_code = ScoreModel([], evaluation.model.slope, evaluation.model.intercept).calibrate(score)
     figures = compared(data.label[rows], by_code, evaluation.out_of_fold, data.group[rows], 0.05, seed=options.seed)
     return {name: figures[name] for name in ("roc_auc", "average_precision")}

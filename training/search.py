@@ -19,10 +19,10 @@ from feature_pipeline import BadConfig, Codes, Config, FeaturePipelineError, Sna
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
 from training.evidence import measure_evidence
-from training.fitting import cross_validate
+from training.fitting import cross_validate, fit_model
 from training.portable import cost_of_portable
 from training.report import summary_text
-from training.snapshots import TEST, load_training_data
+from training.snapshots import TEST, TRAIN, load_training_data
 from training.thresholds import Rule
 from training.trials import Search, evaluate_winner, loss_without_codes, prepare_search, run_candidates
 from training.versions import CONFIG
@@ -111,7 +111,7 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
             best = good[: options.finalists]
             contenders = [(CONFIGURATION[entry["model"]], search.columns(entry["feature_set"])) for entry in best]
             log.info("cross-validating the best %d", len(best))
-            scores = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, options.jobs)
+            scores, _ = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, options.jobs)
         finalists = []
         for entry, out_of_fold in zip(best, scores, strict=True):
             if out_of_fold is None:
@@ -122,13 +122,20 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
             finalists.append((score, entry["feature_set"], entry["model"], out_of_fold))
         finalists.sort(key=lambda f: -f[0])
         _, feature_set, model, out_of_fold = finalists[0]
-        configuration = CONFIGURATION[model]
-        evaluation = evaluate_winner(search, feature_set, configuration, out_of_fold)
+        configuration, train = CONFIGURATION[model], np.flatnonzero(search.part == TRAIN)
+        winner, of_train = joblib.Parallel(n_jobs=options.jobs)(
+            joblib.delayed(fit_model)(
+                configuration, search.table, some, search.columns(feature_set), data.label, search.seed
+            )
+            for some in (rows, train)
+        )
+        evaluation = evaluate_winner(search, feature_set, configuration, winner, out_of_fold)
+        of_train.slope, of_train.intercept = winner.slope, winner.intercept
         if evaluation.metrics["test"]["n_positive_visits"] < FEWEST_POSITIVE_VISITS:
             log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
         evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
         loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
-        minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, evaluation.model)
+        minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, of_train)
         if options.portable:
             log.info("what features by concept cost")
             by_code = Path(scratch, "by_code")

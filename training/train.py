@@ -29,7 +29,7 @@ from monitoring.profile import MOST_SNAPSHOTS, Scored, make_profile
 from training.candidates import ModelConfiguration
 from training.config import configuration_of, load_data
 from training.evidence import enough
-from training.fitting import FeatureTable, cross_validate, filled, fit_calibrated
+from training.fitting import FeatureTable, calibrated, cross_validate, filled, fit_model
 from training.model_card import model_card
 from training.report import info_text, report_page
 from training.snapshots import TEST, TrainingData, split_parts
@@ -54,12 +54,11 @@ class Material:
     def fit(self, rows: np.ndarray) -> tuple[ScoreModel, np.ndarray]:
         """(model fitted on the snapshots `rows`, calibrated out-of-fold; the out-of-fold probabilities of these)."""
         columns = np.arange(len(self.table.plain))
-        [out_of_fold] = cross_validate(
-            [(self.configuration, columns)], self.table, self.data, rows, seed=self.seed, jobs=self.jobs
+        whole = joblib.delayed(fit_model)(self.configuration, self.table, rows, columns, self.data.label, self.seed)
+        [out_of_fold], [model] = cross_validate(
+            [(self.configuration, columns)], self.table, self.data, rows, seed=self.seed, jobs=self.jobs, also=[whole]
         )
-        model, probability = fit_calibrated(
-            self.configuration, self.table, columns, self.data, rows, out_of_fold, self.seed
-        )
+        probability = calibrated(model, out_of_fold, self.data.label[rows])
         self.facts["Calibration"] = f"log-odds x {model.slope:.3f} {model.intercept:+.3f} (Platt, out-of-fold)"
         return model, probability
 
@@ -81,7 +80,8 @@ def prepare(
     seed = config.seed if seed is None else seed
     for line in [*data.notices(), data.describe()]:
         log.info("%s", line)
-    table = FeatureTable.of(data, config.feature_names, seed)
+    hidden = any(member.get("hide_codes") for member in configuration.members)
+    table = FeatureTable.of(data, config.feature_names, seed, hidden=hidden)
     facts: dict[str, Any] = {
         "Trained at": datetime.now(UTC).isoformat(timespec="seconds"),
         "Data": data.describe(),
@@ -100,7 +100,7 @@ def train_holdout(directory: Path, observations: str | None = None, labels: str 
     model, _ = material.fit(np.flatnonzero(part != TEST))
     rows = np.flatnonzero(part == TEST)
     columns = np.arange(len(material.table.plain))
-    probability = model.probability(filled(material.table.rows(rows, columns), config.fill_value))
+    probability = model.probability(material.table.rows(rows, columns, fill_value=config.fill_value))
     scores = material.figures(rows, probability)
     material.add_figures("Test part", scores)
     points = operating_points(data.label[rows], probability, data.visit[rows])

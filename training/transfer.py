@@ -16,7 +16,7 @@ import numpy as np
 from common.metrics import fit_platt, log_losses, ranking_scores
 from feature_pipeline import BoostedTrees, ScoreModel
 from training.candidates import ModelConfiguration
-from training.fitting import FeatureTable, filled, fit_model
+from training.fitting import FeatureTable, fit_model
 from training.snapshots import TrainingData, grouped_folds
 
 
@@ -99,7 +99,7 @@ class Source:
         return FeatureTable(plain, hidden, copied), np.append(label, self.data.label)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        return filled(self.table.rows(rows, self.columns), self.configuration.fill_value)
+        return self.table.rows(rows, self.columns, fill_value=self.configuration.fill_value)
 
     def fit(self, part: Part, rows: np.ndarray) -> ScoreModel:
         """The part, fitted on the local snapshots `rows`; not calibrated."""

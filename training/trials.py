@@ -7,7 +7,9 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from feature_pipeline import (
     ScoreModel,
 )
 from training.candidates import FEATURE_SETS, ModelConfiguration, feature_set_names
-from training.fitting import FeatureTable, filled, fit_calibrated, judge_candidate
+from training.fitting import FeatureTable, calibrated, filled, judge_candidates
 from training.snapshots import PARTS, TEST, TRAIN, VALIDATION, TrainingData, split_parts
 
 RAREST_CODE = 0.01  # codes that fewer training visits have give no features
@@ -113,17 +115,20 @@ def run_candidates(
     entries = _finished(log_path, search, candidates) if resume else []
     done = {(entry["feature_set"], entry["model"]) for entry in entries}
     todo = [c for c in candidates if (c[0], c[1].name) not in done]
-    # the slowest kinds and the largest sets first: the last processes then end together
-    todo.sort(key=lambda c: (c[1].kind == "extra_trees", len(search.columns(c[0]))), reverse=True)
+    # those that have much in common go together, the largest first: the last processes then end together
+    together: dict[tuple[str, str], list[ModelConfiguration]] = {}
+    todo.sort(key=lambda c: (-len(search.columns(c[0])), c[1].fill_value is not None))
+    for feature_set, configuration in todo:
+        together.setdefault((feature_set, configuration.kind), []).append(configuration)
     if done:
         log.info("resumed: %d of %d candidates were finished before", len(done), len(candidates))
     train, held_out = (np.flatnonzero(search.part == number) for number in (TRAIN, VALIDATION))
     fingerprints = {(fs, c.name): search.fingerprint(fs, c) for fs, c in todo}
     # a task carries what it needs and no more: other processes get the observations neither sent nor kept
     tasks = (
-        joblib.delayed(_candidate)(
+        joblib.delayed(_candidates)(
             feature_set,
-            configuration,
+            configurations,
             search.table,
             search.columns(feature_set),
             search.data.label,
@@ -131,14 +136,13 @@ def run_candidates(
             held_out,
             search.seed,
         )
-        for feature_set, configuration in todo
+        for (feature_set, _), configurations in together.items()
     )
     # loky renews a worker that has grown; nothing is lost by it
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
-    with progress(
-        results, len(candidates), not log.isEnabledFor(logging.INFO), initial=len(done), unit="candidate"
-    ) as bar:
+    shown, quiet = chain.from_iterable(results), not log.isEnabledFor(logging.INFO)
+    with closing(results), progress(shown, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
         for entry in bar:
             entry["fingerprint"] = fingerprints[entry["feature_set"], entry["model"]]
             entries.append(entry)
@@ -148,19 +152,23 @@ def run_candidates(
             best = max((e["score"] for e in entries if "score" in e), default=float("nan"))
             bar.set_postfix_str(f"best {best:.4f}")
             if bar.disable:
-                shown = f"{entry['score']:.4f}" if "score" in entry else "failed"
+                score = f"{entry['score']:.4f}" if "score" in entry else "failed"
                 log.info(
                     "%2d/%d  %-16s %-28s %s  (best %.4f, %.1f s)",
-                    *(len(entries), len(candidates), entry["feature_set"], entry["model"], shown, best),
+                    *(len(entries), len(candidates), entry["feature_set"], entry["model"], score, best),
                     entry["seconds"],
                 )
     return entries
 
 
-def _candidate(feature_set, configuration, table, columns, label, train, held_out, seed) -> dict[str, Any]:
-    result = judge_candidate(configuration, table, columns, label, train, held_out, seed)
-    result.pop("log_odds", None)
-    return {"feature_set": feature_set, "model": configuration.name, "n_features": len(columns), **result}
+def _candidates(feature_set, configurations, table, columns, label, train, held_out, seed) -> list[dict[str, Any]]:
+    results = judge_candidates(configurations, table, columns, label, train, held_out, seed)
+    for result in results:
+        result.pop("log_odds", None)
+    return [
+        {"feature_set": feature_set, "model": configuration.name, "n_features": len(columns), **result}
+        for configuration, result in zip(configurations, results, strict=True)
+    ]
 
 
 def _finished(log_path: Path, search: Search, candidates) -> list[dict[str, Any]]:
@@ -192,13 +200,17 @@ class Evaluation:
 
 
 def evaluate_winner(
-    search: Search, feature_set: str, configuration: ModelConfiguration, out_of_fold: np.ndarray
+    search: Search,
+    feature_set: str,
+    configuration: ModelConfiguration,
+    model: ScoreModel,
+    out_of_fold: np.ndarray,
 ) -> Evaluation:
-    """Fits the winner on training and validation parts, calibrates it on their out-of-fold scores, tests it once."""
+    """Calibrates the winner, fitted on training and validation parts, on their out-of-fold scores; tests it once."""
     data, columns = search.data, search.columns(feature_set)
     rows, test = np.flatnonzero(search.part != TEST), np.flatnonzero(search.part == TEST)
-    model, own = fit_calibrated(configuration, search.table, columns, data, rows, out_of_fold, search.seed)
-    probability = model.probability(filled(search.table.rows(test, columns), configuration.fill_value))
+    own = calibrated(model, out_of_fold, data.label[rows])
+    probability = model.probability(search.table.rows(test, columns, fill_value=configuration.fill_value))
     return Evaluation(
         model=model,
         metrics={
