@@ -587,6 +587,25 @@ class Observations:
         return list(zip(self.client_text, self.visit_text, strict=True))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of a table as they came, validated: for who puts the rows of many tables in order together.
+
+    `known` are their observations without any row: visits, codes, and what was set aside.
+    """
+
+    known: Observations
+    visit: np.ndarray  # (n_rows,) place among the visits of `known`
+    code: np.ndarray  # (n_rows,) place among its codes
+    columns: dict[str, np.ndarray]  # time, value, low, high
+
+    def in_order(self) -> Observations:
+        columns, groups, duplicates = _canonical_order(self.visit, self.code, len(self.known.codes), **self.columns)
+        if duplicates:
+            groups["remarks"] = {**self.known.remarks, "duplicate": duplicates}
+        return replace(self.known, **columns, **groups)
+
+
 def read_observations(
     source: str | Path | pd.DataFrame | Sequence[Mapping[str, Any]] | Observations,
     codes: Codes | Mapping[str, str] | None = None,
@@ -604,8 +623,15 @@ def read_observations(
     If no row can be used, the observations are empty; see `Observations.check_usable`. Raises `BadObservations` if a
     column is missing or the file cannot be read.
     """
-    if isinstance(source, Observations):
-        return source
+    return source if isinstance(source, Observations) else read_rows(source, codes, now).in_order()
+
+
+def read_rows(
+    source: str | Path | pd.DataFrame | Sequence[Mapping[str, Any]],
+    codes: Codes | Mapping[str, str] | None = None,
+    now: int | None = None,
+) -> Rows:
+    """The same before the rows are put in order. Exact duplicates are still there."""
     if isinstance(source, str | Path):
         table, malformed = read_table(Path(source))
         where = f"file {str(source)!r}"
@@ -720,6 +746,12 @@ def _distinct(column: Column) -> tuple[np.ndarray, list[Any]]:
         return np.array([place[cell] for cell in column]), list(place)
     if len(column) < _LONG or column.dtype == object:
         return np.arange(len(column)), column.tolist()
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        index, distinct = column.cat.codes.to_numpy(), column.cat.categories
+        occurs = np.zeros(len(distinct) + 1, dtype=bool)  # the last: empty cells, whose index is -1
+        occurs[index] = True
+        if occurs[:-1].all():
+            return index, distinct.tolist() + ([None] if occurs[-1] else [])
     index, distinct = pd.factorize(column)
     return index, distinct.tolist() + ([None] if (index < 0).any() else [])
 
@@ -741,7 +773,7 @@ _NO_CHARACTER = re.compile("[\ufffd\ud800-\udfff]")  # replaces bytes that are n
 
 
 def text_places(column: Column) -> tuple[np.ndarray, list[str]]:
-    """(index of each row's text, -1 if empty or not UTF-8; the distinct texts in order of appearance)."""
+    """(index of each row's text, -1 if empty or not UTF-8; the distinct texts)."""
     index, texts = _text_places(column)
     return np.maximum(index, -1), texts
 
@@ -749,6 +781,8 @@ def text_places(column: Column) -> tuple[np.ndarray, list[str]]:
 def _text_places(column: Column) -> tuple[np.ndarray, list[str]]:
     """As `text_places`, with `_EMPTY` and `_UNDECODED` instead of -1."""
     index, cells = _distinct(column)
+    if len(index) >= _LONG and _are_plain(cells):
+        return index.astype(np.int64), cells
     place: dict[str, int] = {}
     merged = [_EMPTY if _is_empty(cell) else place.setdefault(as_text(cell), len(place)) for cell in cells]
     index = np.asarray(merged, dtype=np.int64)[index]
@@ -759,6 +793,14 @@ def _text_places(column: Column) -> tuple[np.ndarray, list[str]]:
         index = np.append(np.where(kept, np.cumsum(kept) - 1, _UNDECODED), _EMPTY)[index]
         texts = [text for text, keep in zip(texts, kept, strict=True) if keep]
     return index, texts
+
+
+def _are_plain(cells: list[Any]) -> bool:
+    """Is each cell its own `as_text`, distinct, and in ASCII? Asked of all together, which is ten times as fast."""
+    if set(map(type, cells)) != {str}:
+        return False
+    joined = "\n".join(cells) + "\n"
+    return joined.isascii() and ".0\n" not in joined and joined.split() == cells and len(set(cells)) == len(cells)
 
 
 def parse_times(column: Column) -> tuple[np.ndarray, np.ndarray]:
@@ -867,9 +909,7 @@ def _as_given(column: Column, rows: np.ndarray) -> np.ndarray:
     return column.take(rows).to_numpy(dtype=object)
 
 
-def _validate(
-    table: Mapping[str, Column], malformed: int, where: str, meanings: Codes, now: int | None
-) -> Observations:
+def _validate(table: Mapping[str, Column], malformed: int, where: str, meanings: Codes, now: int | None) -> Rows:
     n_rows = len(table["visit_id"])
     visit_index, visit_texts = _text_places(table["visit_id"])
     client_index, client_texts = _text_places(table["client"])
@@ -957,23 +997,18 @@ def _validate(
     sorted_codes = sorted(set(own))
     place = {code: i for i, code in enumerate(sorted_codes)}
     own_place = np.array([place[code] for code in own] + [-1, -1], dtype=np.int64)
-    kept, groups, duplicates = _canonical_order(
-        columns["visit"][rows],
-        own_place[code_index[rows]],
-        len(sorted_codes),
-        *(time[rows], value[rows] + 0.0, low[rows], high[rows]),
-    )
-    if duplicates:
-        remarks["duplicate"] = duplicates
-    return Observations(
+    nothing = np.zeros(0, dtype=np.int64)
+    known = Observations(
         visit_id=_as_given(table["visit_id"], first_row),
         client=_as_given(table["client"], first_row),
         visit_text=np.array(visit_texts, dtype=object)[visit_index[first_row]],
         client_text=np.array(client_texts, dtype=object)[client_index[first_row]],
         codes=tuple(sorted_codes),
         concepts=tuple(meanings.meaning(code)[0] for code in sorted_codes),
-        **groups,
-        **kept,
+        group_visit=nothing,
+        group_code=nothing,
+        group_start=np.zeros(1, dtype=np.int64),
+        **dict.fromkeys(("time", "value", "low", "high"), nothing),
         set_aside=set_aside,
         set_aside_rows=set_aside_rows,
         remarks=remarks,
@@ -981,6 +1016,9 @@ def _validate(
         first_row=first_row,
         where=where,
     )
+    # + 0.0: there is one zero
+    kept = {"time": time[rows], "value": value[rows] + 0.0, "low": low[rows], "high": high[rows]}
+    return Rows(known, columns["visit"][rows], own_place[code_index[rows]], kept)
 
 
 _TWO_NUMBERS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", re.ASCII)
@@ -1058,7 +1096,7 @@ def _canonical_order(visit, code, n_codes, time, value, low, high):
     span = int(time.max()) - int(start) + 1
     if int(group.max() + 1) * span < 2**63:  # one fused key sorts twice as fast
         key = group * span + (time - start)
-        order = np.argsort(key, kind="stable")
+        order = np.argsort(key)  # not stable, five times as fast; ties are put in order below
         key = key[order]
         tied = key[1:] == key[:-1]
     else:

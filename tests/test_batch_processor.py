@@ -342,22 +342,32 @@ def test_a_file_that_is_still_written_is_left_for_the_next_run(place, rows, conf
 
 
 @pytest.mark.parametrize("addition", ["1,a,2024-01-01T00:00,HR,80,,\n", '"'])
-def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run(place, rows, processor, monkeypatch, addition):
+@pytest.mark.parametrize("chunk_rows", [100_000, 100])
+def test_a_file_that_grows_while_it_is_read_is_left_for_the_next_run_and_not_logged(
+    place, rows, config_path, model_path, monkeypatch, addition, chunk_rows
+):
     path = put(rows.head(300), place / "incoming/ward.csv")
-    original = directory.score_file
+    size, original = path.stat().st_size, scoring.read_chunk
 
     def slow(*arguments):
-        try:
-            if addition == '"':
-                raise BadObservations("half a file")
-            return original(*arguments)
-        finally:
+        if path.stat().st_size == size:
             with open(path, "a") as file:
                 file.write(addition)
+        if addition == '"':
+            raise BadObservations("half a file")
+        return original(*arguments)
 
-    monkeypatch.setattr(directory, "score_file", slow)
-    result = processor.process_directory()
+    processor = BatchProcessor(config_path, model_path, chunk_rows=chunk_rows, monitor=f"sqlite:///{place}/log.db")
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "read_chunk", slow)
+        result = processor.process_directory()
     assert result.still_written == ["ward.csv"] and not result.failed and path.exists()
+    with contextlib.closing(sqlite3.connect(place / "log.db")) as log:
+        assert log.execute("SELECT count(*) FROM predictions").fetchone() == (0,)
+    if addition != '"':
+        [scored] = processor.process_directory().scored
+        with contextlib.closing(sqlite3.connect(place / "log.db")) as log:
+            assert log.execute("SELECT count(*) FROM predictions").fetchone() == (scored.visits,)
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_ends_nothing(place, rows, processor, monkeypatch):
@@ -368,7 +378,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_ends_nothing(place, rows, proce
     class Overwritten(io.BufferedReader):
         def readinto(self, buffer):
             length = super().readinto(buffer)
-            if cut.stat().st_size > 100 and self.raw.name == str(cut.relative_to(place.parent)):
+            if cut.stat().st_size > 100 and self.raw.name == cut.relative_to(place.parent):
                 os.truncate(cut, 100)
             return length
 
@@ -520,14 +530,14 @@ def test_a_surprise_in_one_file_stops_no_other(place, rows, processor, caplog, m
     monkeypatch.setattr(directory.log, "propagate", True)
     for name in ("a.csv", "b.csv", "c.csv"):
         put(rows.head(200 if name == "b.csv" else 300), place / "incoming" / name)
-    original = scoring.score_table
+    original = scoring.scores_of
 
-    def surprised(key, moment, table, row):
-        if len(table) == 200:
-            raise RuntimeError(f"visit {table['visit_id'][0]}")
-        return original(key, moment, table, row)
+    def surprised(model, moment, observations, number):
+        if len(observations.visit_of_row) == 200:
+            raise RuntimeError(f"visit {observations.visit_id[0]}")
+        return original(model, moment, observations, number)
 
-    monkeypatch.setattr(scoring, "score_table", surprised)
+    monkeypatch.setattr(scoring, "scores_of", surprised)
     result = processor.process_directory()
     assert {file.file for file in result.scored} == {"a.csv", "c.csv"} and not result.ok
     assert list(result.kept) == ["b.csv"] and (place / "incoming/b.csv").exists()
@@ -968,5 +978,5 @@ def test_chunks_report_how_far_they_are(tmp_path, rows):
     path = put(pd.concat([rows] * 20), tmp_path / "long.csv")
     with open(path, "rb") as file:
         chunks = Chunks(file, path.name, path.stat().st_size, 10_000)
-        positions = [chunks.position for _ in chunks]
+        positions = [chunk.position for chunk in chunks]
     assert positions == sorted(positions) and positions[-1] == path.stat().st_size and positions[0] < positions[-1]

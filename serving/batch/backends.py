@@ -1,4 +1,4 @@
-"""Where chunks are scored: here, or in processes."""
+"""Where files and their parts are scored: in threads of this process, or in processes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from serving.batch.scoring import Deployment, Scores, install
+from common.command_line import available_cores
+from serving.batch.scoring import Deployment, install
 
 MODEL_PREFIX = ".model."
 
 
-class Here:
-    """Computes in this process, at once."""
+THREADS = min(2, available_cores())  # more would wait for Python's lock
 
-    slots = 1
+
+class Threads:
+    """Computes in this process. Arrow, NumPy and LightGBM work side by side on two cores."""
+
+    slots = THREADS
     lost: tuple[type[Exception], ...] = ()
 
     def __init__(self, deployment: Deployment):
         install(deployment)
+        self.reader = self  # the threads that read a large file
+        self.pool: Executor = ThreadPoolExecutor(self.slots)
 
-    def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
-        future: Future[Scores] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.submit(function, *arguments)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """As the builtin `map`, several at once."""
+        return (future.result() for future in in_order(self, ((function, item) for item in items)))
 
     def close(self) -> None:
-        pass
+        self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(deployment: Path) -> None:
@@ -51,13 +56,13 @@ def _start_worker(deployment: Path) -> None:
     install(pickle.loads(deployment.read_bytes()))
 
 
-class Processes(Here):
+class Processes(Threads):
     """A pool of processes with the model loaded in each. Spawned, not forked: LightGBM hangs after fork."""
 
     lost = (BrokenProcessPool,)
 
     def __init__(self, deployment: Deployment, jobs: int, output_dir: Path):
-        self.slots = jobs
+        self.slots, self.reader = jobs, Threads(deployment)
         # by file: what a worker is started with goes through a pipe, and blocks for good where the worker dies first;
         # in the output directory, where the next run finds what a killed one has left
         self.folder = tempfile.TemporaryDirectory(dir=output_dir, prefix=MODEL_PREFIX)
@@ -69,19 +74,20 @@ class Processes(Here):
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(self.slots, context, initializer=_start_worker, initargs=(self.deployment,))
 
-    def submit(self, function: Callable[..., Scores], *arguments: Any) -> Any:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return self.pool.submit(function, *arguments)
+            return super().submit(function, *arguments)
         except BrokenProcessPool:  # a worker died, and the pool with it
             self._start()
-            return self.pool.submit(function, *arguments)
+            return super().submit(function, *arguments)
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
+        super().close()
         self.folder.cleanup()
 
 
-def in_order(backend: Here, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def in_order(backend: Threads, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """The futures of the calls (function, arguments...), in order, with only so many at once in memory."""
     waiting: deque[Any] = deque()
     for call in calls:

@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -38,22 +38,21 @@ from feature_pipeline import (
     to_micros,
 )
 from monitoring.log import OFF
-from serving.batch.backends import MODEL_PREFIX, Here, Processes, in_order
+from serving.batch.backends import MODEL_PREFIX, Processes, Threads, in_order
 from serving.batch.manifest import MANIFEST, Manifest
-from serving.batch.reading import UNPACKED, Chunks, kind_of
+from serving.batch.reading import UNPACKED, kind_of
 from serving.batch.scoring import (
     OUTPUT_TYPES,
     Deployment,
+    FileScores,
     Moment,
-    Scores,
+    StillWritten,
     described,
     install,
     models,
     output_frame,
-    score_blocks,
-    score_chunks,
     score_file,
-    score_table,
+    state_of,
 )
 from serving.deployed import LAST, NOW, Deployed
 from serving.evidence import unused_text
@@ -68,6 +67,9 @@ CHUNK_ROWS = 1_000_000  # held at once by a process: about 0.6 GB
 
 
 LARGE_BYTES = 64_000_000  # of text; such a file is spread over the processes by itself
+
+
+LARGE_FOR_THREADS = 16_000_000  # likewise over the threads, where there are no processes
 
 
 WORTH_A_POOL = 16_000_000  # below, starting processes takes longer than the work
@@ -230,8 +232,8 @@ class BatchProcessor:
             return
         moment = Moment(self.as_of, self.clock() if self.as_of == NOW else None)
         run_ = _Run(self, deployment, moment, output_dir, failed_dir, manifest, result)
-        large = [path for path, stat in todo if self._is_large(path, stat)]
-        backend = self._backend(deployment, todo, large, output_dir)
+        backend, large_bytes = self._backend(deployment, todo, output_dir)
+        large = [path for path, stat in todo if _text_bytes(path, stat) > large_bytes]
         try:
             with progress([], sum(s.st_size for _, s in todo), self.quiet, unit="B", unit_scale=True) as bar:
                 run_.work(todo, large, backend, bar)
@@ -252,7 +254,7 @@ class BatchProcessor:
         for path, stat in found:
             known = manifest.entries.get(path.name)
             # its predictions may be gone: somebody has fetched them
-            if known and (known["state"], known["config"]) == (_state(stat), scored_by):
+            if known and (known["state"], known["config"]) == (state_of(stat), scored_by):
                 result.unchanged.append(path.name)
                 continue
             if self.settle_seconds and self.clock() - stat.st_mtime < self.settle_seconds:  # or dated ahead
@@ -261,21 +263,19 @@ class BatchProcessor:
             todo.append((path, stat))
         return sorted(todo, key=lambda item: (item[1].st_mtime_ns, item[0].name))
 
-    def _is_large(self, path: Path, stat: os.stat_result) -> bool:
-        return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"] > LARGE_BYTES
-
     def _backend(
-        self, deployment: Deployment, todo: list[tuple[Path, os.stat_result]], large: list[Path], output_dir: Path
-    ) -> Here:
+        self, deployment: Deployment, todo: list[tuple[Path, os.stat_result]], output_dir: Path
+    ) -> tuple[Threads, int]:
+        """Where to score, and from how many bytes on a file is spread over all that is there."""
         work = sum(stat.st_size for _, stat in todo)
-        if self.jobs > 1 and (large or (len(todo) > 1 and work > WORTH_A_POOL)):
-            return Processes(deployment, self.jobs, output_dir)
-        return Here(deployment)
+        long = any(_text_bytes(path, stat) > LARGE_BYTES for path, stat in todo)
+        if self.jobs > 1 and (long or (len(todo) > 1 and work > WORTH_A_POOL)):
+            return Processes(deployment, self.jobs, output_dir), LARGE_BYTES
+        return Threads(deployment), LARGE_FOR_THREADS
 
 
-def _state(stat: os.stat_result) -> list[int]:
-    """By which a file is known again: another one of the same size and time has another inode."""
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+def _text_bytes(path: Path, stat: os.stat_result) -> int:
+    return stat.st_size * UNPACKED[kind_of(path.name) or ".csv"]
 
 
 @dataclass
@@ -290,21 +290,14 @@ class _Run:
     manifest: Manifest
     result: BatchResult
 
-    def work(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], backend: Here, bar: Any) -> None:
+    def work(self, todo: list[tuple[Path, os.stat_result]], large: list[Path], backend: Threads, bar: Any) -> None:
         def advance_from(start: int) -> Callable[[int], Any]:
             return lambda position: bar.update(start + position - bar.n)
 
-        if backend.slots == 1:
-            for path, stat in todo:
-                done = bar.n
-                get = partial(score_file, *self._call(path), advance_from(done))
-                self._finish(path, stat, get, backend.lost)
-                bar.update(done + stat.st_size - bar.n)
-            return
-
         for path, stat in [item for item in todo if item[0] in large]:
             done = bar.n
-            self._finish(path, stat, partial(self._score_large, path, backend, advance_from(done)), backend.lost)
+            get = partial(score_file, *self._call(path, stat), backend.reader.map, backend.map, advance_from(done))
+            self._finish(path, stat, get, backend.lost)
             bar.update(done + stat.st_size - bar.n)
 
         taken: deque[tuple[Path, os.stat_result]] = deque()
@@ -314,7 +307,7 @@ class _Run:
                 if path in large:
                     continue
                 taken.append((path, stat))
-                yield score_file, *self._call(path)
+                yield score_file, *self._call(path, stat)
 
         again = []
         for future in in_order(backend, calls()):
@@ -325,39 +318,29 @@ class _Run:
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
         for path, stat in again:
-            future = backend.submit(score_file, *self._call(path))
+            future = backend.submit(score_file, *self._call(path, stat))
             self._finish(path, stat, future.result, backend.lost)
             bar.update(stat.st_size)
 
-    def _call(self, path: Path) -> tuple[str, Moment, str, str, int, str]:
+    def _call(self, path: Path, stat: os.stat_result) -> tuple[Any, ...]:
         """The arguments of `score_file`."""
-        return self.deployment.key, self.moment, str(path), path.name, self.processor.chunk_rows, str(self.output_dir)
-
-    def _score_large(self, path: Path, backend: Here, advance: Callable[[int], Any]) -> Scores:
-        """The file is read and cut here, its parts are scored where `backend` says."""
         how = self.deployment.key, self.moment
-
-        def score_parts(parts: Iterable[list[bytes]]) -> Iterator[Scores]:
-            return (future.result() for future in in_order(backend, ((score_blocks, *how, part) for part in parts)))
-
-        with open(path, "rb") as file:
-            chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, self.processor.chunk_rows)
-            return score_chunks(chunks, partial(score_table, *how), score_parts, self.output_dir, advance)
+        return *how, path, state_of(stat), self.processor.chunk_rows, self.output_dir
 
     def _finish(
-        self, path: Path, stat: os.stat_result, get: Callable[[], Scores], lost: tuple[type[Exception], ...]
+        self, path: Path, stat: os.stat_result, get: Callable[[], FileScores], lost: tuple[type[Exception], ...]
     ) -> None:
         """Writes one file's predictions and notes it; or says why not, and where the file is now."""
         try:
-            scores = get()
-            if _state(path.stat()) != _state(stat):
-                self.result.still_written.append(path.name)
-                return
-            result = self._write(path, scores)
+            found = get()
+            result = self._write(path, found)
             config = f"{self.deployment.version} {self.moment.as_of}"
             deployed = {"config": config, "model_version": self.processor.pipeline.model_version}
-            origin = {"input_dir": str(path.parent.resolve()), "state": _state(stat)}
+            origin = {"input_dir": str(path.parent.resolve()), "state": state_of(stat)}
             self.manifest.add(asdict(result) | origin | deployed)
+        except StillWritten:
+            self.result.still_written.append(path.name)
+            return
         except BadObservations as error:
             self._fail(path, stat, error)
             return
@@ -373,14 +356,14 @@ class _Run:
             return
         self.result.scored.append(result)
         log.info("%s: %s", path.name, self._told(result))
-        absent = self.processor.pipeline.absent_codes(scores.codes, scores.usable_visits)
+        absent = self.processor.pipeline.absent_codes(found.scores.codes, found.scores.usable_visits)
         if absent:
             log.warning(
                 "%s: nearly every visit had these codes in training, none has them here: %s", path.name, listed(absent)
             )
 
-    def _write(self, path: Path, scores: Scores) -> FileResult:
-        pipeline = self.processor.pipeline
+    def _write(self, path: Path, found: FileScores) -> FileResult:
+        pipeline, scores = self.processor.pipeline, found.scores
         moment = datetime.fromtimestamp(self.processor.clock(), UTC).isoformat(timespec="seconds")
         output = self.output_dir / f"predictions_{path.name}"
         levels: Counter[str] = Counter()
@@ -392,10 +375,10 @@ class _Run:
         return FileResult(
             path.name,
             output.name,
-            scores.rows + scores.set_aside.get("malformed", 0),
+            found.rows + found.set_aside["malformed"],
             scores.visits.num_rows,
             dict(sorted(levels.items())),
-            dict(sorted(scores.set_aside.items())),
+            dict(sorted(found.set_aside.items())),
             dict(scores.unused_codes.most_common(UNUSED_CODES)),
         )
 
@@ -409,7 +392,7 @@ class _Run:
     def _fail(self, path: Path, stat: os.stat_result, error: BadObservations) -> None:
         """Moves a bad file away, its reason first: killed in between, the next run does both again."""
         try:
-            if _state(path.stat()) != _state(stat):
+            if state_of(path.stat()) != state_of(stat):
                 self.result.still_written.append(path.name)
                 return
             place = _free_name(self.failed_dir / path.name)

@@ -45,7 +45,8 @@ def score_partition(
     model = _model(config_path, model_path, codes, monitor)
     now = time.time()
     moment = Moment(as_of, now if as_of == NOW else None)
-    scores = scores_of(model, moment, frame.reset_index(drop=True), np.arange(len(frame)))
+    observations = model.read(frame.reset_index(drop=True), moment.now)
+    scores = scores_of(model, moment, observations, np.arange(observations.n_visits))
     told = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
     return output_frame(scores.visits, told, model.pipeline.model_version)
 

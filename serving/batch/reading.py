@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import re
 import threading
 import warnings
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
 from feature_pipeline import (
     COLUMNS,
     CSV_AS_TEXT,
+    RANGE_COLUMNS,
     REQUIRED_COLUMNS,
     BadObservations,
     as_text,
@@ -36,30 +40,52 @@ def kind_of(name: str) -> str | None:
 _BLANK_LINES = re.compile(rb"\A(?:[ \t]*\n)+")  # no lines to pandas either
 
 
-class Chunks:
-    """Iterates over (frame, malformed lines) of at most `chunk_rows` rows; any cell means what it means to
-    `read_observations`. `position` says how many of the file's `size` bytes are read.
+# Where every cell of a chunk is one, Arrow reads it at once as what `read_observations` makes of its text.
+_TYPED = {
+    "observation_date": pa.timestamp("us"),
+    **dict.fromkeys(("observation_value", *RANGE_COLUMNS), pa.float64()),
+}
+_NEARLY_ALL_DIFFERENT = ("observation_date",)
 
-    Raises `BadObservations`. Its texts quote nothing of the file: a file without header has a visit for header.
+
+class Chunk(NamedTuple):
+    """The next rows of a file. `parse` returns them with the number of malformed lines left out; any thread may call
+    it. `position` is the number of bytes of the file up to their end."""
+
+    position: int
+    parse: Callable[[], tuple[pd.DataFrame, int]]
+
+
+class Chunks:
+    """Iterates over chunks of at most `chunk_rows` rows; any cell means what it means to `read_observations`.
+
+    Raises `BadObservations`, as does parsing a chunk. Its texts quote nothing of the file: a file without header has a
+    visit for header.
     """
 
     _parsing = threading.Lock()  # warnings are caught for the whole process; Dask's workers have threads
 
     def __init__(self, file: BinaryIO, name: str, size: int, chunk_rows: int):
         self.file, self.name, self.size, self.chunk_rows = file, name, size, chunk_rows
-        self.position = 0
+        self._typed = True  # until a chunk has other cells
 
-    def __iter__(self) -> Generator[tuple[pd.DataFrame, int]]:
+    def __iter__(self) -> Generator[Chunk]:
         kind = kind_of(self.name)
         if self.size == 0:
             raise self._empty()
-        try:
+        with self._naming_the_file():
             if kind == ".parquet":
                 yield from self._parquet()
             elif kind == ".csv" and self._is_plain():
                 yield from self._plain_csv()
             else:
                 yield from self._csv("gzip" if kind == ".csv.gz" else None)
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Turns what libraries raise for a bad file into `BadObservations`."""
+        try:
+            yield
         except (BadObservations, MemoryError):
             raise
         except (EOFError, ValueError, zlib.error, gzip.BadGzipFile, pd.errors.ParserError, pa.ArrowException) as error:
@@ -78,14 +104,13 @@ class Chunks:
         self.file.seek(0)
         return plain
 
-    def _plain_csv(self) -> Iterator[tuple[pd.DataFrame, int]]:
+    def _plain_csv(self) -> Iterator[Chunk]:
         """As `_csv`, by Arrow's parser, which takes a third of the time; what it refuses goes to pandas as before."""
         header = b""
         columns: list[str] = []
         line_bytes = 64.0
         while block := self.file.read(int(self.chunk_rows * line_bytes)):
             block += self.file.readline()
-            self.position = self.file.tell()
             some = block[: 1 << 20]
             line_bytes = max(len(some) / max(some.count(b"\n"), 1), 8.0)
             rows = memoryview(block)  # slices of it are no copies
@@ -97,32 +122,44 @@ class Chunks:
                     continue
                 columns = [as_text(name) for name in header.decode(errors="replace").split(",")]
                 self._check(columns)
-            yield self._parsed(header, rows, columns)
+            yield Chunk(self.file.tell(), partial(self._parsed, header, rows, columns))
         if not header:
             raise self._empty()
 
     def _parsed(self, header: bytes, block: memoryview, columns: list[str]) -> tuple[pd.DataFrame, int]:
         wanted = [name for name in COLUMNS if name in columns]
-        try:
-            table = csv.read_csv(
-                pa.BufferReader(pa.py_buffer(block)),
-                csv.ReadOptions(column_names=columns, block_size=1 << 22),
-                csv.ParseOptions(quote_char=False, double_quote=False),
-                csv.ConvertOptions(
-                    column_types=dict.fromkeys(columns, pa.large_string()),
-                    include_columns=wanted,
-                    null_values=[],
-                    strings_can_be_null=False,
-                ),
-            )
-            return table.to_pandas(ignore_metadata=True), 0
-        except pa.ArrowInvalid:  # a row with a cell too many or too few, a byte that is no UTF-8, nothing at all
-            with io.BytesIO(b"\n".join((header, block))) as again:
-                rest = Chunks(again, self.name, len(header) + 1 + len(block), max(self.chunk_rows * 4, 1000))
-                parts = list(rest._csv(None))
-            return pd.concat([frame for frame, _ in parts], ignore_index=True), sum(n for _, n in parts)
+        for types in (_TYPED, {}) if self._typed else ({},):
+            try:
+                table = csv.read_csv(
+                    pa.BufferReader(pa.py_buffer(block)),
+                    csv.ReadOptions(column_names=columns, block_size=len(block) + 1, use_threads=False),
+                    csv.ParseOptions(quote_char=False, double_quote=False),
+                    csv.ConvertOptions(
+                        column_types={name: types.get(name, pa.large_string()) for name in wanted},
+                        include_columns=wanted,
+                        null_values=[""],
+                        strings_can_be_null=False,
+                    ),
+                )
+            except pa.ArrowInvalid:
+                continue
+            if types and pc.any(pc.is_nan(table["observation_value"])).as_py():  # no number, but not empty either
+                continue
+            self._typed = bool(types)
+            texts = [name for name in wanted if name not in types and name not in _NEARLY_ALL_DIFFERENT]
+            return self._frame(table, texts)
+        # a row with a cell too many or too few, a byte that is no UTF-8, nothing at all
+        with self._naming_the_file(), io.BytesIO(b"\n".join((header, block))) as again:
+            rest = Chunks(again, self.name, len(header) + 1 + len(block), max(self.chunk_rows * 4, 1000))
+            parts = [chunk.parse() for chunk in rest._csv(None)]
+        return pd.concat([frame for frame, _ in parts], ignore_index=True), sum(n for _, n in parts)
 
-    def _csv(self, compression: str | None) -> Iterator[tuple[pd.DataFrame, int]]:
+    def _frame(self, table: pa.Table, texts: Sequence[str] = ()) -> tuple[pd.DataFrame, int]:
+        """Columns of `texts` become places in a dictionary."""
+        with self._naming_the_file():
+            return table.to_pandas(ignore_metadata=True, categories=list(texts)), 0
+
+    def _csv(self, compression: str | None) -> Iterator[Chunk]:
         """As `read_observations` reads a file: all of it text, the header as the first row."""
         columns: list[str] | None = None
         with self._parsing, warnings.catch_warnings():
@@ -138,16 +175,16 @@ class Chunks:
                     frame = next(reader, None)
                 if frame is None:
                     return
-                self.position = min(self.file.tell(), self.size)
                 if columns is None:
                     columns = [as_text(name) for name in frame.iloc[0]]
                     self._check(columns)
                     frame = frame.iloc[1:]
                 frame.columns = pd.Index(columns)
                 frame = frame[[name for name in COLUMNS if name in columns]].reset_index(drop=True)
-                yield frame, sum(str(warning.message).count("Skipping line") for warning in caught)
+                parsed = frame, sum(str(warning.message).count("Skipping line") for warning in caught)
+                yield Chunk(min(self.file.tell(), self.size), lambda parsed=parsed: parsed)
 
-    def _parquet(self) -> Iterator[tuple[pd.DataFrame, int]]:
+    def _parquet(self) -> Iterator[Chunk]:
         file = pq.ParquetFile(self.file, pre_buffer=False)
         self._check(file.schema_arrow.names)
         n_read, n_rows = 0, max(file.metadata.num_rows, 1)
@@ -163,13 +200,11 @@ class Chunks:
             rest.append(batch)
             n_read += batch.num_rows
             if sum(len(part) for part in rest) >= self.chunk_rows:
-                self.position = self.size * n_read // n_rows
-                yield pa.Table.from_batches(rest).to_pandas(ignore_metadata=True), 0
+                yield Chunk(self.size * n_read // n_rows, partial(self._frame, pa.Table.from_batches(rest)))
                 rest = []
-        self.position = self.size
         if rest or n_read == 0:
             schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-            yield pa.Table.from_batches(rest, schema).to_pandas(ignore_metadata=True), 0
+            yield Chunk(self.size, partial(self._frame, pa.Table.from_batches(rest, schema)))
 
     def _empty(self) -> BadObservations:
         return BadObservations(f"file {self.name!r} is empty; expected the columns {', '.join(COLUMNS)}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +23,22 @@ from feature_pipeline import (
     NO_TIME,
     SET_ASIDE_REASONS,
     BadObservations,
+    Codes,
+    Observations,
     ProductionPipeline,
+    Rows,
     SiteCodes,
     iso_times,
-    text_places,
+    read_rows,
 )
 from monitoring.log import OFF
-from serving.batch.reading import Chunks
+from serving.batch.reading import Chunk, Chunks
 from serving.deployed import LAST, ServedModel, moments_of
 
-FEATURE_CELLS = 10_000_000  # of the feature matrix held at once: 80 MB
+FEATURE_CELLS = 10_000_000  # of the feature matrix held at once by a thread: 80 MB
+CHUNK_ROWS = 250_000  # parsed and validated at once by a thread: about 100 MB
+PART_ROWS = 250_000  # put in order at once
+MOST_PARTS = 60_000  # their numbers fit in 16 bits
 
 
 class Moment(NamedTuple):
@@ -45,14 +50,11 @@ class Moment(NamedTuple):
 
 @dataclass
 class Scores:
-    """The scores of a table: `visits` with the columns ``row`` (of its first observation), ``visit_id``, ``client``,
-    ``sepsis_probability``, ``risk_level``, ``reason``, ``as_of`` (microseconds), ``hours_since_newest``; number of
-    `rows` read; rows not used by reason; the codes with a usable value; rows of codes that the model does not use; the
-    number of visits with a usable row."""
+    """The scores of a table: `visits` with the columns ``number`` (in order of first appearance), ``visit_id``,
+    ``client``, ``sepsis_probability``, ``risk_level``, ``reason``, ``as_of`` (microseconds), ``hours_since_newest``;
+    the codes with a usable value; rows of codes that the model does not use; the number of visits with a usable row."""
 
     visits: pa.Table
-    rows: int
-    set_aside: Counter[str]
     codes: set[str]
     unused_codes: Counter[str]
     usable_visits: int
@@ -60,13 +62,20 @@ class Scores:
     @classmethod
     def merged(cls, parts: Sequence[Scores]) -> Scores:
         return cls(
-            pa.concat_tables([part.visits for part in parts]).sort_by("row"),
-            sum(part.rows for part in parts),
-            sum((part.set_aside for part in parts), Counter()),
+            pa.concat_tables([part.visits for part in parts]).sort_by("number"),
             set().union(*(part.codes for part in parts)),
             sum((part.unused_codes for part in parts), Counter()),
             sum(part.usable_visits for part in parts),
         )
+
+
+@dataclass
+class FileScores:
+    """The scores of a file, the number of its rows, and by reason those that were not used."""
+
+    scores: Scores
+    rows: int
+    set_aside: Counter[str]
 
 
 OUTPUT_TYPES = {
@@ -93,14 +102,8 @@ def output_frame(visits: pa.Table, processed_at: str, model_version: str) -> pd.
     return table.to_pandas(types_mapper={pa.string(): pd.StringDtype(na_value=np.nan)}.get)
 
 
-def score_table(key: str, moment: Moment, table: pd.DataFrame, row: np.ndarray) -> Scores:
-    """Scores whole visits with the deployment `key`. `row` numbers the rows of `table` in the file, ascending."""
-    return scores_of(models[key], moment, table, row)
-
-
-def scores_of(model: ServedModel, moment: Moment, table: pd.DataFrame, row: np.ndarray) -> Scores:
-    """The same with a loaded model."""
-    observations = model.read(table, moment.now)
+def scores_of(model: ServedModel, moment: Moment, observations: Observations, number: np.ndarray) -> Scores:
+    """The scores of whole visits. `number` (n_visits,) is the place of each in the output."""
     visit, moments = np.arange(observations.n_visits), moments_of(observations, *moment)
     block = max(1, FEATURE_CELLS // len(model.pipeline.feature_names))
     parts = [
@@ -111,7 +114,7 @@ def scores_of(model: ServedModel, moment: Moment, table: pd.DataFrame, row: np.n
     known = newest != NO_TIME
     scored = pa.table(
         {
-            "row": pa.array(row[observations.first_row], pa.int64()),
+            "number": pa.array(number, pa.int64()),
             "visit_id": pa.array(observations.visit_text, pa.string()),
             "client": pa.array(observations.client_text, pa.string()),
             "sepsis_probability": pa.array(np.concatenate([part.probability for part in parts]), pa.float64()),
@@ -125,22 +128,44 @@ def scores_of(model: ServedModel, moment: Moment, table: pd.DataFrame, row: np.n
     )
     return Scores(
         scored,
-        len(table),
-        Counter(observations.set_aside),
         {observations.codes[code] for code in np.unique(observations.group_code)},
         Counter(model.pipeline.unused_codes(observations)),
         int((observations.first_time != NO_TIME).sum()),
     )
 
 
+ROW = np.dtype([("visit", "i4"), ("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
+
+
+@dataclass
+class Part:
+    """All validated rows of some visits."""
+
+    visits: list[tuple[str, str]]  # client, visit_id
+    number: np.ndarray  # of each visit in the file
+    codes: list[str]
+    rows: list[bytes]  # of `ROW`; the visit is a place in `visits`, the code one in `codes`
+
+    def observations(self, codes: Codes) -> Observations:
+        rows = np.frombuffer(b"".join(self.rows), ROW)
+        known = sorted(self.codes)
+        place = np.array([known.index(code) for code in self.codes], dtype=np.int64)
+        columns = {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")}
+        concepts = [codes.meaning(code)[0] for code in known]
+        return Observations.of_rows(
+            self.visits, known, concepts, rows["visit"].astype(np.int64), place[rows["code"]], columns
+        )
+
+
 class Parts:
-    """A table cut by visit: every row of a visit lies in the same part. The rows are in an unnamed temporary file,
-    which the system frees even when the process is killed."""
+    """Validated rows, cut by visit: every row of a visit lies in the same part. The rows are in an unnamed temporary
+    file, which the system frees even when the process is killed."""
 
     def __init__(self, directory: str | Path | None, n_parts: int):
         self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (lives as long as the parts)
         self.blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_parts)]
-        self.rows = 0
+        self.numbers: dict[tuple[str, str], int] = {}  # of visits, in order of first appearance
+        self.codes: dict[str, int] = {}
 
     def __enter__(self) -> Parts:
         return self
@@ -148,91 +173,33 @@ class Parts:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def add(self, table: pd.DataFrame) -> None:
+    def add(self, rows: Rows) -> None:
         """Appends the next rows of the file."""
-        n_parts = len(self.blocks)
-        hashed = np.zeros(len(table), dtype=np.uint64)
-        for name in ("client", "visit_id"):
-            index, texts = text_places(table[name])
-            # the last entry is for empty cells, whose index is -1
-            hashed = hashed * np.uint64(1_000_003) + pd.util.hash_array(np.array([*texts, ""], dtype=object))[index]
-        part = (hashed % np.uint64(n_parts)).astype(np.uint16)  # NumPy sorts these by counting
+        n_parts, known = len(self.blocks), rows.known
+        visits = known.keys()
+        visit = np.array([self.numbers.setdefault(key, len(self.numbers)) for key in visits], dtype=np.int64)
+        code = np.array([self.codes.setdefault(code, len(self.codes)) for code in known.codes], dtype=np.int64)
+        part = (visit % n_parts).astype(np.uint16)[rows.visit]  # NumPy sorts these by counting
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(n_parts + 1))
-        rows = pa.Table.from_pandas(table.assign(row=self.rows + np.arange(len(table))), preserve_index=False)
-        rows = _encoded(rows).take(pa.array(order))
-        for blocks, (start, end) in zip(self.blocks, pairwise(bounds.tolist()), strict=True):
-            if end > start:
-                block = _packed(rows.slice(start, end - start))
-                blocks.append((self.file.tell(), len(block)))
-                self.file.write(block)
-        self.rows += len(table)
+        table = np.empty(len(order), ROW)
+        table["visit"], table["code"] = (visit // n_parts)[rows.visit[order]], code[rows.code[order]]
+        for name, column in rows.columns.items():
+            table[name] = column[order]
+        start = self.file.tell()
+        self.file.write(table)
+        for blocks, (first, end) in zip(self.blocks, pairwise((start + bounds * ROW.itemsize).tolist()), strict=True):
+            if end > first:
+                blocks.append((first, end - first))
 
-    def __iter__(self) -> Iterator[list[bytes]]:
-        """The packed blocks of each part that has any."""
-        for blocks in self.blocks:
-            packed = []
+    def __iter__(self) -> Iterator[Part]:
+        n_parts, visits, codes = len(self.blocks), list(self.numbers), list(self.codes)
+        for part, blocks in enumerate(self.blocks):
+            rows = []
             for offset, length in blocks:
                 self.file.seek(offset)
-                packed.append(self.file.read(length))
-            if packed:
-                yield packed
-
-
-def _encoded(table: pa.Table) -> pa.Table:
-    """With places in a dictionary instead of texts, which are short to sort and to write; but dates are nearly all
-    different."""
-    for i, column in enumerate(table.schema):
-        if pa.types.is_large_string(column.type) and column.name != "observation_date":
-            table = table.set_column(i, column.name, table.column(i).dictionary_encode())
-    return table
-
-
-def _packed(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _unpacked(blocks: Sequence[bytes]) -> pd.DataFrame:
-    tables = [pa.ipc.open_stream(block).read_all() for block in blocks]
-    return pa.concat_tables(tables).unify_dictionaries().to_pandas(ignore_metadata=True)
-
-
-def score_chunks(
-    chunks: Chunks,
-    score: Callable[[pd.DataFrame, np.ndarray], Scores],
-    score_parts: Callable[[Iterable[list[bytes]]], Iterable[Scores]],
-    spill_dir: str | Path | None,
-    advance: Callable[[int], Any] = lambda position: None,
-) -> Scores:
-    """A file's scores: straight when one chunk holds it all, else part by part."""
-    with contextlib.closing(iter(chunks)) as reader:
-        first, malformed = next(reader)
-        first_position = chunks.position
-        advance(first_position)
-        second = next(reader, None)
-        if second is None:
-            scores = score(first, np.arange(len(first)))
-        else:
-            # twice as many parts as chunks: parts are of uneven size, and should be smaller than a chunk
-            n_parts = 2 * -(-chunks.size // max(first_position, 1))
-            with Parts(spill_dir, n_parts) as parts:
-                parts.add(first)
-                del first
-                while second is not None:
-                    parts.add(second[0])
-                    malformed += second[1]
-                    advance(chunks.position)
-                    second = next(reader, None)
-                scores = Scores.merged(list(score_parts(parts)))
-    if malformed:
-        scores.set_aside["malformed"] += malformed
-    if not scores.usable_visits:
-        reasons = described(scores.set_aside) or "empty"
-        raise BadObservations(f"file {chunks.name!r}: no usable observation in {scores.rows:,} rows ({reasons})")
-    return scores
+                rows.append(self.file.read(length))
+            yield Part(visits[part::n_parts], np.arange(part, len(visits), n_parts), codes, rows)
 
 
 def described(set_aside: Counter[str]) -> str:
@@ -277,27 +244,77 @@ def install(deployment: Deployment, model: ServedModel | None = None) -> None:
     models[deployment.key] = model
 
 
-def score_blocks(key: str, moment: Moment, blocks: list[bytes]) -> Scores:
-    """The scores of one part."""
-    table = _unpacked(blocks)
-    return score_table(key, moment, table, table.pop("row").to_numpy())
+def read_chunk(key: str, moment: Moment, chunk: Chunk) -> tuple[Rows, int, int]:
+    """(the validated rows, the number of malformed lines, the position in the file after them)."""
+    frame, malformed = chunk.parse()
+    now = None if moment.now is None else int(moment.now * 1e6)
+    return read_rows(frame, models[key].pipeline.reproducer.codes, now), malformed, chunk.position
+
+
+def score_part(key: str, moment: Moment, part: Part) -> Scores:
+    model = models[key]
+    return scores_of(model, moment, part.observations(model.pipeline.reproducer.codes), part.number)
+
+
+class StillWritten(Exception):
+    """A file is not as it was when its turn came."""
+
+
+def state_of(stat: os.stat_result) -> list[int]:
+    """By which a file is known again: another one of the same size and time has another inode."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def score_file(
     key: str,
     moment: Moment,
-    path: str,
-    name: str,
+    path: Path,
+    state: list[int],
     chunk_rows: int,
-    spill_dir: str,
+    spill_dir: str | Path | None,
+    read_with: Callable[..., Iterator[tuple[Rows, int, int]]] = map,
+    score_with: Callable[..., Iterator[Scores]] = map,
     advance: Callable[[int], Any] = lambda position: None,
-) -> Scores:
-    """The scores of a whole file."""
+) -> FileScores:
+    """The scores of a whole file with the deployment `key`: straight when one chunk holds it all, else part by part.
+
+    `read_with` and `score_with` do what `map` does, where the work is to be done. Raises `BadObservations`, and
+    `StillWritten` when the file, once read, is not in the `state` that it was found in; nothing is logged then.
+    """
+    n_rows, set_aside = 0, Counter[str]()
+
+    def counted(read: tuple[Rows, int, int]) -> Rows:
+        nonlocal n_rows
+        rows, malformed, position = read
+        n_rows += len(rows.known.visit_of_row)
+        set_aside.update(rows.known.set_aside | ({"malformed": malformed} if malformed else {}))
+        advance(position)
+        return rows
+
+    def check_state() -> None:
+        if state_of(os.stat(path)) != state:
+            raise StillWritten
+
     with open(path, "rb") as file:
-        return score_chunks(
-            Chunks(file, name, os.fstat(file.fileno()).st_size, chunk_rows),
-            partial(score_table, key, moment),
-            lambda parts: (score_blocks(key, moment, blocks) for blocks in parts),
-            spill_dir,
-            advance,
+        chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, min(chunk_rows, CHUNK_ROWS))
+        reader = read_with(partial(read_chunk, key, moment), chunks)
+        read = next(reader)
+        first, second = counted(read), next(reader, None)
+        if second is None:
+            check_state()
+            observations = first.in_order()
+            scores = scores_of(models[key], moment, observations, np.arange(observations.n_visits))
+        else:
+            part_rows = max(min(chunk_rows // 2, PART_ROWS), 1)  # parts are of uneven size
+            n_parts = -(-max(n_rows, chunks.chunk_rows) * chunks.size // (max(read[2], 1) * part_rows))
+            with Parts(spill_dir, min(n_parts, MOST_PARTS)) as parts:
+                parts.add(first)
+                for read in chain([second], reader):
+                    parts.add(counted(read))
+                check_state()
+                scores = Scores.merged(list(score_with(partial(score_part, key, moment), parts)))
+    if not scores.usable_visits:
+        raise BadObservations(
+            f"file {path.name!r}: no usable observation in {n_rows:,} rows ({described(set_aside) or 'empty'})"
         )
+    return FileScores(scores, n_rows, set_aside)
