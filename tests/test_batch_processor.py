@@ -714,6 +714,27 @@ def test_dask_workers_read_score_and_write_by_themselves(tmp_path, rows, pipelin
     assert_same_scores(found, predict(pipeline, rows).sort_values("visit_id"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "more"), [("spark", []), ("ray", ["3"])])
+def test_spark_and_ray_score_whole_visits(tmp_path, rows, pipeline, models_dir, name, more):
+    """In local mode, where executors are processes of their own."""
+    pytest.importorskip("pyspark" if name == "spark" else "ray", reason=f"{name} is not installed")
+    if name == "spark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    (tmp_path / "observations").mkdir()
+    scattered = rows.sample(frac=1, random_state=1)
+    for number in range(3):
+        put(scattered.iloc[number::3], tmp_path / f"observations/{number}.parquet")
+    call = [sys.executable, f"examples/{name}_cluster.py", f"{tmp_path}/observations", f"{tmp_path}/scores"]
+    here = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    here |= {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable, "RAY_DEDUP_LOGS": "0"}
+    done = subprocess.run([*call, str(models_dir), *more], cwd=ROOT, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_parquet(tmp_path / "scores").sort_values("visit_id")
+    assert set(found.columns) == set(COLUMNS_OUT)
+    assert_same_scores(found, predict(pipeline, rows).sort_values("visit_id"))
+
+
 def test_a_partition_gives_what_a_file_gives(place, rows, config_path, model_path, processor, monkeypatch):
     put(rows, place / "incoming/ward.parquet")
     processor.process_directory()
