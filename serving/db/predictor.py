@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
 from common.command_line import run_every
 from feature_pipeline import (
@@ -31,7 +31,18 @@ from feature_pipeline import (
 )
 from monitoring.log import OFF
 from serving.db.connection import DEFAULT_URL, MYSQL, BatchUndone, DatabaseError, check_monitor, connect, in_words
-from serving.db.tables import DEFAULT_MAPPING, NEWEST, Tables, make_tables
+from serving.db.reading import (
+    Key,
+    Read,
+    among,
+    from_json,
+    newest_of_visit,
+    raw,
+    read_observations,
+    rows_of,
+    same_visit,
+)
+from serving.db.tables import DEFAULT_MAPPING, Tables, make_tables
 from serving.deployed import LAST, NOW, Deployed, moments_of
 from serving.evidence import unused_text
 
@@ -80,18 +91,17 @@ class RunResult:
 
     def add(self, batch: Batch, scored_before: set[Key]) -> None:
         """Counts a batch that is committed."""
-        scored = [row for row in batch.rows if row["sepsis_score"] is not None]
+        rows = batch.rows
+        names = "sepsis_score", "observations", "risk_level", "client", "visit_id"
+        scored = [row[1:] for row in zip(*(rows[name] for name in names), strict=True) if row[0] is not None]
         self.batches += 1
         self.scored += len(scored)
-        self.observations += sum(row["observations"] for row in scored)
-        self.risk_levels.update(row["risk_level"] for row in scored)
-        self.rescored += sum((row["client"], row["visit_id"]) in scored_before for row in scored)
+        self.observations += sum(n for n, *_ in scored)
+        self.risk_levels.update(level for _, level, *_ in scored)
+        self.rescored += sum(tuple(key) in scored_before for _, _, *key in scored)
         self.unknown.update(batch.unknown)
         self.set_aside.update(batch.set_aside)
         self.unused_codes.update(batch.unused_codes)
-
-
-Key = tuple[Any, Any]  # (client, visit_id) as the database gives them
 
 
 class Claim(NamedTuple):
@@ -103,28 +113,23 @@ class Claim(NamedTuple):
     known: bool
 
 
+class Work(NamedTuple):
+    """A transaction with the visits that it claimed, which nobody else scores until it ends, and what was read."""
+
+    connection: sa.Connection
+    claims: list[Claim]
+    read: Read | None
+
+
 class Batch(NamedTuple):
-    """The result of one batch of visits: rows for the predictions table, visits without a score by reason, rows set
+    """The result of one batch of visits: columns for the predictions table, visits without a score by reason, rows set
     aside and unused codes; `record` writes it to the prediction log."""
 
-    rows: list[dict[str, Any]]
+    rows: dict[str, list[Any]]
     unknown: Counter[str]
     set_aside: Counter[str]
     unused_codes: Counter[str]
     record: Callable[[], Any]
-
-
-_NONE = NO_TIME, NO_TIME
-
-
-def _when(micros: int) -> datetime | None:
-    return (
-        None
-        if micros == NO_TIME
-        else datetime.fromtimestamp(int(micros) // 1_000_000, UTC).replace(
-            tzinfo=None, microsecond=int(micros) % 1_000_000
-        )
-    )
 
 
 def _pending(visits: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:
@@ -230,7 +235,7 @@ class DatabasePredictor:
     def _count_left(self, tables: Tables) -> tuple[int, int]:
         """Pending visits without observations, and with some."""
         visits = tables.visits
-        alone = ~sa.exists().where(_same_visit(tables.observations, visits))
+        alone = ~sa.exists().where(same_visit(tables.observations, visits))
         counts = sa.func.count(sa.case((alone, 1))), sa.func.count()
         query = sa.select(*counts).where(_pending(visits)).select_from(visits["client"].table)
         with self.reading.connect() as connection:
@@ -238,65 +243,94 @@ class DatabasePredictor:
         return without, pending - without
 
     def _pass(self, tables: Tables, result: RunResult, rescore: bool, advance: Callable[[int], Any]) -> bool:
-        """Goes once through all visits in the order of their keys; says whether another pass may find more."""
-        after: Claim | None = None
+        """Goes once through all visits in the order of their keys; says whether another pass may find more.
+
+        On PostgreSQL the next batch is claimed and read, in a transaction of its own, while this one is scored. SQLite
+        has one transaction at a time; MariaDB's claims lock index records of visits that they skip, and this batch
+        would wait for them.
+        """
         before = result.scored
-        while True:
-            with (self.reading if result.dry_run else self.engine).begin() as connection:
-                claims = self._claim(connection, tables, after, rescore, lock=not result.dry_run)
-                if not claims:
-                    break
-                after = claims[-1]
-                batch = self._score(connection, tables, claims)
-                if batch.rows and not result.dry_run:
-                    self._write(connection, tables, batch.rows, {claim[:2] for claim in claims if claim.known})
-            # counted and logged only when it is committed
-            result.add(batch, {claim[:2] for claim in claims if claim.scored})
-            if not result.dry_run:
-                batch.record()
-            advance(len(claims))
+
+        def begin(after: Claim | None) -> Work:
+            return self._begin(tables, after, rescore, result.dry_run)
+
+        work = begin(None)
+        ahead = self.engine.dialect.name == "postgresql"
+        with ThreadPoolExecutor(1) as thread:
+            while work.read is not None:
+                claims = work.claims
+                coming = thread.submit(begin, claims[-1]) if ahead else None
+                try:
+                    with closing(work.connection) as connection:
+                        batch = self._score(connection, tables, claims, work.read)
+                        if not result.dry_run:
+                            self._write(connection, tables, batch.rows, {claim[:2] for claim in claims if claim.known})
+                            connection.commit()
+                    # counted and logged only when it is committed
+                    result.add(batch, {claim[:2] for claim in claims if claim.scored})
+                    if not result.dry_run:
+                        batch.record()
+                    advance(len(claims))
+                except BaseException:
+                    if coming is not None:
+                        with suppress(Exception):
+                            coming.result().connection.close()
+                    raise
+                work = coming.result() if coming is not None else begin(claims[-1])
+            work.connection.close()
         return result.scored > before and not result.dry_run and not rescore
+
+    def _begin(self, tables: Tables, after: Claim | None, rescore: bool, dry_run: bool) -> Work:
+        """A transaction with the next visits after that one; the caller closes its connection."""
+        connection = (self.reading if dry_run else self.engine).connect()
+        try:
+            connection.begin()
+            claims = self._claim(connection, tables, after, rescore, lock=not dry_run)
+            read = read_observations(connection, tables, [claim[:2] for claim in claims]) if claims else None
+            return Work(connection, claims, read)
+        except BaseException:
+            connection.close()
+            raise
 
     def _claim(
         self, connection: sa.Connection, tables: Tables, after: Claim | None, rescore: bool, lock: bool
     ) -> list[Claim]:
         """The next pending visits that have observations, locked until the transaction ends."""
         visits, observations = tables.visits, tables.observations
-        own = _same_visit(observations, visits)
+        own = same_visit(observations, visits)
         predictions, table = tables.predictions, visits["client"].table
         of_version = predictions["model_version"] == self.pipeline.model_version
         count = sa.select(sa.func.count()).where(own).correlate(table).scalar_subquery()
         up_to_date = predictions["observations"] >= count
         if "newest_observation" in predictions:
-            newest = sa.select(_newest(observations)).where(own).correlate(table).scalar_subquery()
+            newest = sa.select(newest_of_visit(observations)).where(own).correlate(table).scalar_subquery()
             known_newest = predictions["newest_observation"]
             up_to_date = sa.and_(up_to_date, sa.or_(known_newest.is_(None), known_newest == newest))
 
         def without(*more: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-            return ~sa.exists().where(_same_visit(predictions, visits), up_to_date, *more)
+            return ~sa.exists().where(same_visit(predictions, visits), up_to_date, *more)
 
         is_unknown = sa.and_(visits["sepsis_score"].is_(None), visits["risk_level"] == "UNKNOWN")
         due = [_pending(visits), sa.and_(is_unknown, without(of_version))]
         if rescore:
             due.append(sa.and_(visits["sepsis_score"].is_not(None), without()))
         key = visits["client"], visits["visit_id"]
-        known = sa.exists().where(_same_visit(predictions, visits), of_version)
-        query = sa.select(*map(_raw, key), visits["sepsis_score"].is_not(None), known)
+        known = sa.exists().where(same_visit(predictions, visits), of_version)
+        query = sa.select(*map(raw, key), visits["sepsis_score"].is_not(None), known)
         query = query.where(sa.exists().where(own), sa.or_(*due)).order_by(*key)
         if after is not None:
             query = query.where(sa.tuple_(*key) > (after.client, after.visit_id))
         if lock:  # SQLite ignores it: there BEGIN IMMEDIATE has locked all
             query = query.with_for_update(skip_locked=skips_locked(connection))
-        return [Claim(*row) for row in connection.execute(query.limit(self.batch_size))]
+        rows = connection.execute(query.limit(self.batch_size))
+        return list({row[:2]: Claim(*row) for row in rows}.values())  # of a table without its key `_write` tells
 
-    def _score(self, connection: sa.Connection, tables: Tables, claims: list[Claim]) -> Batch:
+    def _score(self, connection: sa.Connection, tables: Tables, claims: list[Claim], read: Read) -> Batch:
         """What the claimed visits give, with rows for the predictions table."""
         keys = [claim[:2] for claim in claims]
-        newest_date = self._newest(connection, tables, keys)  # first: what comes in between is found next time
-        place, table = self._read(connection, tables, keys)
-        rows = np.bincount(place, minlength=len(keys))
+        n_rows = np.bincount(read.place, minlength=len(keys))
         model, now = self.deployed.current, self.clock()
-        observations = model.read(table, now if self.as_of == NOW else None)
+        observations = model.read(read.rows, now if self.as_of == NOW else None)
         own = observations.visit_id.astype(np.int64)
         texts = np.array([[as_text(part) for part in keys[i]] for i in own], dtype=object).reshape(-1, 2)
         observations = replace(observations, client_text=texts[:, 0], visit_text=texts[:, 1])
@@ -304,141 +338,87 @@ class DatabasePredictor:
         began = time.perf_counter()
         assessed = model.score(observations, visit, moments, record=False)
         seconds = time.perf_counter() - began
-        place_of = np.full(len(keys), -1)
-        place_of[own] = visit
-        to_write = rows > 0  # else they were deleted since the claim
+        to_write = n_rows > 0  # else they were deleted since the claim
         again = [i for i, claim in enumerate(claims) if claim.scored]
         if again:  # another predictor may have done it between our search and our lock
             seen = self._seen(connection, tables, [keys[i] for i in again])
             to_write[again] &= [
-                not any(n >= rows[i] and last in (None, newest_date.get(keys[i])) for n, last in seen.get(keys[i], []))
+                not any(n >= n_rows[i] and last in (None, read.newest[i]) for n, last in seen.get(keys[i], []))
                 for i in again
             ]
-        written = []
-        for i in np.flatnonzero(to_write).tolist():
-            j = place_of[i]  # -1: no row names it
-            p, as_of, newest = (assessed.probability[j], moments[j], assessed.newest[j]) if j >= 0 else (np.nan, *_NONE)
-            row = {
-                "client": keys[i][0],
-                "visit_id": keys[i][1],
-                "sepsis_score": None if np.isnan(p) else float(p),
-                "risk_level": str(assessed.level[j]) if j >= 0 else "UNKNOWN",
-                "model_version": model.pipeline.model_version,
-                "scored_at": datetime.fromtimestamp(now, UTC).replace(tzinfo=None),
-                "observations": int(rows[i]),
-                "newest_observation": newest_date.get(keys[i]),
-                "reason": assessed.reason[j] if j >= 0 else NOTHING_USABLE,
-                "as_of": _when(as_of),
-                "hours_since_newest": None
-                if newest == NO_TIME
-                else round(float(as_of - newest) / MICROSECONDS_PER_HOUR, 3),
-            }
-            written.append({name: value for name, value in row.items() if name in tables.predictions})
+        written = np.flatnonzero(to_write)
+        place_of = np.full(len(keys), -1)  # no row names the visit: the values that are appended
+        place_of[own] = visit
+        j = place_of[written]
+        as_of, newest = (np.append(times, NO_TIME)[j] for times in (moments, assessed.newest))
+        hours = np.where(newest == NO_TIME, np.nan, (as_of - newest) / MICROSECONDS_PER_HOUR)
+        reasons = np.append(assessed.reason, NOTHING_USABLE)[j].tolist()
+        shared = {
+            "model_version": model.pipeline.model_version,
+            "scored_at": datetime.fromtimestamp(now, UTC).replace(tzinfo=None),
+        }
+        columns = {
+            "client": [keys[i][0] for i in written],
+            "visit_id": [keys[i][1] for i in written],
+            "sepsis_score": [_or_none(p) for p in np.append(assessed.probability, np.nan)[j].tolist()],
+            "risk_level": np.append(assessed.level, "UNKNOWN")[j].tolist(),
+            **{name: [value] * len(written) for name, value in shared.items()},
+            "observations": n_rows[written].tolist(),
+            "newest_observation": [read.newest[i] for i in written],
+            "reason": reasons,
+            "as_of": as_of.astype("datetime64[us]").astype(object).tolist(),
+            "hours_since_newest": [_or_none(round(age, 3)) for age in hours.tolist()],
+        }
         return Batch(
-            written,
-            Counter(assessed.reason[j] if j >= 0 else NOTHING_USABLE for j in place_of[to_write])
-            - Counter({None: len(keys)}),
+            {name: values for name, values in columns.items() if name in tables.predictions},
+            Counter(reason for reason in reasons if reason is not None),
             Counter(observations.set_aside),
             Counter(model.pipeline.unused_codes(observations)),
             lambda: model.record(observations, visit, moments, assessed, seconds),
         )
 
-    def _read(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> tuple[np.ndarray, pd.DataFrame]:
-        """(place in `keys` of each row's visit, the visits' observations as the driver gives them): dates and numbers
-        are the reader's business.
-
-        The rows' visits are told by these places, not by the keys of the observations: what is one key to the
-        database, as A and a, 7 and 7.0, may be two to Python, and the other way round.
-        """
-        columns = {name: column for name, column in tables.observations.items() if name not in ("client", "visit_id")}
-        given = [_raw(_as_iso(connection, column)) for column in columns.values()]
-        # the driver's own rows: SQLAlchemy's, and a tuple a column, took longer than all the rest
-        cursor = connection.execute(self._of(connection, tables, tables.observations, keys, *given)).cursor
-        driver = connection.dialect.loaded_dbapi
-        try:
-            rows = cursor.fetchall()
-        except driver.Error as error:
-            raise sa.exc.DBAPIError.instance(None, None, error, driver.Error, dialect=connection.dialect) from None
-        table = pd.DataFrame(rows, columns=["client", "visit_id", *columns])
-        client, clients = pd.factorize(table["client"])
-        visit, visits = pd.factorize(table["visit_id"])
-        pair, pairs = pd.factorize(client * len(visits) + visit)
-        index = {key: i for i, key in enumerate(keys)}
-        found = [index[clients[i // len(visits)], visits[i % len(visits)]] for i in pairs.tolist()]
-        place = np.array(found, dtype=np.int64)[pair]
-        # blank keys name no visit
-        named = np.array([[bool(as_text(part)) for part in key] for key in keys])
-        table["visit_id"] = np.where(named[place, 1], place, np.nan)
-        table["client"] = np.where(named[place, 0], 1.0, np.nan)
-        return place, table
-
-    def _newest(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, str]:
-        """The date of each visit's newest observation, as the database writes it."""
-        if "newest_observation" not in tables.predictions:
-            return {}
-        query = self._of(connection, tables, tables.observations, keys, _newest(tables.observations))
-        query = query.group_by(tables.visits["client"], tables.visits["visit_id"])
-        return {(client, visit): newest for client, visit, newest in connection.execute(query)}
-
     def _seen(self, connection: sa.Connection, tables: Tables, keys: list[Key]) -> dict[Key, list[tuple[Any, Any]]]:
         """(number of observations, date of the newest) behind each score that these visits have."""
         newest = tables.predictions.get("newest_observation", sa.null())
-        query = self._of(connection, tables, tables.predictions, keys, tables.predictions["observations"], newest)
+        query = rows_of(connection, tables, tables.predictions, keys, tables.predictions["observations"], newest)
         seen: dict[Key, list[tuple[Any, Any]]] = {}
         for client, visit, *state in connection.execute(query):
             seen.setdefault((client, visit), []).append(tuple(state))
         return seen
 
-    @staticmethod
-    def _of(
-        connection: sa.Connection,
-        tables: Tables,
-        other: Mapping[str, sa.Column[Any]],
-        keys: list[Key],
-        *columns: sa.ColumnElement[Any],
-    ) -> sa.Select[Any]:
-        """Some columns of another table's rows that belong to these visits, behind the visits' own keys."""
-        visits = tables.visits
-        return (
-            sa.select(_raw(visits["client"]), _raw(visits["visit_id"]), *columns)
-            .select_from(visits["client"].table.join(other["client"].table, _same_visit(other, visits)))
-            .where(_among(connection, visits, keys))
-        )
-
-    def _write(self, connection: sa.Connection, tables: Tables, scored: list[dict[str, Any]], known: set[Key]) -> None:
+    def _write(self, connection: sa.Connection, tables: Tables, rows: dict[str, list[Any]], known: set[Key]) -> None:
         """Predictions and visits, two or three statements whatever their number."""
         columns, visits = tables.predictions, tables.visits
+        keys = list(zip(rows["client"], rows["visit_id"], rows["observations"], strict=True))
+        if not keys:
+            return
         predictions = columns["client"].table
         of_version = columns["model_version"] == self.pipeline.model_version
-        keys = [(row["client"], row["visit_id"], row["observations"]) for row in scored]
         # a visit that was made pending again by hand has this very prediction already
         old = [key for key in keys if key[:2] in known]
         if old:
-            same = _among(connection, columns, old, "observations")
+            same = among(connection, columns, old, "observations")
             connection.execute(sa.delete(predictions).where(of_version, same))
+        own = [columns[name] for name in rows]
         if connection.dialect.name == "postgresql":
-            own = [columns[name] for name in scored[0]]
-            rows = _unnested(own, [tuple(row.values()) for row in scored])
-            connection.execute(sa.insert(predictions).from_select(own, rows))
+            insert = sa.insert(predictions).from_select(own, from_json(own, rows)).returning(predictions)
+            written = insert.cte("written")
+            new: Mapping[str, Any] = {name: written.c[column.key] for name, column in columns.items()}
+            of_batch = [same_visit(new, visits)]
         else:
-            insert = sa.insert(predictions)
+            statement, new = sa.insert(predictions), columns
             if connection.dialect.insert_executemany_returning:  # then SQLAlchemy makes one statement of many rows
-                insert = insert.returning(columns["client"])
-            connection.execute(insert, [{columns[name].key: value for name, value in row.items()} for row in scored])
-        changed = connection.execute(
-            sa.update(visits["client"].table)
-            .where(_same_visit(columns, visits), of_version, _among(connection, columns, keys, "observations"))
-            .values(
-                {
-                    visits["sepsis_score"]: columns["sepsis_score"],
-                    visits["risk_level"]: columns["risk_level"],
-                    visits["scored_at"]: scored[0]["scored_at"],
-                }
+                statement = statement.returning(columns["client"])
+            names = [column.key for column in own]
+            connection.execute(
+                statement, [dict(zip(names, row, strict=True)) for row in zip(*rows.values(), strict=True)]
             )
-        ).rowcount
-        if changed != len(scored):
+            of_batch = [same_visit(new, visits), of_version, among(connection, columns, keys, "observations")]
+        state = {visits[name]: new[name] for name in ("sepsis_score", "risk_level", "scored_at")}
+        changed = connection.execute(sa.update(visits["client"].table).where(*of_batch).values(state)).rowcount
+        if changed != len(keys):
             raise DatabaseError(
-                f"{len(scored)} visits were scored, but {changed} rows of {visits['client'].table.name!r} match them; "
+                f"{len(keys)} visits were scored, but {changed} rows of {visits['client'].table.name!r} match them; "
                 "(client, visit_id) must be its key. Nothing of this batch was written"
             )
 
@@ -454,38 +434,8 @@ class DatabasePredictor:
         run_every(seconds, work, stop)
 
 
-def _same_visit(a: Mapping[str, sa.Column[Any]], b: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[bool]:
-    return sa.and_(a["client"] == b["client"], a["visit_id"] == b["visit_id"])
-
-
-def _raw(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-    """The column as the driver gives it."""
-    return sa.type_coerce(column, sa.types.NullType())
-
-
-def _as_iso(connection: sa.Connection, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
-    """A date as text where the driver would stumble over one: PostgreSQL has infinity, and years that Python lacks."""
-    if connection.dialect.name == "postgresql" and isinstance(column.type, sa.DateTime | sa.Date):
-        return sa.cast(column, sa.Text)
-    return column
-
-
-def _newest(observations: Mapping[str, sa.Column[Any]]) -> sa.ColumnElement[Any]:
-    return sa.cast(sa.func.max(observations["observation_date"]), NEWEST)
-
-
-def _among(
-    connection: sa.Connection, columns: Mapping[str, sa.Column[Any]], keys: Sequence[tuple[Any, ...]], *more: str
-) -> sa.ColumnElement[bool]:
-    """(client, visit_id, `more`...) is one of `keys`."""
-    own = [columns[name] for name in ("client", "visit_id", *more)]
-    return sa.tuple_(*own).in_(_unnested(own, keys) if connection.dialect.name == "postgresql" else keys)
-
-
-def _unnested(columns: Sequence[sa.Column[Any]], rows: Sequence[tuple[Any, ...]]) -> sa.Select[Any]:
-    """The rows as a query with one parameter a column: PostgreSQL's driver is slow with thousands of them."""
-    parts = zip(columns, zip(*rows, strict=True), strict=True)
-    return sa.select(*(sa.func.unnest(sa.literal(list(part), postgresql.ARRAY(column.type))) for column, part in parts))
+def _or_none(number: float) -> float | None:
+    return None if number != number else number
 
 
 def skips_locked(connection: sa.Connection) -> bool:
