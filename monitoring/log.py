@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import DATETIME, dialect
 
 from common.command_line import log
 from common.pseudonyms import KEY_VARIABLE, Pseudonyms
@@ -32,6 +33,7 @@ DEFAULT_URL = "sqlite:///data/predictions.db"
 OFF = "off"
 OPENING_TRIES = 8
 PIECE = 1_000  # rows in a transaction
+FEW = 50  # rows of a request, or of some: SQLite takes 999 values in a statement
 ROLLED_UP = "stream"  # the source that scores a visit again and again
 MOST_ROLLED_UP = 200_000  # visits whose last row is remembered
 # a connection whose other end has gone is given up in a minute
@@ -87,6 +89,7 @@ cards = sa.Table(  # of CDS Hooks
 _NEW_PREDICTION, _NEW_ERROR = predictions.insert(), errors.insert()  # made once: SQLAlchemy caches their SQL
 _NEW_CARD = cards.insert()
 _OF_SNAPSHOTS = [f.name for f in fields(Assessment) if f.name != "inputs"]
+_time_text = DATETIME().bind_processor(dialect())  # as SQLAlchemy has times in SQLite
 _migrating = threading.Lock()  # Alembic's context belongs to the whole process
 
 
@@ -345,7 +348,7 @@ class PredictionLog:
         written = True
         for start in range(0, len(rows), PIECE):
             piece = rows[start : start + PIECE]
-            work = lambda connection, piece=piece: connection.execute(statement, piece)  # noqa: E731
+            work = lambda connection, piece=piece: _insert(connection, statement, piece)  # noqa: E731
             written &= self._writer.write(work, len(piece), keep=not self._required)
         return written
 
@@ -369,6 +372,22 @@ class PredictionLog:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _insert(connection: sa.Connection, statement: sa.Insert, rows: list[dict[str, Any]]) -> None:
+    """Writes rows. A few rows go into SQLite by one statement that is its own transaction: between the statements of a
+    transaction, this thread may wait for Python's interpreter, and other processes would wait for the database."""
+    if connection.dialect.name != "sqlite" or len(rows) > FEW:
+        connection.execute(statement, rows)
+        return
+    places = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
+    values = tuple(_time_text(v) if isinstance(v, datetime) else v for row in rows for v in row.values())
+    driver = connection.connection.driver_connection
+    before, driver.isolation_level = driver.isolation_level, None  # else the driver begins a transaction
+    try:
+        connection.exec_driver_sql(f"INSERT INTO {statement.table} ({', '.join(rows[0])}) VALUES {places}", values)
+    finally:
+        driver.isolation_level = before
 
 
 def _probe(connection: sa.Connection) -> None:
