@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import jwt
 import pytest
@@ -412,6 +411,15 @@ def test_a_resource_that_is_nested_without_end_is_refused(client):
     assert answer.status_code == 400 and "deep" in answer.get_data(as_text=True)
 
 
+def test_a_log_that_was_rotated_away_is_begun_anew(client, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    for name in ("old", "older"):
+        client.post(PREDICT, json=EXAMPLE)
+        log.rename(tmp_path / name)
+    client.post(PREDICT, json=EXAMPLE)
+    assert [len(lines_of(path)) for path in (tmp_path / "old", tmp_path / "older", log)] == [1, 1, 1]
+
+
 def test_a_torn_line_of_a_log_is_ended_before_the_next(client, tmp_path):
     (tmp_path / "audit.jsonl").write_text('{"torn": ')
     client.post(PREDICT, json=EXAMPLE)
@@ -568,20 +576,24 @@ def test_of_several_limits_the_one_that_is_exceeded_is_named(make_client):
     assert "2 per 1 hour" in answers[2].get_json()["detail"] and int(answers[2].headers["Retry-After"]) > 60
 
 
-def test_while_the_store_of_counts_is_away_the_machine_counts_alone(make_client):
+def test_while_the_store_of_counts_is_away_the_machine_counts_alone(make_client, monkeypatch):
     class Store(SharedCounts):
-        STORAGE_SCHEME: ClassVar[list[str]] = ["faulty"]
         away = True
 
-        def incr(self, *arguments, **options):
+        def incr(self, key, seconds):
             if Store.away:
                 raise ConnectionError("the store of counts is away")
-            return super().incr(*arguments, **options)
+            n, self.end = self.hit(key, seconds)
+            return n
 
-    client = make_client(rate_limit="2/hour", rate_storage="faulty://")
+        def get_expiry(self, key):
+            return self.end
+
+    monkeypatch.setattr("serving.api.limits.storage_from_string", lambda url: Store())
+    client = make_client(rate_limit="2/hour", rate_storage="redis://counts")
     assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200, 200, 429]
     Store.away = False
-    assert client.post(PREDICT, json=EXAMPLE).status_code == 429  # it is not asked again at once
+    assert client.post(PREDICT, json=EXAMPLE).status_code == 429  # the store is not asked again at once
     client.application.limits._away_until = 0.0
     assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200, 200, 429]
 
@@ -592,25 +604,23 @@ def test_counts_of_requests_are_exact_among_threads():
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
-            tasks = [pool.submit(lambda: [counts.incr("ward", 3600) for _ in range(500)]) for _ in range(8)]
+            tasks = [pool.submit(lambda: [counts.hit("ward", 3600)[0] for _ in range(500)]) for _ in range(8)]
             for task in tasks:
                 found += task.result()
     finally:
         sys.setswitchinterval(interval)
-    assert sorted(found) == list(range(1, 4001)) and counts.get("ward") == 4000 and counts.get("other") == 0
+    assert sorted(found) == list(range(1, 4001)) and counts.hit("other", 3600)[0] == 1
 
 
 def test_counts_of_requests_begin_anew_with_the_window(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("serving.api.limits.time.time", lambda: now[0])
     counts = SharedCounts()
-    assert [counts.incr("ward", 60) for _ in range(2)] == [1, 2] and counts.get_expiry("ward") == 1060
+    assert [counts.hit("ward", 60) for _ in range(2)] == [(1, 1060.0), (2, 1060.0)]
     now[0] = 1059.9
-    assert counts.incr("ward", 60) == 3
+    assert counts.hit("ward", 60) == (3, 1060.0)
     now[0] = 1060.0
-    assert counts.get("ward") == 0 and counts.incr("ward", 60) == 1
-    counts.clear("ward")
-    assert counts.get("ward") == 0
+    assert counts.hit("ward", 60) == (1, 1120.0)
 
 
 def test_counts_of_more_keys_than_there_is_room_for_lose_the_smallest(monkeypatch):
@@ -618,12 +628,10 @@ def test_counts_of_more_keys_than_there_is_room_for_lose_the_smallest(monkeypatc
     monkeypatch.setattr(SharedCounts, "PROBES", 4)
     counts = SharedCounts()
     for _ in range(9):
-        counts.incr("guesses keys", 3600)
+        counts.hit("guesses keys", 3600)
     for i in range(50):
-        counts.incr(f"other {i}", 3600)
-    assert counts.incr("guesses keys", 3600) == 10
-    counts.reset()
-    assert counts.get("guesses keys") == 0
+        counts.hit(f"other {i}", 3600)
+    assert counts.hit("guesses keys", 3600)[0] == 10
 
 
 def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch):
@@ -631,7 +639,7 @@ def test_a_fault_of_the_rate_limit_costs_no_prediction(make_client, monkeypatch)
         raise ConnectionError("the store of counts is away")
 
     client = make_client(rate_limit="2/hour")
-    monkeypatch.setattr(SharedCounts, "incr", broken)
+    monkeypatch.setattr(SharedCounts, "hit", broken)
     assert [client.post(PREDICT, json=EXAMPLE).status_code for _ in range(3)] == [200] * 3
 
 

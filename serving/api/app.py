@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from random import getrandbits
 from typing import Any
 
 from flask import Flask, Response, current_app, g, jsonify, request, send_from_directory
@@ -107,7 +107,7 @@ def _who() -> str:
 def _begin() -> None:
     g.start = time.perf_counter()
     given = request.headers.get("X-Request-ID", "")
-    g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"{getrandbits(128):032x}"
     traceparent, route = request.headers.get("traceparent", ""), request.url_rule.rule if request.url_rule else "none"
     g.trace = trace_of(traceparent)
     g.span_context = current_app.stages.request(route, request.method, traceparent if g.trace else "")

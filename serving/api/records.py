@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import secrets
 import stat
 import sys
 import traceback
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from serving.api import metrics
 class Lines:
     """Appends JSON objects to a file, each by one system call, so that processes never mix theirs.
 
-    The file is opened for each line: a log that was rotated away is begun anew. ``-`` is stderr, empty is none.
+    The file stays open until it is no longer at its path: a log that was rotated away is begun anew. ``-`` is stderr,
+    empty is none.
     """
 
     def __init__(self, path: str, name: str):
         self.path, self.name = path, name
+        self._opened: tuple[io.FileIO, os.stat_result] | None = None
 
     def write(self, **entry: Any) -> None:
         if not self.path:
@@ -42,19 +46,29 @@ class Lines:
             log.error("error: the %s log cannot be written: %s", self.name, error.strerror)
 
     def _append(self, line: bytes) -> None:
+        opened = self._opened
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            found = None
+        if found is None or opened is None or not os.path.samestat(found, opened[1]):
+            opened = self._opened = self._open()
+            found = opened[1]
+        file, size = opened[0], found.st_size if stat.S_ISREG(found.st_mode) else 0
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a line that was torn by a full disk
+            line = b"\n" + line
+        file.write(line)
+
+    def _open(self) -> tuple[io.FileIO, os.stat_result]:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         try:
-            file = os.open(self.path, flags, 0o600)
+            descriptor = os.open(self.path, flags, 0o600)
         except FileNotFoundError:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-            file = os.open(self.path, flags, 0o600)
-        try:
-            size = os.lseek(file, 0, os.SEEK_END) if stat.S_ISREG(os.fstat(file).st_mode) else 0
-            if size and os.pread(file, 1, size - 1) != b"\n":  # a line that was torn by a full disk
-                line = b"\n" + line
-            os.write(file, line)
-        finally:
-            os.close(file)
+            descriptor = os.open(self.path, flags, 0o600)
+        file = io.FileIO(descriptor, "r+", closefd=False)
+        weakref.finalize(file, os.close, descriptor)  # when no thread writes to it any more
+        return file, os.fstat(descriptor)
 
 
 def plain_log() -> None:
