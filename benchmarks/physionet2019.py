@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -234,42 +233,37 @@ def benchmark(arguments: argparse.Namespace) -> int:
     codes = list(data.observations.codes)
     names_of_block = {block: part_names(block, codes) for block in blocks}
     names = [name for block in blocks for name in names_of_block[block]]
-    with tempfile.TemporaryDirectory(prefix="sepsis-benchmark-", dir=arguments.scratch) as scratch:
+    start = time.perf_counter()
+    table = FeatureTable.of(data, names, arguments.seed)
+    log.info(
+        "%d features of %s hourly snapshots, twice (as they are, and with codes hidden), in %.1f s",
+        *(len(names), f"{len(data.label):,}", time.perf_counter() - start),
+    )
+    folds = list(grouped_folds(data, np.arange(len(data.label)), arguments.folds, arguments.seed))
+    results: dict[str, Any] = {}
+
+    def measure(name: str, columns: np.ndarray, only: int | None = None, nested: bool = False) -> None:
         start = time.perf_counter()
-        table = FeatureTable.of(data, names, arguments.seed, scratch)
-        log.info(
-            "%d features of %s hourly snapshots, twice (as they are, and with codes hidden), in %.1f s",
-            *(len(names), f"{len(data.label):,}", time.perf_counter() - start),
+        some = folds[:only]
+        fit = partial(fitted_scores, data, table, columns, arguments.model, seed=arguments.seed, jobs=arguments.jobs)
+        score = fit(splits=some)
+        inner = fit(splits=inner_splits(folds)) if nested else None
+        results[name] = report(data, from_onset, score, some, inner)
+        print(line(name, results[name], time.perf_counter() - start), flush=True)
+
+    whole = np.arange(len(names))
+    if not arguments.only_ablation:
+        measure(f"{arguments.feature_set} with {arguments.model}", whole, nested=arguments.inner_thresholds)
+        print(
+            pd.DataFrame(results[f"{arguments.feature_set} with {arguments.model}"]["by_hours"]).to_string(index=False)
         )
-        folds = list(grouped_folds(data, np.arange(len(data.label)), arguments.folds, arguments.seed))
-        results: dict[str, Any] = {}
-
-        def measure(name: str, columns: np.ndarray, only: int | None = None, nested: bool = False) -> None:
-            start = time.perf_counter()
-            some = folds[:only]
-            fit = partial(
-                fitted_scores, data, table, columns, arguments.model, seed=arguments.seed, jobs=arguments.jobs
-            )
-            score = fit(splits=some)
-            inner = fit(splits=inner_splits(folds)) if nested else None
-            results[name] = report(data, from_onset, score, some, inner)
-            print(line(name, results[name], time.perf_counter() - start), flush=True)
-
-        whole = np.arange(len(names))
-        if not arguments.only_ablation:
-            measure(f"{arguments.feature_set} with {arguments.model}", whole, nested=arguments.inner_thresholds)
-            print(
-                pd.DataFrame(results[f"{arguments.feature_set} with {arguments.model}"]["by_hours"]).to_string(
-                    index=False
-                )
-            )
-        if arguments.ablation_folds:
-            measure(f"all blocks, {arguments.ablation_folds} folds", whole, arguments.ablation_folds)
-            for block in blocks:
-                without = np.flatnonzero([name not in set(names_of_block[block]) for name in names])
-                if len(without):
-                    measure(f"without {block}", without, arguments.ablation_folds)
-        print(f"whole benchmark: {time.perf_counter() - began:.0f} s")
+    if arguments.ablation_folds:
+        measure(f"all blocks, {arguments.ablation_folds} folds", whole, arguments.ablation_folds)
+        for block in blocks:
+            without = np.flatnonzero([name not in set(names_of_block[block]) for name in names])
+            if len(without):
+                measure(f"without {block}", without, arguments.ablation_folds)
+    print(f"whole benchmark: {time.perf_counter() - began:.0f} s")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return DONE
@@ -300,7 +294,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ablation-folds", type=int, default=0, help="also leave out each block, on so many folds, two or more"
     )
     parser.add_argument("--only-ablation", action="store_true", help="without the main figures")
-    parser.add_argument("--scratch", help="folder for the feature table, a few GB")
     parser.add_argument("--json", help="also write the figures to this file")
     return run(benchmark, parser, argv)
 

@@ -105,7 +105,7 @@ def of_search(arguments: argparse.Namespace) -> int:
             search(options, folder)
         entries = json.loads((folder / "optimization_log.json").read_text())
         data = load_training_data(options.observations, options.labels, SnapshotSettings(), Codes({}))
-        known = prepare_search(data, folder, options.seed, None, tuple(FEATURE_SETS))
+        known = prepare_search(data, options.seed, None, tuple(FEATURE_SETS))
         train, rows = (np.flatnonzero(known.part == TRAIN), np.flatnonzero(known.part != TEST))
         best = sorted(entries, key=lambda entry: -entry["score"])[: options.finalists]
         finalists = [(CONFIGURATION[entry["model"]], known.columns(entry["feature_set"])) for entry in best]

@@ -173,7 +173,7 @@ def test_codes_without_a_concept_give_no_features(cohort, tmp_path):
     def prepared(codes):
         frame = observations.assign(observation_type_code=codes)
         data = make_training_data(read_observations(frame, Codes.by_concept()), read_labels(labels), SnapshotSettings())
-        return data, prepare_search(data, tmp_path, feature_sets=["latest"], portable=True)
+        return data, prepare_search(data, feature_sets=["latest"], portable=True)
 
     data, search = prepared(codes.replace({"HR": "local HR"}))
     assert "local HR" in data.observations.codes and "local HR" not in search.codes

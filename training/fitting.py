@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +32,12 @@ from training.candidates import ModelConfiguration
 from training.snapshots import TrainingData, grouped_folds, hide_codes
 
 
+def in_processes(jobs: int, **how: Any) -> joblib.Parallel:
+    # loky renews a worker that has grown; nothing is lost by it
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+    return joblib.Parallel(n_jobs=jobs, **how)
+
+
 def filled(features: np.ndarray, fill_value: float | None) -> np.ndarray:
     """A copy-free view where nothing is to be filled, else a copy with NaN replaced."""
     return features if fill_value is None else np.where(np.isnan(features), fill_value, features)
@@ -39,7 +48,8 @@ class FeatureTable:
     """Every feature of every snapshot, NaN where empty, and the same with codes hidden in many visits.
 
     The arrays are (n_features, n_snapshots), row-major: joblib hands a column-major memory map to other processes in
-    the wrong order.
+    the wrong order. `of` makes them as files, which processes share, in a folder of their own in the system's temporary
+    one (`TMPDIR`); it goes with the table.
     """
 
     plain: np.ndarray
@@ -47,31 +57,28 @@ class FeatureTable:
     copied: np.ndarray  # (n_snapshots,) whose copy with codes hidden is learned from: all septic, a third of the others
 
     @classmethod
-    def of(
-        cls,
-        data: TrainingData,
-        names: Sequence[str],
-        seed: int = 0,
-        folder: str | Path | None = None,
-        hidden: bool = True,
-    ) -> FeatureTable:
-        """Evaluates the features `names`; with a `folder` into files there that processes can share."""
+    def of(cls, data: TrainingData, names: Sequence[str], seed: int = 0, hidden: bool = True) -> FeatureTable:
+        """Evaluates the features `names`."""
+        folder = Path(tempfile.mkdtemp(prefix="sepsis-features-"))
 
         def evaluated(name: str, observations: Observations) -> np.ndarray:
             shape = (len(names), len(data.label))
-            if folder is None:
-                table = np.empty(shape)
-            else:
-                table = np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float64, shape)
+            table = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float64, shape)
             FeaturePlan(names).evaluate(observations, data.visit, data.as_of, out=table)
             return table
 
         septic = np.isin(data.group, data.group[data.label == 1])
-        return cls(
-            evaluated("plain", data.observations),
-            evaluated("hidden", hide_codes(data.observations, seed)) if hidden else None,
-            copied=septic | (data.group % 3 == 0),
-        )
+        try:
+            table = cls(
+                evaluated("plain", data.observations),
+                evaluated("hidden", hide_codes(data.observations, seed)) if hidden else None,
+                copied=septic | (data.group % 3 == 0),
+            )
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        weakref.finalize(table, shutil.rmtree, folder, ignore_errors=True)
+        return table
 
     def at(self, rows: np.ndarray) -> FeatureTable:
         """The table of some of the snapshots."""
@@ -334,7 +341,7 @@ def cross_validate(
         for configuration, columns in contenders
         for train, held_out in folds
     ]
-    results = joblib.Parallel(n_jobs=jobs)([*also, *judged])
+    results = in_processes(jobs)([*also, *judged])
     others, results = results[: len(also)], [result for [result] in results[len(also) :]]
     scores: list[np.ndarray | None] = []
     failures = []

@@ -3,7 +3,6 @@ trained it matters at another one. What that costs is measured in the search."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,16 @@ def cost_of_portable(
     feature_set: str,
     configuration: ModelConfiguration,
     evaluation: Evaluation,
-    folder: Path,
 ) -> dict[str, dict[str, float]]:
     """The winner's cross-validated ROC AUC and average precision, ``old`` with features of each code of the hospital,
     ``new`` with features by concept; see `metrics.compared`.
 
-    `options` are the `SearchOptions`, `evaluation` is that of the features by concept, on the same snapshots; `folder`
-    is for the features of the codes.
+    `options` are the `SearchOptions`, `evaluation` is that of the features by concept, on the same snapshots.
     """
     data = load_training_data(
         options.observations, options.labels, options.snapshots, Codes(options.synonyms), options.synthetic
     )
-    search = prepare_search(data, folder, options.seed, options.folds, [feature_set], options.synonyms)
+    search = prepare_search(data, options.seed, options.folds, [feature_set], options.synonyms)
     rows = np.flatnonzero(search.part != TEST)
     contender = configuration, search.columns(feature_set)
     [score], _ = cross_validate([contender], search.table, data, rows, options.folds, options.seed, options.jobs)

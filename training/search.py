@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from feature_pipeline import BadConfig, Codes, Config, FeaturePipelineError, Sna
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS
 from training.config import make_config
 from training.evidence import measure_evidence
-from training.fitting import cross_validate, fit_model
+from training.fitting import cross_validate, fit_model, in_processes
 from training.portable import cost_of_portable
 from training.report import summary_text
 from training.snapshots import TEST, TRAIN, load_training_data
@@ -97,51 +96,46 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
         log.info("%s", line)
     candidates = [(fs, c) for fs in options.feature_sets for c in MODEL_CONFIGURATIONS if c.name in options.models]
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="sepsis-search-") as scratch:
-        search = prepare_search(
-            data, Path(scratch), options.seed, options.folds, options.feature_sets, options.synonyms, options.portable
+    search = prepare_search(data, options.seed, options.folds, options.feature_sets, options.synonyms, options.portable)
+    log.info("%d features of %d snapshots, %.1f s", *search.table.plain.shape, time.perf_counter() - start)
+    with backend(options.backend, options.scheduler, search):
+        entries = run_candidates(search, candidates, directory / LOG, options.jobs, options.resume)
+        good = sorted((e for e in entries if "score" in e), key=lambda e: -e[options.rank_by])
+        if not good:
+            raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {directory / LOG}")
+        rows = np.flatnonzero(search.part != TEST)
+        best = good[: options.finalists]
+        contenders = [(CONFIGURATION[entry["model"]], search.columns(entry["feature_set"])) for entry in best]
+        log.info("cross-validating the best %d", len(best))
+        scores, _ = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, options.jobs)
+    finalists = []
+    for entry, out_of_fold in zip(best, scores, strict=True):
+        if out_of_fold is None:
+            log.warning("no finalist: %s with %s", entry["feature_set"], entry["model"])
+            continue
+        score = ranking_scores(data.label[rows], out_of_fold)["score"]
+        log.info("cross-validated: %.4f  %s with %s", score, entry["feature_set"], entry["model"])
+        finalists.append((score, entry["feature_set"], entry["model"], out_of_fold))
+    finalists.sort(key=lambda f: -f[0])
+    _, feature_set, model, out_of_fold = finalists[0]
+    configuration, train = CONFIGURATION[model], np.flatnonzero(search.part == TRAIN)
+    winner, of_train = in_processes(options.jobs)(
+        joblib.delayed(fit_model)(
+            configuration, search.table, some, search.columns(feature_set), data.label, search.seed
         )
-        log.info("%d features of %d snapshots, %.1f s", *search.table.plain.shape, time.perf_counter() - start)
-        with backend(options.backend, options.scheduler, search):
-            entries = run_candidates(search, candidates, directory / LOG, options.jobs, options.resume)
-            good = sorted((e for e in entries if "score" in e), key=lambda e: -e[options.rank_by])
-            if not good:
-                raise FeaturePipelineError(f"all {len(entries)} candidates failed; see {directory / LOG}")
-            rows = np.flatnonzero(search.part != TEST)
-            best = good[: options.finalists]
-            contenders = [(CONFIGURATION[entry["model"]], search.columns(entry["feature_set"])) for entry in best]
-            log.info("cross-validating the best %d", len(best))
-            scores, _ = cross_validate(contenders, search.table, data, rows, search.folds, search.seed, options.jobs)
-        finalists = []
-        for entry, out_of_fold in zip(best, scores, strict=True):
-            if out_of_fold is None:
-                log.warning("no finalist: %s with %s", entry["feature_set"], entry["model"])
-                continue
-            score = ranking_scores(data.label[rows], out_of_fold)["score"]
-            log.info("cross-validated: %.4f  %s with %s", score, entry["feature_set"], entry["model"])
-            finalists.append((score, entry["feature_set"], entry["model"], out_of_fold))
-        finalists.sort(key=lambda f: -f[0])
-        _, feature_set, model, out_of_fold = finalists[0]
-        configuration, train = CONFIGURATION[model], np.flatnonzero(search.part == TRAIN)
-        winner, of_train = joblib.Parallel(n_jobs=options.jobs)(
-            joblib.delayed(fit_model)(
-                configuration, search.table, some, search.columns(feature_set), data.label, search.seed
-            )
-            for some in (rows, train)
-        )
-        evaluation = evaluate_winner(search, feature_set, configuration, winner, out_of_fold)
-        of_train.slope, of_train.intercept = winner.slope, winner.intercept
-        if evaluation.metrics["test"]["n_positive_visits"] < FEWEST_POSITIVE_VISITS:
-            log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
-        evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
-        loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
-        minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, of_train)
-        if options.portable:
-            log.info("what features by concept cost")
-            by_code = Path(scratch, "by_code")
-            by_code.mkdir()
-            evaluation.metrics["portable"] = cost_of_portable(options, feature_set, configuration, evaluation, by_code)
-        config = make_config(search, feature_set, configuration, evaluation, loss, minimum, options)
+        for some in (rows, train)
+    )
+    evaluation = evaluate_winner(search, feature_set, configuration, winner, out_of_fold)
+    of_train.slope, of_train.intercept = winner.slope, winner.intercept
+    if evaluation.metrics["test"]["n_positive_visits"] < FEWEST_POSITIVE_VISITS:
+        log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
+    evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
+    loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
+    minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, of_train)
+    if options.portable:
+        log.info("what features by concept cost")
+        evaluation.metrics["portable"] = cost_of_portable(options, feature_set, configuration, evaluation)
+    config = make_config(search, feature_set, configuration, evaluation, loss, minimum, options)
     ranking = [(fs, name, score) for score, fs, name, _ in finalists]
     text = summary_text(search, entries, ranking, evaluation, config, time.perf_counter() - start)
     write_atomic(directory / SUMMARY, text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from feature_pipeline import (
     ScoreModel,
 )
 from training.candidates import FEATURE_SETS, ModelConfiguration, feature_set_names
-from training.fitting import FeatureTable, calibrated, filled, judge_candidates
+from training.fitting import FeatureTable, calibrated, filled, in_processes, judge_candidates
 from training.snapshots import PARTS, TEST, TRAIN, VALIDATION, TrainingData, split_parts
 
 RAREST_CODE = 0.01  # codes that fewer training visits have give no features
@@ -65,14 +64,13 @@ class Search:
 
 def prepare_search(
     data: TrainingData,
-    folder: Path,
     seed: int = 0,
     folds: int | None = None,
     feature_sets: Sequence[str] = tuple(FEATURE_SETS),
     synonyms: dict[str, str] | None = None,
     portable: bool = False,
 ) -> Search:
-    """Splits the data and computes every feature of every set once, into files in `folder` that processes share."""
+    """Splits the data and computes every feature of every set once."""
     synonyms = synonyms or {}
     part = split_parts(data, seed=seed)
     for k, name in enumerate(PARTS):
@@ -86,7 +84,7 @@ def prepare_search(
     names = list(
         dict.fromkeys(n for fs in feature_sets for n in feature_set_names(fs, codes, DEFAULT_WINDOWS, synonyms))
     )
-    table = FeatureTable.of(data, names, seed, folder)
+    table = FeatureTable.of(data, names, seed)
     train = part == TRAIN
     informative = np.array([_varies(column[train]) for column in table.plain])
     return Search(data, part, codes, synonyms, portable, names, table, informative, seed, folds)
@@ -138,9 +136,7 @@ def run_candidates(
         )
         for (feature_set, _), configurations in together.items()
     )
-    # loky renews a worker that has grown; nothing is lost by it
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    results = in_processes(jobs, return_as="generator_unordered")(tasks)
     shown, quiet = chain.from_iterable(results), not log.isEnabledFor(logging.INFO)
     with closing(results), progress(shown, len(candidates), quiet, initial=len(done), unit="candidate") as bar:
         for entry in bar:
