@@ -27,6 +27,7 @@ from serving.api.stages import Stages
 from serving.deployed import LOOK_SECONDS, NOW, Deployed, ServedModel, moments_of
 from serving.scored import Scored, TooMuch
 
+GATHER_SECONDS = 0.002  # that a request waits for as many others as were scored together before it
 TOGETHER = 4000  # observations that are scored together; more would keep the first of them waiting
 LARGE_BYTES = 1_000_000  # a larger request has a lane of its own
 
@@ -47,7 +48,8 @@ class Service:
         self._lock = threading.Lock()
         # One thread works at a time: several that compute only take the interpreter from one another.
         self._lock_of_turns = threading.Lock()
-        self._busy = False
+        self._enough = threading.Condition(self._lock_of_turns)
+        self._busy, self._usual = False, 1  # requests that were scored together last
         self._waiting: deque[Waiting] = deque()
         self._lane = threading.Semaphore(1)  # of large requests
         self._deployed: Deployed | None = None
@@ -127,6 +129,8 @@ class Service:
                     self._busy = True
                     return
                 self._waiting.append(own)
+                if len(self._waiting) + 1 == self._usual:
+                    self._enough.notify()
             own.go.acquire()
 
     def _pass_on(self) -> None:
@@ -149,13 +153,20 @@ class Service:
         return own.scored
 
     def _work_off(self, own: Waiting) -> None:
-        """Scores a request and others of the same model that wait, up to `TOGETHER` observations."""
+        """Scores a request and others of the same model that wait, up to `TOGETHER` observations.
+
+        Where requests come one by one it waits for none: clients that are answered together ask together again.
+        """
+        with self._enough:
+            if len(self._waiting) + 1 < self._usual:
+                self._enough.wait(GATHER_SECONDS)
         batch = [own]
         try:
             rows = self._read(own)
             while rows < TOGETHER and (other := self._next_like(own)):
                 batch.append(other)
                 rows += self._read(other)
+            self._usual = len(batch)
             readable = [waiting for waiting in batch if waiting.observations is not None]
             try:
                 self._score(readable)
