@@ -130,7 +130,7 @@ def search(options: SearchOptions, directory: Path) -> SearchResult:
     if evaluation.metrics["test"]["n_positive_visits"] < FEWEST_POSITIVE_VISITS:
         log.warning("warning: test part: %s", describe_size(evaluation.metrics["test"]))
     evaluation.metrics["validation"] = {key: good[0][key] for key in ("roc_auc", "average_precision", "score")}
-    loss = loss_without_codes(search, feature_set, configuration, evaluation.model)
+    loss = loss_without_codes(search, feature_set, configuration, evaluation.model, options.jobs)
     minimum, evaluation.metrics["evidence"] = measure_evidence(search, feature_set, configuration, of_train)
     if options.portable:
         log.info("what features by concept cost")
