@@ -3,6 +3,7 @@
 python benchmarks/search.py search --observations A_observations.parquet --labels A_labels.parquet
 python benchmarks/search.py full --observations A_observations.parquet --labels A_labels.parquet --models-dir models
 python benchmarks/search.py search                    # the demo cohort
+python benchmarks/search.py growth                    # demo cohorts of 1, 4 and 16 times the clients
 
 The floor is the sum of the seconds of every LightGBM and scikit-learn fit that the work needs, on features that are
 ready, divided by `--jobs`; as many run at once. Memory is that of all processes together, a page that several have
@@ -31,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import DONE, make_parser, run
 from feature_pipeline import Codes, SnapshotSettings, load_config
+from sources.demo_cohort import make_demo_cohort
 from training.candidates import CONFIGURATION, FEATURE_SETS, MODEL_CONFIGURATIONS, ModelConfiguration
 from training.config import configuration_of, load_data
 from training.fitting import _FIT, FeatureTable, folds_for, scaled
-from training.search import SearchOptions, search
+from training.search import QUICK_MODELS, QUICK_SETS, SearchOptions, search
 from training.snapshots import TEST, TRAIN, grouped_folds, load_training_data
 from training.train import train_full
 from training.trials import prepare_search
@@ -134,7 +136,24 @@ def of_full(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-WORKS: dict[str, Callable[[argparse.Namespace], int]] = {"search": of_search, "full": of_full}
+def of_growth(arguments: argparse.Namespace) -> int:
+    """A small search on demo cohorts of 1, 4 and 16 times the clients"""
+    for times in (1, 4, 16):
+        observations, labels = make_demo_cohort(1000 * times, arguments.seed)
+        with tempfile.TemporaryDirectory() as name:
+            files = str(Path(name, "observations.parquet")), str(Path(name, "labels.parquet"))
+            observations.to_parquet(files[0])
+            labels.to_parquet(files[1])
+            options = SearchOptions(
+                *files, feature_sets=QUICK_SETS, models=QUICK_MODELS, seed=arguments.seed, jobs=arguments.jobs
+            )
+            with watched(f"{len(observations):,} observations") as seconds:
+                search(options, Path(name))
+            print(f"  {len(observations) / seconds[0]:,.0f} observations/s", flush=True)
+    return DONE
+
+
+WORKS: dict[str, Callable[[argparse.Namespace], int]] = {"search": of_search, "full": of_full, "growth": of_growth}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
