@@ -376,11 +376,11 @@ def test_a_file_that_is_cut_off_while_it_is_read_ends_nothing(place, rows, proce
     put(rows.head(200), place / "incoming/b.csv")
 
     class Overwritten(io.BufferedReader):
-        def readinto(self, buffer):
-            length = super().readinto(buffer)
+        def read(self, size=-1):
+            block = super().read(size)
             if cut.stat().st_size > 100 and self.raw.name == cut.relative_to(place.parent):
                 os.truncate(cut, 100)
-            return length
+            return block
 
     def overwriting(path, mode):
         return Overwritten(io.FileIO(path)) if mode == "rb" else open(path, mode)

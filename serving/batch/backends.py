@@ -92,6 +92,6 @@ def in_order(backend: Threads, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any
     waiting: deque[Any] = deque()
     for call in calls:
         waiting.append(backend.submit(*call))
-        if len(waiting) > 2 * backend.slots - 1:
+        if len(waiting) > backend.slots:
             yield waiting.popleft()
     yield from waiting

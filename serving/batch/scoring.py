@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import chain, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from serving.batch.reading import Chunk, Chunks
 from serving.deployed import LAST, ServedModel, moments_of
 
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once by a thread: 80 MB
-CHUNK_ROWS = 250_000  # parsed and validated at once by a thread: about 100 MB
+CHUNK_ROWS = 400_000  # parsed and validated at once by a thread: about 150 MB
 PART_ROWS = 250_000  # put in order at once
 MOST_PARTS = 60_000  # their numbers fit in 16 bits
 
@@ -134,6 +134,7 @@ def scores_of(model: ServedModel, moment: Moment, observations: Observations, nu
     )
 
 
+BETWEEN = "\ufffd"  # client and visit_id: neither holds it, for then the row would be set aside as `not_utf8`
 ROW = np.dtype([("visit", "i4"), ("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
 
 
@@ -141,7 +142,7 @@ ROW = np.dtype([("visit", "i4"), ("code", "i4"), ("time", "i8"), ("value", "f8")
 class Part:
     """All validated rows of some visits."""
 
-    visits: list[tuple[str, str]]  # client, visit_id
+    visits: list[str]  # client `BETWEEN` visit_id
     number: np.ndarray  # of each visit in the file
     codes: list[str]
     rows: list[bytes]  # of `ROW`; the visit is a place in `visits`, the code one in `codes`
@@ -153,7 +154,12 @@ class Part:
         columns = {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")}
         concepts = [codes.meaning(code)[0] for code in known]
         return Observations.of_rows(
-            self.visits, known, concepts, rows["visit"].astype(np.int64), place[rows["code"]], columns
+            [visit.split(BETWEEN) for visit in self.visits],
+            known,
+            concepts,
+            rows["visit"].astype(np.int64),
+            place[rows["code"]],
+            columns,
         )
 
 
@@ -164,8 +170,9 @@ class Parts:
     def __init__(self, directory: str | Path | None, n_parts: int):
         self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (lives as long as the parts)
         self.blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_parts)]
-        self.numbers: dict[tuple[str, str], int] = {}  # of visits, in order of first appearance
-        self.codes: dict[str, int] = {}
+        # of visits, and of codes, in order of first appearance: a new one gets the next number
+        self.numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        self.codes: defaultdict[str, int] = defaultdict(count().__next__)
 
     def __enter__(self) -> Parts:
         return self
@@ -176,9 +183,9 @@ class Parts:
     def add(self, rows: Rows) -> None:
         """Appends the next rows of the file."""
         n_parts, known = len(self.blocks), rows.known
-        visits = known.keys()
-        visit = np.array([self.numbers.setdefault(key, len(self.numbers)) for key in visits], dtype=np.int64)
-        code = np.array([self.codes.setdefault(code, len(self.codes)) for code in known.codes], dtype=np.int64)
+        visits = (known.client_text + BETWEEN + known.visit_text).tolist()  # looked up twice as fast as pairs
+        visit = np.fromiter(map(self.numbers.__getitem__, visits), np.int64)
+        code = np.fromiter(map(self.codes.__getitem__, known.codes), np.int64)
         part = (visit % n_parts).astype(np.uint16)[rows.visit]  # NumPy sorts these by counting
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(n_parts + 1))
