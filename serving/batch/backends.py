@@ -77,7 +77,7 @@ class Processes(Threads):
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return super().submit(function, *arguments)
-        except BrokenProcessPool:  # a worker died, and the pool with it
+        except (BrokenProcessPool, BrokenPipeError):  # a worker died, at work or as it was started
             self._start()
             return super().submit(function, *arguments)
 
