@@ -1,7 +1,11 @@
-"""Brings rows into a database by a thread of its own: whoever has rows waits for a moment at most."""
+"""Brings rows into a database: whoever has rows waits for a moment at most.
+
+What does not succeed at once, or is not in a file of this machine, is written by a thread of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
@@ -14,6 +18,7 @@ import sqlalchemy as sa
 
 from common.command_line import log
 
+AT_ONCE = 0.1  # seconds that SQLite may be locked by others, before the thread takes the work over
 PATIENCE = 1.0  # seconds without any progress, after which nobody waits any more
 OPENING_PATIENCE = 5.0  # the same at the start: the tables may have to be made
 MOST_WAITING = 20_000  # rows, about a kilobyte each; more are lost
@@ -46,6 +51,8 @@ class Writer:
     def __init__(self, open_engine: Callable[[], sa.Engine], after: Callable[[sa.Engine, int], Any], probe: Work):
         self._open_engine, self._after, self._probe = open_engine, after, probe
         self._engine: sa.Engine | None = None
+        self._direct: sa.Connection | None = None  # for work that is done at once
+        self._doing_directly = threading.Lock()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._n_jobs = 0
         self._counting = threading.Lock()
@@ -63,6 +70,9 @@ class Writer:
     def write(self, work: Work, n: int = 1, keep: bool = True) -> bool:
         """Has `work`, which writes `n` rows, done; says whether it is committed. If not, it is done later, unless
         `keep` is False. Nobody waits while earlier work is behind."""
+        if self._written_at_once(work):
+            self._after(self._engine, n)
+            return True
         if self.behind and not keep and self._n_jobs:  # which finds out when the database is there again
             return False
         job = self._hand_over(work, n)
@@ -73,6 +83,35 @@ class Writer:
                 self.waiting -= job.n
                 job.work, job.n = self._probe, 0
         return written
+
+    def _written_at_once(self, work: Work) -> bool:
+        """Does work for SQLite in the caller's thread, where nothing waits: to wake the other one takes longer."""
+        engine = self._engine
+        if engine is None or engine.dialect.name != "sqlite" or self._n_jobs or self._closing.is_set():
+            return False
+        if not self._doing_directly.acquire(blocking=False):
+            return False
+        try:
+            if self._direct is None:
+                self._direct = engine.connect()
+                self._direct.exec_driver_sql(f"PRAGMA busy_timeout = {AT_ONCE * 1000:.0f}")
+                self._direct.commit()
+            with self._direct.begin():
+                work(self._direct)
+            return True
+        except _ERRORS:  # the thread finds out which
+            self._close_direct()
+            return False
+        finally:
+            self._doing_directly.release()
+
+    def _close_direct(self) -> None:
+        """Closes the connection for good: in the pool it would be one with a short patience."""
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            with contextlib.suppress(*_ERRORS):
+                direct.invalidate()
+                direct.close()
 
     def _hand_over(self, work: Work, n: int) -> _Job | None:
         """The job, or None where there is no room for it."""
@@ -152,6 +191,8 @@ class Writer:
         self._at_end.cancel()
         self._jobs.put(None)
         self._thread.join(LAST_SECONDS)
+        with self._doing_directly:
+            self._close_direct()
         self.lost, self.waiting = self.lost + self.waiting, 0
         if self.lost:
             log.error("error: %d rows of the prediction log are lost", self.lost)
