@@ -2900,7 +2900,7 @@ class ProductionPipeline:
     def missing_codes_remark(self, observations: Observations) -> str | None:
         """The `absent_codes`, each with the ROC AUC that its absence costs; None if there are none."""
         present = {observations.codes[i] for i in set(observations.group_code.tolist())}
-        absent = self.absent_codes(present, int((observations.first_time != NO_TIME).sum()))
+        absent = self.absent_codes(present, np.count_nonzero(np.diff(observations.visit_group_start)))
         if not absent:
             return None
         loss = self.config.loss_without_code

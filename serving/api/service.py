@@ -6,7 +6,7 @@ import gc
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -198,7 +198,7 @@ class Service:
             some = np.arange(first, min(max(last, first + 1), n))
             self._wait(Waiting(own.model, None))
             try:
-                pieces.append(own.model.score(own.observations, some, own.moments[some]))
+                pieces.append(_scored(own.model, own.observations, some, own.moments[some]))
             finally:
                 self._pass_on()
             first = int(some[-1]) + 1
@@ -244,7 +244,7 @@ class Service:
         model, parts = batch[0].model, [waiting.observations for waiting in batch]
         observations = Observations.stacked(parts) if len(parts) > 1 else parts[0]
         moments = np.concatenate([waiting.moments for waiting in batch])
-        found = model.score(observations, np.arange(observations.n_visits), moments)
+        found = _scored(model, observations, np.arange(observations.n_visits), moments)
         first = 0
         for waiting in batch:
             rows = slice(first, first + waiting.observations.n_visits)
@@ -256,14 +256,22 @@ class Service:
             waiting.model.pipeline, waiting.observations, waiting.moments, found, self.settings.max_visits
         )
         count_set_aside(waiting.observations.set_aside)
-        metrics.UNLOGGED.inc(waiting.model.log.newly_lost())
-        metrics.UNUSED.inc(sum(waiting.scored.unused_codes.values()))
-        for level in found.level.tolist():
-            metrics.PREDICTIONS.labels(level).inc()
-        for reason in filter(None, found.reason.tolist()):
-            metrics.UNKNOWN.labels(reason).inc()
-        for p in found.probability[~np.isnan(found.probability)].tolist():
-            metrics.SCORE.observe(p)
+        if n := sum(waiting.scored.unused_codes.values()):
+            metrics.UNUSED.inc(n)
+
+
+def _scored(model: ServedModel, observations: Observations, visit: np.ndarray, as_of: np.ndarray) -> Assessment:
+    """`ServedModel.score`, counted."""
+    found = model.score(observations, visit, as_of)
+    if lost := model.log.newly_lost():
+        metrics.UNLOGGED.inc(lost)
+    for level, n in Counter(found.level.tolist()).items():
+        metrics.PREDICTIONS.labels(level).inc(n)
+    for reason, n in Counter(filter(None, found.reason.tolist())).items():
+        metrics.UNKNOWN.labels(reason).inc(n)
+    for p in found.probability[~np.isnan(found.probability)].tolist():
+        metrics.SCORE.observe(p)
+    return found
 
 
 _ARRAYS = [f.name for f in fields(Assessment) if f.name != "inputs"]  # of an assessment, a row a snapshot
