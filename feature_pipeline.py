@@ -104,9 +104,9 @@ class cached_property(functools.cached_property):
 
 def listed(items: Iterable[Any], most: int = 5) -> str:
     """The first few `items`, quoted and joined, with the number of the others."""
-    items = [repr(str(item)) for item in items]
+    items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    return ", ".join(repr(str(item)) for item in items[:most]) + more
 
 
 # ------------------------------------------------------------------------------------------ clinical concepts
@@ -2900,7 +2900,7 @@ class ProductionPipeline:
     def missing_codes_remark(self, observations: Observations) -> str | None:
         """The `absent_codes`, each with the ROC AUC that its absence costs; None if there are none."""
         present = {observations.codes[i] for i in set(observations.group_code.tolist())}
-        absent = self.absent_codes(present, np.count_nonzero(np.diff(observations.visit_group_start)))
+        absent = self.absent_codes(present, int(np.count_nonzero(np.diff(observations.visit_group_start))))
         if not absent:
             return None
         loss = self.config.loss_without_code
