@@ -523,19 +523,20 @@ class Observations:
         `visits` are (client, visit_id) as given; `codes` must be sorted; for each row `visit` and `code` are places in
         these, and `columns` hold ``time``, ``value``, ``low``, ``high``. Exact duplicates count once.
         """
-        rows, groups, duplicates = _canonical_order(visit, code, len(codes), **columns)
         client, number = _object_array([v[0] for v in visits]), _object_array([v[1] for v in visits])
+        texts = _object_array([as_text(v) for v in number]), _object_array([as_text(v) for v in client])
+        known = cls.without_rows(number, client, *texts, tuple(codes), tuple(concepts))
+        return Rows(known, visit, code, dict(columns)).in_order()
+
+    @classmethod
+    def without_rows(cls, visit_id, client, visit_text, client_text, codes, concepts, **counts: Any) -> Observations:
+        """Observations of these visits and codes that have no row yet; see `Rows`."""
+        nothing = np.zeros(0, dtype=np.int64)
         return cls(
-            visit_id=number,
-            client=client,
-            visit_text=_object_array([as_text(v) for v in number]),
-            client_text=_object_array([as_text(v) for v in client]),
-            codes=tuple(codes),
-            concepts=tuple(concepts),
-            **groups,
-            **rows,
-            remarks={"duplicate": duplicates} if duplicates else {},
-        )
+            visit_id, client, visit_text, client_text, codes, concepts,
+            group_visit=nothing, group_code=nothing, group_start=np.zeros(1, dtype=np.int64),
+            time=nothing, value=nothing, low=nothing, high=nothing, **counts,
+        )  # fmt: skip
 
     @classmethod
     def stacked(cls, parts: Sequence[Observations]) -> Observations:
@@ -802,7 +803,7 @@ def parse_times(column: Column) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(column, pd.Series) and column.dtype.kind == "M":
         if isinstance(column.dtype, pd.DatetimeTZDtype):
             column = column.dt.tz_convert("UTC").dt.tz_localize(None)
-        micros = column.to_numpy().astype("datetime64[us]").astype(np.int64)
+        micros = column.to_numpy().astype("datetime64[us]", copy=False).view(np.int64)
         empty = micros == NO_TIME
     else:
         index, cells = _distinct(column)
@@ -942,8 +943,10 @@ def _validate(table: Mapping[str, Column], malformed: int, where: str, meanings:
         "row": np.arange(n_rows),
     }
     paired = np.array([_code_key(code) in _PAIRED for code in codes] + [False, False], dtype=bool)
+    given: Any = slice(None)  # the place of each row as given
     if paired.any():
         codes, columns = _split_pressures(codes, columns, paired, table["observation_value"])
+        given = columns["row"]
     row, time, code_index = (columns[name] for name in ("row", "time", "code"))
 
     value, low, high, converted, unknown_unit = _in_own_units(codes, columns, units, meanings)
@@ -953,14 +956,14 @@ def _validate(table: Mapping[str, Column], malformed: int, where: str, meanings:
     with np.errstate(invalid="ignore"):
         odd_range = ~(low < high) & ~np.isnan(low) & ~np.isnan(high)
         problems = {
-            "no_visit": visit_index[row] == _EMPTY,
-            "no_client": client_index[row] == _EMPTY,
+            "no_visit": visit_index[given] == _EMPTY,
+            "no_client": client_index[given] == _EMPTY,
             "no_code": code_index == _EMPTY,
-            "not_utf8": undecoded[row],
-            "no_date": date_empty[row],
+            "not_utf8": undecoded[given],
+            "no_date": date_empty[given],
             "bad_date": time == NO_TIME,
             "future": time > (_LATEST if now is None else now + FUTURE_TOLERANCE),
-            "no_value": value_empty[row],
+            "no_value": value_empty[given],
             "bad_value": np.isnan(value),
             "infinite": np.abs(value) > LARGEST,
             "unknown_unit": unknown_unit,
@@ -991,18 +994,13 @@ def _validate(table: Mapping[str, Column], malformed: int, where: str, meanings:
     sorted_codes = sorted(set(own))
     place = {code: i for i, code in enumerate(sorted_codes)}
     own_place = np.array([place[code] for code in own] + [-1, -1], dtype=np.int64)
-    nothing = np.zeros(0, dtype=np.int64)
-    known = Observations(
-        visit_id=_as_given(table["visit_id"], first_row),
-        client=_as_given(table["client"], first_row),
-        visit_text=np.array(visit_texts, dtype=object)[visit_index[first_row]],
-        client_text=np.array(client_texts, dtype=object)[client_index[first_row]],
-        codes=tuple(sorted_codes),
-        concepts=tuple(meanings.meaning(code)[0] for code in sorted_codes),
-        group_visit=nothing,
-        group_code=nothing,
-        group_start=np.zeros(1, dtype=np.int64),
-        **dict.fromkeys(("time", "value", "low", "high"), nothing),
+    known = Observations.without_rows(
+        _as_given(table["visit_id"], first_row),
+        _as_given(table["client"], first_row),
+        np.array(visit_texts, dtype=object)[visit_index[first_row]],
+        np.array(client_texts, dtype=object)[client_index[first_row]],
+        tuple(sorted_codes),
+        tuple(meanings.meaning(code)[0] for code in sorted_codes),
         set_aside=set_aside,
         set_aside_rows=set_aside_rows,
         remarks=remarks,

@@ -132,6 +132,7 @@ def batch(arguments: argparse.Namespace) -> int:
     processor = BatchProcessor(arguments.config, arguments.model, as_of=LAST)
     print(f"{len(processor.pipeline.feature_names)} features, {processor.pipeline.config.model['name']}")
     rng = np.random.default_rng(1)
+    smallest: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         for times in arguments.times:
             folders = {kind: Path(name, f"{kind} {times}") for kind in ("rows by visit", "scattered rows")}
@@ -154,7 +155,15 @@ def batch(arguments: argparse.Namespace) -> int:
                     folder, tempfile.mkdtemp(dir=name), Path(name, "failed")
                 )
             print(f"{n_rows:,} observations in one file, {path.stat().st_size / 1e6:,.0f} MB")
-            rates(in_turns(works, arguments.turns), n_rows, "Arrow reads it as text", "rows")
+            found = in_turns(works, arguments.turns)
+            rates(found, n_rows, "Arrow reads it as text", "rows")
+            for what, seconds in zip(Spent._fields, zip(*(found[kind] for kind in folders), strict=True), strict=True):
+                by_visit = seconds[0] / n_rows
+                growth = smallest.setdefault(what, by_visit) / by_visit
+                print(
+                    f"  {what}: scattered rows a second {seconds[0] / seconds[1]:.2f} of rows by visit, "
+                    f"and these {growth:.2f} of the first file's"
+                )
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
             print(f"  memory at the peak {peak:,.0f} MB, with the floor's table")
     return DONE

@@ -37,6 +37,7 @@ from serving.deployed import LAST, ServedModel, moments_of
 
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once by a thread: 80 MB
 CHUNK_ROWS = 400_000  # parsed and validated at once by a thread: about 150 MB
+SMALL_CHUNK_ROWS, LEAST_CHUNKS, ROW_BYTES = 100_000, 4, 64  # of a smaller file, so that all threads have some
 PART_ROWS = 250_000  # put in order at once
 MOST_PARTS = 60_000  # their numbers fit in 16 bits
 
@@ -148,19 +149,18 @@ class Part:
     rows: list[bytes]  # of `ROW`; the visit is a place in `visits`, the code one in `codes`
 
     def observations(self, codes: Codes) -> Observations:
-        rows = np.frombuffer(b"".join(self.rows), ROW)
+        names = np.array([visit.split(BETWEEN) for visit in self.visits], dtype=object).reshape(-1, 2)
+        client, visit_id = names[:, 0], names[:, 1]
         known = sorted(self.codes)
+        concepts = tuple(codes.meaning(code)[0] for code in known)
         place = np.array([known.index(code) for code in self.codes], dtype=np.int64)
-        columns = {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")}
-        concepts = [codes.meaning(code)[0] for code in known]
-        return Observations.of_rows(
-            [visit.split(BETWEEN) for visit in self.visits],
-            known,
-            concepts,
+        rows = np.frombuffer(b"".join(self.rows), ROW)
+        return Rows(
+            Observations.without_rows(visit_id, client, visit_id, client, tuple(known), concepts),
             rows["visit"].astype(np.int64),
             place[rows["code"]],
-            columns,
-        )
+            {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")},
+        ).in_order()
 
 
 class Parts:
@@ -303,7 +303,9 @@ def score_file(
             raise StillWritten
 
     with open(path, "rb") as file:
-        chunks = Chunks(file, path.name, os.fstat(file.fileno()).st_size, min(chunk_rows, CHUNK_ROWS))
+        size = os.fstat(file.fileno()).st_size
+        at_once = min(max(size // LEAST_CHUNKS // ROW_BYTES, SMALL_CHUNK_ROWS), CHUNK_ROWS, chunk_rows)
+        chunks = Chunks(file, path.name, size, at_once)
         reader = read_with(partial(read_chunk, key, moment), chunks)
         read = next(reader)
         first, second = counted(read), next(reader, None)
