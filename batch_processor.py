@@ -7,8 +7,8 @@ UTC. A file that cannot be used goes to ``data/failed/`` with its reason beside 
 
 What a run has finished stands in ``manifest.jsonl`` of the output directory, a line a file, written after the
 predictions are in place. A run killed at any moment leaves whole files and whole lines only; the next run does the
-rest. Files longer than `CHUNK_ROWS` are cut by visit into parts on disk, so memory stays bounded and a visit's rows
-may lie anywhere in the file.
+rest. A long file is read in chunks by two threads, and its validated rows are cut by visit into parts on disk: memory
+stays bounded, and a visit's rows may lie anywhere in the file.
 
     result = BatchProcessor("models/best_model_config.json", "models/best_model.pkl").process_directory()
 """

@@ -32,7 +32,7 @@ from common.artifacts import locked
 from common.pseudonyms import Pseudonyms
 from feature_pipeline import COLUMNS, BadObservations, FeaturePipelineError, ProductionPipeline
 from serving.batch import directory, scoring
-from serving.batch.backends import Processes
+from serving.batch.backends import Processes, Threads
 from serving.batch.directory import LOCK, BadDirectories, BatchProcessor
 from serving.batch.manifest import MANIFEST, Manifest
 from serving.batch.reading import Chunks
@@ -232,6 +232,21 @@ def test_bytes_that_are_no_utf_8_make_no_visit(place, rows, pipeline, processor,
     found = predictions(place / "predictions/predictions_ward.csv")
     assert_same_scores(found, predict(pipeline, path))
     assert result.scored[0].set_aside["not_utf8"] == 41 and found["client"].str.isascii().all()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+@pytest.mark.parametrize("odd", ['"{}"', "{}\r", '"{},{}"'])
+def test_what_only_pandas_can_parse_may_begin_anywhere(place, rows, pipeline, processor, suffix, odd):
+    lines = rows.to_csv(index=False).splitlines()
+    lines[3000] = lines[3000].replace("1", odd.format(*"11"), 1)  # a cell in quotes, or another end of a line
+    path = place / f"incoming/ward.{suffix}"
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if suffix == "csv.gz" else content)
+    processor.chunk_rows = 500
+    [scored] = processor.process_directory().scored
+    whole = pipeline.reproducer.read(path)
+    assert_same_scores(predictions(place / f"predictions/predictions_ward.{suffix}"), predict(pipeline, whole))
+    assert scored.set_aside == dict(sorted(whole.set_aside.items()))
 
 
 def test_lines_with_too_many_fields_are_counted_in_every_chunk(place, rows, processor):
@@ -643,6 +658,19 @@ def test_processes_and_parts_give_the_same_files(place, rows, pipeline, config_p
     for number in range(3):
         found = predictions(place / f"predictions/predictions_small{number}.csv.gz")
         assert_same_scores(found, predict(pipeline, rows.iloc[number::3]))
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_the_number_of_threads_changes_no_byte(place, rows, config_path, model_path, monkeypatch, scattered):
+    monkeypatch.setattr(directory, "LARGE_FOR_THREADS", 0)  # cut, and spread over the threads
+    put(rows.sample(frac=1, random_state=1) if scattered else rows, place / "incoming/ward.csv")
+    written = []
+    for threads, chunk_rows in ((1, 100_000), (1, 900), (2, 900), (5, 400)):
+        monkeypatch.setattr(Threads, "slots", threads)
+        processor = BatchProcessor(config_path, model_path, chunk_rows=chunk_rows, clock=lambda: 1.7e9)
+        assert processor.process_directory(output_dir=place / f"{threads} {chunk_rows}").ok
+        written.append((place / f"{threads} {chunk_rows}/predictions_ward.csv").read_bytes())
+    assert len(set(written)) == 1
 
 
 def test_two_processors_of_one_model_have_logs_of_their_own(place, rows, config_path, model_path):

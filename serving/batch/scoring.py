@@ -36,8 +36,8 @@ from serving.batch.reading import Chunk, Chunks
 from serving.deployed import LAST, ServedModel, moments_of
 
 FEATURE_CELLS = 10_000_000  # of the feature matrix held at once by a thread: 80 MB
-CHUNK_ROWS = 400_000  # parsed and validated at once by a thread: about 150 MB
-SMALL_CHUNK_ROWS, LEAST_CHUNKS, ROW_BYTES = 100_000, 4, 64  # of a smaller file, so that all threads have some
+THREAD_ROWS = 400_000  # parsed and validated at once by a thread: about 150 MB
+LEAST_ROWS, LEAST_CHUNKS, ROW_BYTES = 100_000, 4, 64  # fewer of a smaller file, so that all threads have some
 PART_ROWS = 250_000  # put in order at once
 MOST_PARTS = 60_000  # their numbers fit in 16 bits
 
@@ -304,7 +304,7 @@ def score_file(
 
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        at_once = min(max(size // LEAST_CHUNKS // ROW_BYTES, SMALL_CHUNK_ROWS), CHUNK_ROWS, chunk_rows)
+        at_once = min(max(size // LEAST_CHUNKS // ROW_BYTES, LEAST_ROWS), THREAD_ROWS, chunk_rows)
         chunks = Chunks(file, path.name, size, at_once)
         reader = read_with(partial(read_chunk, key, moment), chunks)
         read = next(reader)
