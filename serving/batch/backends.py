@@ -22,13 +22,10 @@ from serving.batch.scoring import Deployment, install
 MODEL_PREFIX = ".model."
 
 
-THREADS = min(2, available_cores())  # more would wait for Python's lock
-
-
 class Threads:
     """Computes in this process. Arrow, NumPy and LightGBM work side by side on two cores."""
 
-    slots = THREADS
+    slots = min(2, available_cores())  # more would wait for Python's lock
     lost: tuple[type[Exception], ...] = ()
 
     def __init__(self, deployment: Deployment):
