@@ -73,11 +73,11 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
     if arguments.hl7 and not arguments.mllp:
         raise BadConfig("--hl7 describes the messages of --mllp: give both options")
     if arguments.kafka:
-        names = ("alerts", "webhook", "state", "durable", "mllp", "hl7")
+        names = ("alerts", "webhook", "mllp", "hl7")
         unused = [f"--{name}" for name in names if getattr(arguments, name)]
         if unused:
             raise BadConfig(
-                f"--kafka goes without {', '.join(unused)}: its observations, alerts and state are topics "
+                f"--kafka goes without {', '.join(unused)}: its observations and alerts are topics "
                 "(--topic, --alerts-topic, --dropped-topic)"
             )
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--state",
         metavar="FILE",
-        help=f"keeps accepted observations; with --mllp {DEFAULT_STATE}",
+        help=f"keeps accepted observations; with --mllp {DEFAULT_STATE}; with --kafka a restart reads less",
     )
     parser.add_argument("--durable", action="store_true", help="what --state keeps also survives a power cut")
     parser.add_argument("--alerts", metavar="FILE", help="append alerts as JSON lines; they are always logged")

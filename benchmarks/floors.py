@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import batch_and_database as data
 from benchmarks.api import at_rate, bodies, served, wrk
 from benchmarks.stream import open_visits
-from common.command_line import DONE, add_command, make_parser, number, run_command
+from common.command_line import DONE, add_command, make_parser, number, run_command, spare_the_loaded
 from feature_pipeline import DEFAULT_CONFIG, DEFAULT_MODEL, ProductionPipeline
 from serving.batch.directory import BatchProcessor
 from serving.db.connection import connect
@@ -239,6 +239,7 @@ def stream(arguments: argparse.Namespace) -> int:
     for rows in known:
         processor.add_observations(rows)
     processor.predict_due()
+    spare_the_loaded()  # as the script does
     pipeline, ours, floor, n = processor.pipeline, [], [], 10_000
     for turn in range(arguments.turns):
         new = arrivals[turn * n : (turn + 1) * n]

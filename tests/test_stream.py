@@ -31,6 +31,7 @@ from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed, read_lines
 from serving.stream.hl7_mapping import read_hl7_mapping
 from serving.stream.journal import Journal
+from serving.stream.visits import RAW, ROW
 from stream_processor import StreamProcessor, main
 from tests.strategies import cohorts
 
@@ -232,7 +233,7 @@ def test_old_observations_are_folded_away_where_no_feature_sees_them(make, recor
         processor.add_observation(record)
         processor.settle()
         [kept] = processor.visits.values()
-        kept.rows = [processor._folded(processor._distinct(kept))]
+        kept.rows = [processor._folded(processor._distinct(kept).view(ROW)).view(RAW)]
     observations = processor._observations(list(processor.visits))
     assert np.array_equal(
         plan.evaluate(observations, visit, moments), plan.evaluate(whole, visit, moments), equal_nan=True
@@ -1167,5 +1168,5 @@ def test_a_bad_address_and_a_missing_model_are_told(capsys, tmp_path, monkeypatc
 
 
 def test_options_without_effect_are_refused(capsys):
-    assert main(["--kafka", "localhost:9092", "--state", "x", "--webhook", "http://localhost"]) == 2
-    assert "--kafka goes without --webhook, --state" in capsys.readouterr().err
+    assert main(["--kafka", "localhost:9092", "--alerts", "x", "--webhook", "http://localhost"]) == 2
+    assert "--kafka goes without --alerts, --webhook" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from serving.stream.alerts import AlertBook, AlertSinks
 from serving.stream.feed import Feed
 from serving.stream.journal import PIECES, Journal
 from serving.stream.processor import StreamProcessor
+from serving.stream.visits import joined
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = json.loads((ROOT / "examples" / "new_patient_data.json").read_text())
@@ -104,7 +105,7 @@ def test_what_the_model_converts_is_kept_converted(make, tmp_path):
     processor = make()
     feed_of(processor, tmp_path / "state").finish()
     [visit] = processor.visits.values()
-    assert visit.rows[0]["value"].tolist() == [38.0]
+    assert joined(visit.rows)["value"].tolist() == [38.0]
 
 
 # ------------------------------------------------------------------------------------------------------ killed

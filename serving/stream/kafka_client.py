@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,38 +171,43 @@ class Questions:
 
     def read_whole(self, topic: str, note: Callable[[Any], None], misfit: Callable[[], None]) -> None:
         """Gives the contents of a topic up to its present end to `note`; calls `misfit` for what is none."""
-        reader = Consumer(
-            {**self._settings, "group.id": f"{self._group}-reader", "enable.auto.commit": False}, logger=library_log
-        )
-        try:
-            ends = self.ask(lambda: _ends(reader, topic))
-            reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in ends])
-            last = time.monotonic()
-            while ends:
-                messages = [message for message in reader.consume(BATCH, WAIT) if message.error() is None]
-                for message in messages:
-                    if message.value() is None:
-                        continue  # deleted
-                    try:
-                        note(json.loads(message.value()))
-                    except (ValueError, TypeError, KeyError, RecursionError):
-                        misfit()
-                for place in reader.position([TopicPartition(topic, partition) for partition in ends]):
-                    if place.offset >= ends[place.partition]:
-                        del ends[place.partition]
-                if messages:
+        with self._reader() as reader:
+            partitions = self.ask(lambda: reader.list_topics(topic, timeout=STOP_PATIENCE)).topics[topic].partitions
+            reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in partitions])
+            left, last = set(partitions), time.monotonic()
+            while left:
+                for message in reader.consume(BATCH, WAIT):
                     last = time.monotonic()
-                elif self._stopped() or time.monotonic() - last > PATIENCE:
+                    if message.error() is not None:
+                        if message.error().code() == KafkaError._PARTITION_EOF:
+                            left.discard(message.partition())
+                    elif message.value() is not None:  # else it was deleted
+                        try:
+                            note(json.loads(message.value()))
+                        except (ValueError, TypeError, KeyError, RecursionError):
+                            misfit()
+                if self._stopped() or time.monotonic() - last > PATIENCE:
                     raise Unanswered(f"the topic {topic} cannot be read to its end; start again to go on")
+
+    def reaches(self, topic: str, partition: int, offset: int) -> bool:
+        """Does the log go on to `offset` or beyond? The ends that brokers name may be too low: Tansu's are."""
+        with self._reader() as reader:
+            reader.assign([TopicPartition(topic, partition, offset)])
+            end = time.monotonic() + STOP_PATIENCE
+            while time.monotonic() < end:
+                for message in reader.consume(1, WAIT):
+                    if message.error() is None or message.error().code() == KafkaError._PARTITION_EOF:
+                        return True
+                    if message.error().code() == KafkaError._AUTO_OFFSET_RESET:
+                        return False
+        return False
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[Consumer]:
+        """A consumer of no group's partitions, which is told the ends of partitions, and when it is beyond one."""
+        own = {"group.id": f"{self._group}-reader", "enable.auto.commit": False, "enable.partition.eof": True}
+        reader = Consumer({**self._settings, **own, "auto.offset.reset": "error"}, logger=library_log)
+        try:
+            yield reader
         finally:
             reader.close()
-
-
-def _ends(reader: Consumer, topic: str) -> dict[int, int]:
-    """The end of each partition of a topic that is not empty."""
-    ends = {}
-    for partition in reader.list_topics(topic, timeout=STOP_PATIENCE).topics[topic].partitions:
-        low, high = reader.get_watermark_offsets(TopicPartition(topic, partition), STOP_PATIENCE)
-        if high > low:
-            ends[partition] = high
-    return ends

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from feature_pipeline import (
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
     MICROSECONDS_PER_HOUR,
-    NO_TIME,
     SET_ASIDE_REASONS,
     BadConfig,
     BadObservations,
@@ -25,13 +23,13 @@ from feature_pipeline import (
     ProductionPipeline,
     SiteCodes,
     as_text,
-    iso_times,
     to_micros,
 )
 from monitoring.log import OFF
 from serving.deployed import LAST, NOW, Deployed, moments_of
 from serving.stream.clock import OwnTime
-from serving.stream.visits import REMEMBERED, ROW, Key, Visit, joined, mark_of
+from serving.stream.results import columns_of
+from serving.stream.visits import RAW, REMEMBERED, ROW, Key, Visit, joined, mark_of
 
 REASONS = {
     **SET_ASIDE_REASONS,
@@ -39,7 +37,8 @@ REASONS = {
     "visit_dropped": "the visit was dropped before (idle, or too many were open); it is not scored from a part",
 }
 FORGETTABLE = 10_000  # codes that no open visit has
-WAITING = 1000  # observations that are validated together at the latest
+PIECES = 8  # of a visit's rows, before they are put in order for the next time
+WAITING = 10_000  # observations that are validated together at the latest
 CLOSED_AT_ONCE = 500  # idle visits, so that others are not kept waiting
 
 
@@ -98,6 +97,7 @@ class StreamProcessor:
         self.journaled = False  # are `changed` and `closed` taken by a journal?
         self.changed: dict[Key, Visit] = {}  # visits that are not kept as they are
         self.closed: list[Visit] = []  # visits that were dropped and are still kept
+        self.put_by: dict[Any, dict[Key, Visit]] = {}  # a name -> visits that may be taken back
 
     @property
     def pipeline(self) -> ProductionPipeline:
@@ -125,9 +125,9 @@ class StreamProcessor:
         self._concepts = [self.pipeline.reproducer.codes.meaning(code)[0] for code in self.codes]
         self._place = {code: place for place, code in codes.items()}
         self._free = [place for place in places if place not in codes]
-        now = self.time.steady()
         for number, content, rows in visits:
-            visit = Visit(**content, rows=[rows], seen=now, number=number, pieces=1, n_rows_kept=len(rows))
+            visit = Visit(**content, rows=[rows.view(RAW)], number=number, pieces=1, n_rows_kept=len(rows))
+            visit.seen, visit.origin = self.time.steady(), visit.origin and tuple(visit.origin)
             visit.kept = visit.content()
             if len(rows):
                 self._note_freshness(visit, int(rows["time"].max()))
@@ -163,7 +163,7 @@ class StreamProcessor:
 
     def add_observation(self, observation: Mapping[str, Any], origin: Any = None) -> None:
         """Takes one observation (the seven fields). What cannot be used is counted in `set_aside` and reported once it
-        is looked at: with the next thousand, or before the next score. `origin` is kept with the visit (the first one).
+        is looked at: with the next ten thousand, or before the next score. `origin` is kept with the visit (the first).
         """
         self._waiting.append((observation, origin))
         if len(self._waiting) >= WAITING:
@@ -218,21 +218,22 @@ class StreamProcessor:
 
     def _take(self, read: Observations, origins: Sequence[Any]) -> None:
         own = np.array([self._name_place(code) for code in read.codes], dtype=np.int32)
-        rows = np.empty(len(read.time), dtype=ROW)
+        raw = np.empty(len(read.time), dtype=RAW)
+        rows = raw.view(ROW)
         rows["code"] = np.repeat(own[read.group_code], np.diff(read.group_start))
         for name in ("time", "value", "low", "high"):
             rows[name] = getattr(read, name)
         now = self.time.steady()
         bounds = read.group_start[read.visit_group_start].tolist()
         for i, key in enumerate(read.keys()):
-            own_rows = rows[bounds[i] : bounds[i + 1]]
-            if not len(own_rows):
+            n_rows = bounds[i + 1] - bounds[i]
+            if not n_rows:
                 continue  # a visit begins with its first usable observation
             visit = self.visits.get(key)
             if visit is None:
                 if self.was_dropped(key):
                     self._dropped.move_to_end(mark_of(key))
-                    self._count({"visit_dropped": len(own_rows)})
+                    self._count({"visit_dropped": n_rows})
                     continue
                 self._make_room()
                 visit = self.visits[key] = Visit(read.client[i], read.visit_id[i], origin=origins[i])
@@ -240,9 +241,9 @@ class StreamProcessor:
                 self.visits.move_to_end(key)
             visit.seen = now
             if visit.full:
-                self._count({"visit_full": len(own_rows)})
+                self._count({"visit_full": n_rows})
                 continue
-            visit.rows.append(joined([own_rows]))
+            visit.rows.append(raw[bounds[i] : bounds[i + 1]].copy())
             visit.changed = True
             if self.journaled:
                 visit.fresh.append(visit.rows[-1])
@@ -255,9 +256,9 @@ class StreamProcessor:
     def _forget_codes(self) -> None:
         """Drops the codes that no open visit has: interfaces may send any text as a code, without end."""
         used = np.zeros(len(self.codes), dtype=bool)
-        for visit in self.visits.values():
-            for rows in visit.rows:
-                used[rows["code"]] = True
+        for visits in (self.visits, *self.put_by.values()):
+            for visit in visits.values():
+                used[joined(visit.rows)["code"]] = True
         for code, place in list(self._place.items()):
             if not used[place]:
                 del self._place[code]
@@ -274,16 +275,16 @@ class StreamProcessor:
     def _distinct(self, visit: Visit) -> np.ndarray:
         """All different rows of a visit."""
         if len(visit.rows) > 1:
-            together = joined(visit.rows)
+            together = np.concatenate(visit.rows)
             # bytes compare NaN with NaN as equal; -0.0 was made 0.0 by the reader
-            _, first = np.unique(together.view(f"V{ROW.itemsize}"), return_index=True)
+            _, first = np.unique(together, return_index=True)
             visit.rows = [together[np.sort(first)]]
         return visit.rows[0]
 
     def _shrink(self, visit: Visit) -> None:
         rows = self._distinct(visit)
         if self.look_back is not None:
-            rows = self._folded(rows)
+            rows = self._folded(rows.view(ROW)).view(RAW)
             visit.rows, visit.rewrite = [rows], True
             visit.folded = min(self.look_back, self.look_back if visit.folded is None else visit.folded)
         if len(rows) > self.max_observations:
@@ -352,8 +353,7 @@ class StreamProcessor:
         return results
 
     def relearn(self, where: Callable[[Visit], bool]) -> None:
-        """Scores visits whose scores were given before, by an earlier process: only to know from which level a rise
-        counts. Nothing is given or recorded again."""
+        """Scores visits again, only to know from which level a rise counts: nothing is given or recorded."""
         self.settle()
         self._score([key for key, visit in self.visits.items() if self._due(visit) and where(visit)], record=False)
 
@@ -364,19 +364,7 @@ class StreamProcessor:
         moments = moments_of(observations, self.as_of, self.time.now())
         model = self.deployed.current
         assessed = model.score(observations, np.arange(len(keys)), moments, record)
-        used, unused = _by_use(model.pipeline, observations)
-        hours = np.where(assessed.newest == NO_TIME, np.nan, (moments - assessed.newest) / MICROSECONDS_PER_HOUR)
-        columns = {
-            "sepsis_probability": _or_none(assessed.probability),
-            "risk_level": assessed.level.tolist(),
-            "reason": assessed.reason.tolist(),
-            "missing": assessed.missing(),
-            "num_observations": used,
-            "unused_codes": unused,
-            "timestamp": iso_times(observations.last_time),
-            "as_of": iso_times(moments),
-            "hours_since_newest": _or_none(np.round(hours, 3)),
-        }
+        columns = columns_of(assessed, model.pipeline, observations, moments)
         results = []
         for key, newest, *row in zip(keys, assessed.newest.tolist(), *columns.values(), strict=True):
             visit = self.visits[key]
@@ -405,15 +393,23 @@ class StreamProcessor:
             rank[rows["code"]],
             {name: np.ascontiguousarray(rows[name]) for name in ("time", "value", "low", "high")},
         )
-        # kept in canonical order from now on, each row once: the next sort has little to do
-        kept = np.empty(len(observations.time), dtype=ROW)
-        kept["code"] = np.repeat(np.array(order)[observations.group_code], np.diff(observations.group_start))
-        for name in ("time", "value", "low", "high"):
-            kept[name] = getattr(observations, name)
-        bounds = observations.group_start[observations.visit_group_start].tolist()
-        for visit, (start, end) in zip(visits, pairwise(bounds), strict=True):
-            visit.rows = [joined([kept[start:end]])]
+        self._keep_in_order(visits, observations, np.array(order))
         return observations
+
+    def _keep_in_order(self, visits: Sequence[Visit], observations: Observations, places: np.ndarray) -> None:
+        """Keeps visits of many pieces in canonical order, each row once: their next sort has little to do."""
+        many = [i for i, visit in enumerate(visits) if len(visit.rows) > PIECES]
+        if not many:
+            return
+        bounds = observations.group_start[observations.visit_group_start].tolist()
+        codes = np.repeat(places[observations.group_code], np.diff(observations.group_start))
+        for i in many:
+            own = slice(bounds[i], bounds[i + 1])
+            kept = np.empty(bounds[i + 1] - bounds[i], dtype=ROW)
+            kept["code"] = codes[own]
+            for name in ("time", "value", "low", "high"):
+                kept[name] = getattr(observations, name)[own]
+            visits[i].rows = [kept.view(RAW)]
 
     # --------------------------------------------------------------------------------------------- the end
 
@@ -470,28 +466,34 @@ class StreamProcessor:
         return keys
 
     def forget(self, keys: Sequence[Key]) -> None:
-        """Drops visits without a word: another process has taken them over."""
+        """Drops visits without a word."""
         for key in keys:
-            self.visits.pop(key, None)
+            if key in self.visits:
+                self._end(key)
+
+    def put_away(self, name: Any, where: Callable[[Visit], bool]) -> None:
+        """Takes visits out of the open ones: another process has taken them over, and may give them back."""
+        keys = [key for key, visit in self.visits.items() if where(visit)]
+        self.put_by[name] = {key: self.visits.pop(key) for key in keys}
+
+    def take_back(self, name: Any) -> None:
+        """Opens visits that were put away again, but for those that were dropped since."""
+        for key, visit in self.put_by.pop(name, {}).items():
+            visit.seen, self.visits[key] = self.time.steady(), visit
+            if self.was_dropped(key):
+                self._end(key)
+            else:
+                self._check_folded(visit)
+
+    def let_go(self, name: Any) -> None:
+        """Drops visits that were put away."""
+        for key, visit in self.put_by.pop(name, {}).items():
+            if self.journaled:
+                self.changed.pop(key, None)
+                self.closed.append(visit)
 
 
 def _check_meaning(old: ProductionPipeline | None, new: ProductionPipeline) -> None:
     """Observations were read by what the old model's codes mean. Raises `BadConfig` where the new one's mean others."""
     if old is not None and old.reproducer.codes.meaning_sha256 != new.reproducer.codes.meaning_sha256:
         raise BadConfig(f"model {new.model_version} gives codes other meanings; restart the stream")
-
-
-def _by_use(pipeline: ProductionPipeline, observations: Observations) -> tuple[list[int], list[dict[str, int]]]:
-    """For each visit the number of observations that the model uses, and the numbers of others by code."""
-    is_used = np.array([pipeline.reproducer.is_used(code) for code in observations.codes], dtype=bool)
-    used = is_used[observations.group_code]
-    length = np.diff(observations.group_start)
-    counted = np.bincount(observations.group_visit, weights=length * used, minlength=observations.n_visits)
-    unused: list[dict[str, int]] = [{} for _ in range(observations.n_visits)]
-    for group in np.flatnonzero(~used).tolist():
-        unused[observations.group_visit[group]][observations.codes[observations.group_code[group]]] = int(length[group])
-    return counted.astype(np.int64).tolist(), unused
-
-
-def _or_none(numbers: np.ndarray) -> list[float | None]:
-    return [None if number != number else number for number in numbers.tolist()]

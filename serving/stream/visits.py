@@ -12,12 +12,14 @@ import numpy as np
 
 Key = tuple[str, str]  # client, visit_id as texts
 ROW = np.dtype([("code", "i4"), ("time", "i8"), ("value", "f8"), ("low", "f8"), ("high", "f8")])
+RAW = np.dtype(f"V{ROW.itemsize}")  # the bytes of a `ROW`, which NumPy copies at once and not field by field
 REMEMBERED = 1_000_000  # dropped visits, some 150 bytes each
 
 
 @dataclass
 class Visit:
-    """One open visit. `rows` are its validated observations, in pieces without copies; `origin` is the feed's own."""
+    """One open visit. `rows` are its validated observations, in pieces of `RAW` without copies; `origin` is the feed's
+    own."""
 
     client: Any  # as given
     visit_id: Any
@@ -43,13 +45,13 @@ class Visit:
 
     def content(self) -> bytes:
         """What must be known of it beside its rows."""
-        names = ("client", "visit_id", "full", "folded", "level")
+        names = ("client", "visit_id", "full", "folded", "level", "origin")
         return json.dumps({name: getattr(self, name) for name in names}).encode()
 
 
 def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """A copy of the rows of all pieces; as bytes, since NumPy copies rows of fields field by field."""
-    return np.concatenate([piece.view(f"V{ROW.itemsize}") for piece in pieces]).view(ROW)
+    """The rows of all pieces, as `ROW`s."""
+    return np.concatenate(pieces).view(ROW)
 
 
 def mark_of(key: Key) -> bytes:
