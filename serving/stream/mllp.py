@@ -230,7 +230,10 @@ def reference_range(text: str) -> tuple[float | None, float | None]:
     return None, None
 
 
-_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)(\d\d)(?:(\d\d)(?:(\d\d)(\.\d{1,4})?)?)?([+-]\d{4})?", re.ASCII)
+_TIME = re.compile(  # some devices put the signs of ISO 8601 between
+    r"(\d{4})[-/]?(\d\d)[-/]?(\d\d)[T ]?(\d\d)(?::?(\d\d)(?::?(\d\d)(\.\d{1,6})?\d*)?)?(Z|[+-]\d\d:?\d\d)?",
+    re.ASCII,
+)
 _ZONE = re.compile(r"[+-]\d{4}$", re.ASCII)
 
 
@@ -240,13 +243,15 @@ def iso_time(text: str, zone: str = "") -> str | None:
 
     >>> iso_time("20240301083015.5+0100"), iso_time("2024030108", "-0500"), iso_time("20240301")
     ('2024-03-01T08:30:15.5+01:00', '2024-03-01T08:00:00-05:00', None)
+    >>> iso_time("2024-03-01T08:30:15Z"), iso_time("2024/03/01 08:30")
+    ('2024-03-01T08:30:15+00:00', '2024-03-01T08:30:00')
     """
     match = _TIME.fullmatch(text)
     if not match:
         return None
     year, month, day, hour, minute, second, fraction, own_zone = match.groups()
-    zone = own_zone or zone
-    offset = f"{zone[:3]}:{zone[3:]}" if zone else ""
+    zone = "+0000" if own_zone == "Z" else own_zone or zone
+    offset = f"{zone[:3]}:{zone[-2:]}" if zone else ""
     return f"{year}-{month}-{day}T{hour}:{minute or '00'}:{second or '00'}{fraction or ''}{offset}"
 
 
