@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow as pa
 import sqlalchemy as sa
 from flask import Flask, Response, jsonify, request
@@ -106,19 +107,30 @@ def visit(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def worked(server: psutil.Process) -> float:
+    """Seconds of processor time of gunicorn's workers so far."""
+    return sum(sum(worker.cpu_times()[:2]) for worker in server.children())
+
+
 def rest(arguments: argparse.Namespace) -> int:
     """One visit a request, two workers, eight clients, all logs on; then at half of the service's peak"""
     body, port = bodies()["1 visit"], arguments.port
     peaks: dict[str, list[float]] = {"benchmarks.floors:empty": [], "api_server:app": []}
+    processor: dict[str, list[float]] = {app: [] for app in peaks}  # seconds a request, of the workers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for _ in range(arguments.turns):
             for app, found in peaks.items():
                 port += 1
-                with served(app, port, folder, arguments):
-                    found.append(wrk(port, body, arguments.seconds, folder)["rate"])
+                with served(app, port, folder, arguments) as server:
+                    before = worked(server)
+                    load = wrk(port, body, arguments.seconds, folder)
+                    processor[app].append((worked(server) - before) / load["requests"])
+                    found.append(load["rate"])
         floor, ours = (float(np.median(found)) for found in peaks.values())
         print(f"  empty route {floor:,.0f} requests/s, service {ours:,.0f}: {ours / floor:.3f} of the floor")
+        for app, seconds in processor.items():
+            print(f"  {app:<28s} {np.median(seconds) * 1e3:.2f} ms of the workers' processor time a request")
         for app in peaks:
             port += 1
             with served(app, port, folder, arguments):
