@@ -2560,12 +2560,14 @@ class ScoreModel:
 
 
 INSUFFICIENT_EVIDENCE, STALE, NOTHING_USABLE = "insufficient_evidence", "stale", "nothing_usable"
+INCOMPLETE = "incomplete"  # of a stream only: `assess` takes what it gets for all there is
 # Why a risk is unknown, in words.
 RISK_LEVELS = ("HIGH", "MEDIUM", "LOW", "UNKNOWN")
 UNKNOWN_REASONS = {
     INSUFFICIENT_EVIDENCE: "too little of what the model needs was measured recently",
     STALE: "the newest observation that the model uses is too old",
     NOTHING_USABLE: "no observation can be used",
+    INCOMPLETE: "observations of the visit were lost before they were read",
 }
 
 

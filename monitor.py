@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,6 +71,8 @@ def work(arguments: argparse.Namespace) -> int:
             "the URL of the prediction log cannot be read; expected sqlite:///file.db or "
             "dialect+driver://user:password@host:port/name with special characters of the password as %40 and the like"
         ) from None
+    if address.get_backend_name() == "sqlite" and not Path(address.database or "").is_file():
+        raise BadConfig(f"there is no prediction log to read: no file {address.database!r}; see --monitor")
     engine = None
     try:
         engine = open_engine(address)

@@ -882,6 +882,12 @@ def test_options_of_every_script_stand_before_and_after_the_command(once, tmp_pa
         assert "(default: " in text and ("(default: 7)" in text) == (command != "prune")
 
 
+def test_a_log_that_does_not_exist_is_no_empty_log(tmp_path, config_path, capsys):
+    path = tmp_path / "mistyped.db"
+    assert main(["check", "--monitor", f"sqlite:///{path}", "--config", str(config_path)]) == 2
+    assert f"no file '{path}'" in capsys.readouterr().err and not path.exists()
+
+
 def test_report_check_export_prune(pipeline, ward, tmp_path, key, capsys, config_path):
     data = snapshots_of(shifted(ward[0]), ward[1], pipeline)
     log_of(tmp_path / "log.db", pipeline, data).dispose()

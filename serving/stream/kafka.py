@@ -46,7 +46,7 @@ from confluent_kafka import (
 )
 
 from common.command_line import log
-from feature_pipeline import BadConfig
+from feature_pipeline import INCOMPLETE, BadConfig
 from serving.evidence import unused_text
 from serving.stream.alerts import AlertBook, AlertSinks, visit_of
 from serving.stream.journal import Damaged, Journal
@@ -65,8 +65,8 @@ from serving.stream.visits import mark_of
 
 COMMIT_EVERY = 1.0
 IDLE_EVERY = 60.0
-INCOMPLETE = {"sepsis_probability": None, "risk_level": "UNKNOWN", "reason": "incomplete", "missing": []}
-INCOMPLETE |= {"num_observations": 0, "unused_codes": {}, "timestamp": None, "as_of": None, "hours_since_newest": None}
+NOT_WHOLE = {"sepsis_probability": None, "risk_level": "UNKNOWN", "reason": INCOMPLETE, "missing": []}
+NOT_WHOLE |= {"num_observations": 0, "unused_codes": {}, "timestamp": None, "as_of": None, "hours_since_newest": None}
 LET_GO = 600.0  # seconds until the visits of a partition that is with another consumer are let go
 
 
@@ -348,7 +348,7 @@ class PartitionFeed:
             self.processor.forget([key])
             self.processor.remember_dropped([mark_of(key)])
             self._produce(self.arguments.dropped_topic, {"client": client, "visit_id": visit_id})
-            self._produce(self.arguments.out, {**about, **INCOMPLETE, "model_version": version})
+            self._produce(self.arguments.out, {**about, **NOT_WHOLE, "model_version": version})
             self.book.forget([key])
 
     def _trouble(self, what: str) -> None:
