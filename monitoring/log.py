@@ -184,7 +184,7 @@ class PredictionLog:
         self._pseudonyms = Pseudonyms.from_environment()
         self._pages, self._checkpointing = 0, threading.Lock()
         self._rolled_up: OrderedDict[tuple[str, str], list[Any]] = OrderedDict()  # visit -> its last row, count since
-        self._told_lost = 0
+        self._told_lost, self._telling = 0, threading.Lock()
         self._writer: Writer | None = None
         if engine is not None or url != OFF:
             self._writer = Writer(lambda: engine or open_engine(url), self._after_write, _probe)
@@ -219,7 +219,8 @@ class PredictionLog:
 
     def newly_lost(self) -> int:
         """Rows that were lost since it was asked last."""
-        lost, self._told_lost = self.lost - self._told_lost, self.lost
+        with self._telling:
+            lost, self._told_lost = self.lost - self._told_lost, self.lost
         return lost
 
     def __str__(self) -> str:

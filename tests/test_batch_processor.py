@@ -763,6 +763,14 @@ def test_spark_and_ray_score_whole_visits(tmp_path, rows, pipeline, models_dir, 
     assert_same_scores(found, predict(pipeline, rows).sort_values("visit_id"))
 
 
+def test_what_could_not_be_logged_is_counted(place, rows, config_path, model_path):
+    put(rows, place / "incoming/ward.csv")
+    result = BatchProcessor(config_path, model_path, monitor="sqlite:////proc/nowhere/x.db").process_directory()
+    [scored] = result.scored
+    assert result.ok and result.unlogged == scored.visits
+    assert f"{scored.visits} rows of the prediction log not written" in str(result)
+
+
 def test_a_partition_gives_what_a_file_gives(place, rows, config_path, model_path, processor, monkeypatch):
     put(rows, place / "incoming/ward.parquet")
     processor.process_directory()

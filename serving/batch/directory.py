@@ -112,6 +112,7 @@ class BatchResult:
     still_written: list[str] = field(default_factory=list)
     locked: bool = False
     seconds: float = 0.0
+    unlogged: int = 0  # rows that the prediction log lost, or that wait for it
 
     @property
     def ok(self) -> bool:
@@ -128,6 +129,7 @@ class BatchResult:
         counts += [f"{len(self.still_written)} still being written"] if self.still_written else []
         counts += [f"{len(self.failed)} failed"] if self.failed else []
         counts += [f"{len(self.kept)} kept for the next run"] if self.kept else []
+        counts += [f"{self.unlogged:,} rows of the prediction log not written"] if self.unlogged else []
         unused = sum((Counter(f.unused_codes) for f in self.scored), Counter())
         return ", ".join(counts) + (f"; {unused_text(unused)}" if unused else "")
 
@@ -239,6 +241,7 @@ class BatchProcessor:
                 run_.work(todo, large, backend, bar)
         finally:
             backend.close()
+            result.unlogged += self.deployed.current.log.waiting
 
     def _new_files(
         self, input_dir: Path, manifest: Manifest, scored_by: str, result: BatchResult
@@ -333,6 +336,7 @@ class _Run:
         """Writes one file's predictions and notes it; or says why not, and where the file is now."""
         try:
             found = get()
+            self.result.unlogged += found.scores.unlogged
             result = self._write(path, found)
             config = f"{self.deployment.version} {self.moment.as_of}"
             deployed = {"config": config, "model_version": self.processor.pipeline.model_version}

@@ -53,12 +53,14 @@ class Moment(NamedTuple):
 class Scores:
     """The scores of a table: `visits` with the columns ``number`` (in order of first appearance), ``visit_id``,
     ``client``, ``sepsis_probability``, ``risk_level``, ``reason``, ``as_of`` (microseconds), ``hours_since_newest``;
-    the codes with a usable value; rows of codes that the model does not use; the number of visits with a usable row."""
+    the codes with a usable value; rows of codes that the model does not use; the number of visits with a usable row;
+    rows that the prediction log lost meanwhile."""
 
     visits: pa.Table
     codes: set[str]
     unused_codes: Counter[str]
     usable_visits: int
+    unlogged: int
 
     @classmethod
     def merged(cls, parts: Sequence[Scores]) -> Scores:
@@ -67,6 +69,7 @@ class Scores:
             set().union(*(part.codes for part in parts)),
             sum((part.unused_codes for part in parts), Counter()),
             sum(part.usable_visits for part in parts),
+            sum(part.unlogged for part in parts),
         )
 
 
@@ -132,6 +135,7 @@ def scores_of(model: ServedModel, moment: Moment, observations: Observations, nu
         {observations.codes[code] for code in np.unique(observations.group_code)},
         Counter(model.pipeline.unused_codes(observations)),
         int((observations.first_time != NO_TIME).sum()),
+        model.log.newly_lost(),
     )
 
 
