@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from feature_pipeline import Config, Observations
 
 WATCHED = 20  # features that go with the score the most; the latest value of every code is watched too
 DURING, AT_END = "during the stay", "at the last observation"  # the two kinds of moments
 MOST_SNAPSHOTS = 50_000  # of a reference
+Texts = Sequence[str] | pa.StringArray
 
 
 class Profile:
@@ -79,9 +81,9 @@ class Shares:
     def add(
         self,
         score: np.ndarray,
-        bins: Sequence[str],
-        codes: Sequence[str],
-        unknown: Sequence[int],
+        bins: Texts,
+        codes: Texts,
+        unknown: Sequence[int] | np.ndarray,
         weights: np.ndarray,
     ) -> None:
         """Adds snapshots: their scores, the texts of `Profile.bins` and `Profile.present`, their weights."""
@@ -123,9 +125,15 @@ def effective_size(of_visit: np.ndarray) -> float:
     return round(float(of_visit.sum() ** 2 / (of_visit**2).sum()), 1)
 
 
-def letters_of(texts: Sequence[str], width: int) -> np.ndarray:
-    """(n, width) bytes of texts that all have `width` letters."""
-    return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), width)
+def letters_of(texts: Texts, width: int) -> np.ndarray:
+    """(n, width) bytes of texts that all have `width` letters; of a slice of an Arrow array too."""
+    if isinstance(texts, pa.Array):
+        _, ends, letters = texts.buffers()
+        start, end = np.frombuffer(ends, np.int32)[[texts.offset, texts.offset + len(texts)]].tolist()
+        written = letters[start:end]
+    else:
+        written = "".join(texts).encode("ascii")
+    return np.frombuffer(written, dtype=np.uint8).reshape(len(texts), width)
 
 
 class Scored(NamedTuple):

@@ -709,6 +709,7 @@ def test_outcomes_cannot_be_joined_without_the_key(tmp_path, ward, config_path, 
     monkeypatch.delenv("SEPSIS_PSEUDONYM_KEY", raising=False)
     labels = files_of(tmp_path, ward[1])
     url = f"sqlite:///{tmp_path}/log.db"
+    open_engine(url).dispose()
     assert main(["check", "--monitor", url, "--config", str(config_path), "--labels", labels]) == 2
     assert "SEPSIS_PSEUDONYM_KEY" in capsys.readouterr().err
 

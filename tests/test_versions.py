@@ -208,9 +208,13 @@ def test_ten_switches_under_ten_thousand_requests(two_versions, tmp_path):
                 futures += [pool.submit(ask, k) for k in range(1000)]
                 while len(answers) < 1000 * n + 300:
                     futures[len(answers)].result()
-                switch(server.models, (first, second)[n % 2])
+                wanted = (first, second)[n % 2]
+                switch(server.models, wanted)
                 if n % 2:  # the others are seen by the workers themselves
                     server.process.send_signal(1)  # SIGHUP
+                for _ in range(100_000):
+                    if server.predict(body)[1].get("model_version") == wanted:
+                        break
             for future in futures:
                 future.result()
     finally:
