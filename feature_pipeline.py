@@ -2561,8 +2561,8 @@ class ScoreModel:
 
 INSUFFICIENT_EVIDENCE, STALE, NOTHING_USABLE = "insufficient_evidence", "stale", "nothing_usable"
 INCOMPLETE = "incomplete"  # of a stream only: `assess` takes what it gets for all there is
-# Why a risk is unknown, in words.
 RISK_LEVELS = ("HIGH", "MEDIUM", "LOW", "UNKNOWN")
+# Why a risk is unknown, in words.
 UNKNOWN_REASONS = {
     INSUFFICIENT_EVIDENCE: "too little of what the model needs was measured recently",
     STALE: "the newest observation that the model uses is too old",

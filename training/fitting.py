@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from training.snapshots import TrainingData, grouped_folds, hide_codes
 
 
 def in_processes(jobs: int, **how: Any) -> joblib.Parallel:
+    """What runs calls of `joblib.delayed` in as many processes."""
     # loky renews a worker that has grown; nothing is lost by it
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     return joblib.Parallel(n_jobs=jobs, **how)
@@ -140,23 +141,19 @@ def fits(kind: str):
     return declare
 
 
+@dataclass
 class Fits:
     """Fits uncalibrated models on the snapshots `rows`, each on one core; `label` and `weight` (None: all count alike)
     are of all snapshots. What models have in common is made once: LightGBM's bins, members that are alike."""
 
-    def __init__(
-        self,
-        table: FeatureTable,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        label: np.ndarray,
-        seed: int = 0,
-        weight: np.ndarray | None = None,
-    ):
-        self.table, self.rows, self.columns, self.label = table, rows, columns, label
-        self.seed, self.weight = seed, weight
-        self._samples: dict[tuple[bool, float | None], Sample] = {}
-        self._members: dict[str, Any] = {}
+    table: FeatureTable
+    rows: np.ndarray
+    columns: np.ndarray
+    label: np.ndarray
+    seed: int = 0
+    weight: np.ndarray | None = None
+    _samples: dict[tuple[bool, float | None], Sample] = field(default_factory=dict, init=False)
+    _members: dict[str, Any] = field(default_factory=dict, init=False)
 
     def model(self, configuration: ModelConfiguration) -> ScoreModel:
         with threadpool_limits(1):  # scikit-learn's histogram boosting would take every core
@@ -165,7 +162,9 @@ class Fits:
     def _member(self, configuration: ModelConfiguration, k: int) -> Any:
         params = {**configuration.params, **configuration.members[k]}
         of = params.pop("hide_codes", False), configuration.fill_value
-        sample = self._samples.setdefault(of, Sample(self, *of))
+        if of not in self._samples:
+            self._samples[of] = Sample(self, *of)
+        sample = self._samples[of]
         params, seed = scaled(params, int(sample.label.sum())), self.seed + 1000 * k
         key = repr((configuration.kind, sorted(params.items()), of, seed))
         if key not in self._members:
